@@ -1,0 +1,149 @@
+"""Run the worker's handler() here, once: `python local_test.py`, then look into outputs/.
+
+Takes test_input.json, another file (--input), or any field of a request as an option (--prompt, --num-images ...).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from handler import get_engine, get_settings, handler
+from src.errors import WorkerError, redact
+from src.images import FORMATS
+from src.plan import Progress
+from src.request import Request
+
+ROOT = Path(__file__).resolve().parent
+_GAP = 4  # pixels between the pictures of a contact sheet
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 when pictures were saved, 1 with one line on stderr when not."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("worker").addHandler(logging.NullHandler())  # the one line below says it all
+    try:
+        event = _event(options)
+        started = time.perf_counter()
+        with tqdm(desc="loading", total=1, bar_format="{desc}: {elapsed}", disable=options.quiet):
+            print(f"model    {get_settings().model_name}")
+            get_engine()
+        load = time.perf_counter() - started
+    except (WorkerError, OSError, ValueError) as error:
+        return _fail(str(error))
+
+    with _Bar(disable=options.quiet) as bar:
+        response = handler(event, bar.show)
+    if response["status"] == "error":
+        return _fail(response["error"])
+    for path in _save(response, options.output):
+        print(f"saved    {path}")
+    _report(response["metadata"], load)
+    return 0
+
+
+class _Bar:
+    """A tqdm bar that follows Progress: one tick a step, its label the phase."""
+
+    def __init__(self, disable: bool) -> None:
+        self._bar: tqdm[Any] = tqdm(unit="step", disable=disable)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, progress: Progress) -> None:
+        self._bar.total = progress.steps
+        self._bar.set_description(progress.phase, refresh=False)
+        self._bar.update(progress.step - self._bar.n)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=ROOT / "test_input.json", help='a file of {"input": {...}}')
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    fields = parser.add_argument_group("fields of the request")
+    for name, field in Request.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        fields.add_argument(flag, f"--{name}", dest=f"field_{name}", metavar="VALUE", help=field.description)
+    return parser
+
+
+def _event(options: argparse.Namespace) -> dict[str, Any]:
+    """The file's event with the options' fields over it; a --prompt starts from nothing."""
+    given = {
+        name: _value(name, value)
+        for name in Request.model_fields
+        if (value := getattr(options, f"field_{name}")) is not None
+    }
+    event = {"input": {}} if "prompt" in given else json.loads(options.input.read_text(encoding="utf-8"))
+    if not isinstance(event, dict) or not isinstance(event.get("input"), dict):
+        raise ValueError(f'{options.input}: must hold {{"input": {{...}}}}')
+    return {**event, "input": {**event["input"], **given}}
+
+
+def _value(name: str, text: str) -> object:
+    """An option's text as JSON where the field takes numbers; the request says whether it is right."""
+    if "number" in (allowed := Request.model_fields[name].description or "") or "integer" in allowed:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _save(response: dict[str, Any], folder: Path) -> list[Path]:
+    """The pictures as they came, named by their seeds, and a contact sheet where there are several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = response["metadata"]
+    suffix = FORMATS[metadata["output_format"]].mime.partition("/")[2]
+    paths = []
+    for seed, text in zip(metadata["seeds"], response["images"], strict=True):
+        paths.append(folder / f"{seed}.{suffix}")
+        paths[-1].write_bytes(base64.b64decode(text))
+    if len(paths) > 1:
+        pictures = [Image.open(path) for path in paths]
+        width, height = pictures[0].size
+        sheet = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), "white")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (column * (width + _GAP), 0))
+        paths.append(folder / "contact-sheet.png")
+        sheet.save(paths[-1])
+    return paths
+
+
+def _report(metadata: dict[str, Any], load: float) -> None:
+    timings = metadata["timings"]
+    steps = metadata["num_inference_steps"] * metadata["num_images"]
+    print(
+        f"\n{metadata['width']}x{metadata['height']}, {metadata['num_images']} picture(s), {steps} steps, seed {metadata['seed']}"
+    )
+    rows = {"load": load, **timings, "per step": timings["denoise"] / steps}
+    order = ("load", "encode_prompt", "denoise", "per step", "decode", "encode_images", "total")
+    for name in order:
+        print(f"  {name.replace('_', ' '):<14}{rows[name]:9.3f} s")
+    if metadata["peak_memory"] is not None:
+        print(f"  {'peak memory':<14}{metadata['peak_memory'] / 1e9:9.2f} GB")
+    for warning in metadata["warnings"]:
+        print(f"warning  {warning}")
+
+
+def _fail(reason: str) -> int:
+    print(redact(f"error: {reason}"), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

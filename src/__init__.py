@@ -1,0 +1,1 @@
+"""The worker's rooms; handler.py shows the road through them."""

@@ -1,0 +1,9 @@
+"""The only home of torch and diffusers: loads the model, holds it, runs a Plan.
+
+Importing this package imports torch; whoever wants to stay light imports it late.
+"""
+
+from src.engine.run import Engine, Generation
+from src.engine.weights import load_engine
+
+__all__ = ["Engine", "Generation", "load_engine"]

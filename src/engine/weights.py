@@ -1,0 +1,154 @@
+"""Finds a model's files, loads them, and says in one line why it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError
+
+from src.catalog import MODELS, find_model, guess_model, settle_model
+from src.engine.run import Engine
+from src.errors import ModelUnavailable
+from src.settings import ROOT, Settings
+
+# diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
+_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder in diffusers' layout, and the commit that it holds where that is known."""
+
+    folder: Path
+    revision: str | None
+
+
+def load_engine(settings: Settings) -> Engine:
+    """The model of MODEL_NAME, ready to run: bfloat16 on CUDA, float32 on the CPU.
+
+    Raises ModelUnavailable with one line that says why not and what to do.
+    """
+    # The libraries' warnings quote prompts and their bars flood a worker's log.
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = settings.model_name
+    try:
+        source = _find(settings)
+        _check(source.folder)
+        pipeline_class = getattr(diffusers, guess_model(name).pipelines["text-to-image"])
+        pipeline = pipeline_class.from_pretrained(
+            source.folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        ).to(device)
+    except Exception as error:
+        raise ModelUnavailable(f"{name}: {_why(error, settings)}") from error
+    model = settle_model(name, guidance_embeds=pipeline.transformer.config.guidance_embeds)
+    return Engine(pipeline, model, source.revision)
+
+
+def _find(settings: Settings) -> Source:
+    """The folder of the model: local, then RunPod's cache (no network is asked), then the hub."""
+    name, row = settings.model_name, find_model(settings.model_name)
+    repo = row.repo if row else name
+    for folder in (Path(name).expanduser(), ROOT / repo):
+        if folder.is_dir():
+            return _source(folder.resolve())
+    if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
+        known = ", ".join(model.name for model in MODELS)
+        raise _Refused(f"is neither a folder, a hub id (owner/name) nor one of {known}")
+
+    try:
+        cached = snapshot_download(
+            repo, revision=settings.model_revision, cache_dir=settings.runpod_model_cache, local_files_only=True
+        )
+        return _source(Path(cached))
+    except (errors.LocalEntryNotFoundError, errors.CachedRepoTreeNotFoundError):
+        pass
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    return _source(
+        Path(snapshot_download(repo, revision=settings.model_revision, token=token, allow_patterns=_PATTERNS))
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and all(name.split("/"))
+
+
+def _source(folder: Path) -> Source:
+    return Source(folder, folder.name if folder.parent.name == "snapshots" else None)
+
+
+class _Refused(Exception):
+    """A reason that is ours and needs no explanation."""
+
+
+def _check(folder: Path) -> None:
+    """Raise _Refused unless `folder` holds a whole FLUX pipeline: better now than in the middle of 30 GB."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise _Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
+    class_name = json.loads(index.read_text()).get("_class_name")
+    known = sorted({pipeline for model in MODELS for pipeline in model.pipelines.values()})
+    if class_name not in known:
+        raise _Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
+    missing = []
+    for shards in folder.glob("*/*.index.json"):
+        files = set(json.loads(shards.read_text())["weight_map"].values())
+        missing += [
+            str((shards.parent / file).relative_to(folder)) for file in files if not (shards.parent / file).exists()
+        ]
+    if missing:
+        raise _Refused(f"the download is not whole, shards are missing: {', '.join(sorted(missing))}; load it again")
+
+
+def _why(error: Exception, settings: Settings) -> str:
+    """The reason in one line, and what to do."""
+    hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+    match error:
+        case _Refused():
+            return str(error)
+        case errors.GatedRepoError() if settings.hf_token is None:
+            return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"
+        case errors.GatedRepoError():
+            return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
+        case errors.RepositoryNotFoundError():
+            seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
+            return f"there is no such repo on the hub {seen}"
+        case errors.RevisionNotFoundError():
+            return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "the hub refuses HF_TOKEN: it is wrong or has expired"
+        case errors.HfHubHTTPError():
+            return f"the hub answered {error.response.status_code}: try again later"
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            return f"is not on this machine and the hub cannot be reached ({hint})"
+        case OSError(errno=errno.ENOSPC):
+            return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
+        case SafetensorError():
+            return f"a weights file is damaged ({error}): delete it and load it again"
+        case MemoryError() | torch.OutOfMemoryError():
+            return "there is not enough memory for its weights: choose a larger card or a smaller model"
+        case RuntimeError() if "allocate memory" in str(error):
+            return "there is not enough memory for its weights: choose a larger machine or a smaller model"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _free(folder: str) -> str:
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"

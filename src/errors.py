@@ -1,0 +1,118 @@
+"""Every way in which a request can fail, as a client sees it.
+
+    WorkerError                 code                  the worker afterwards
+    ├── InvalidRequest          invalid_request       goes on
+    ├── InvalidSettings         invalid_settings      does not start
+    ├── ModelUnavailable        model_unavailable     goes on (and fails each request until it is mended)
+    ├── OutOfMemory             out_of_memory         goes on
+    ├── GenerationFailed        generation_failed     goes on
+    ├── DeviceFailed            device_failed         is replaced
+    └── InternalError           internal_error        goes on
+
+Nothing here knows of RunPod's loop, of torch or of a model.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+# What must never leave the process: Hugging Face tokens, bearer tokens, passwords in URLs, and long base64 (a picture).
+_SECRETS = (
+    re.compile(r"hf_[A-Za-z0-9]{8,}"),
+    re.compile(r"(?<=[Bb]earer )[^\s'\"]+"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"[A-Za-z0-9+/=_-]{200,}"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without tokens, credentials and pictures."""
+    for secret in _SECRETS:
+        text = secret.sub("[redacted]", text)
+    return text
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One wrong field of a request; `message` says what is wrong, what was received and what is allowed."""
+
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+
+class WorkerError(Exception):
+    """A failure that a client is told of; `str()` of it is the sentence."""
+
+    code: ClassVar[str]
+    refresh_worker: ClassVar[bool] = False
+
+    def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
+        """The contract's error; RunPod takes `error` out of it, so the code stands in its text too."""
+        response: dict[str, Any] = {
+            "status": "error",
+            "error": redact(f"{self.code}: {self}"),
+            "error_code": self.code,
+        }
+        if include_traceback:
+            response["traceback"] = redact("".join(traceback.format_exception(self)))
+        if self.refresh_worker:
+            response["refresh_worker"] = True
+        return response
+
+
+class InvalidRequest(WorkerError):
+    """All faults of one request."""
+
+    code = "invalid_request"
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = tuple(faults)
+
+    def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
+        response = super().to_response(include_traceback=include_traceback)
+        return {**response, "errors": [asdict(fault) for fault in self.faults]}
+
+
+class InvalidSettings(WorkerError):
+    """Environment variables with no usable value; the message names all of them."""
+
+    code = "invalid_settings"
+
+
+class ModelUnavailable(WorkerError):
+    """The model cannot be loaded, and why."""
+
+    code = "model_unavailable"
+
+
+class OutOfMemory(WorkerError):
+    """The device or the host ran out of memory; what was held is free again."""
+
+    code = "out_of_memory"
+
+
+class GenerationFailed(WorkerError):
+    """The model could not make this picture: tensors that do not fit, or values that are not finite."""
+
+    code = "generation_failed"
+
+
+class DeviceFailed(WorkerError):
+    """The device is broken until the process is replaced (a CUDA error sticks to its process)."""
+
+    code = "device_failed"
+    refresh_worker = True
+
+
+class InternalError(WorkerError):
+    """A fault of ours."""
+
+    code = "internal_error"

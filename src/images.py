@@ -1,0 +1,88 @@
+"""Pictures and the text that carries them: formats, base64, and the request that a picture's file keeps.
+
+Nothing here knows of models or requests.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+_SOFTWARE = "FLUX worker for RunPod"
+_PARAMETERS = "parameters"
+_UNICODE = b"UNICODE\0"  # EXIF 2.32, table 9: the character code of a UserComment in UTF-16
+
+
+@dataclass(frozen=True)
+class Format:
+    """How Pillow writes a format; `quality` says whether it takes one."""
+
+    mime: str
+    quality: bool
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        # Run-length coding: five times faster than Pillow's default, the same pixels.
+        "PNG": Format("image/png", quality=False, options={"compress_level": 1, "compress_type": 3}),
+        "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}),
+        "WEBP": Format("image/webp", quality=True),
+    }
+)
+
+
+def encode_image(
+    image: Image.Image, format: str = "PNG", quality: int = 95, parameters: Mapping[str, Any] | None = None
+) -> bytes:
+    """`image` (RGB) as a file of `format`, a key of FORMATS; `quality` 1 to 100 where the format takes one.
+
+    `parameters` is kept in the file as JSON: PNG text, or the EXIF user comment of JPEG and WEBP.
+    """
+    options = dict(FORMATS[format].options)
+    if FORMATS[format].quality:
+        options["quality"] = quality
+    if parameters is not None:
+        text = json.dumps(parameters, ensure_ascii=False)
+        if format == "PNG":
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt(_PARAMETERS, text)
+            info.add_text("Software", _SOFTWARE)
+            options["pnginfo"] = info
+        else:
+            exif = Image.Exif()
+            exif[ExifTags.Base.Software] = _SOFTWARE
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-le")
+            options["exif"] = exif
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def image_to_base64(
+    image: Image.Image, format: str = "PNG", quality: int = 95, parameters: Mapping[str, Any] | None = None
+) -> str:
+    """`encode_image` in base64."""
+    return base64.b64encode(encode_image(image, format, quality, parameters)).decode("ascii")
+
+
+def read_parameters(image: Image.Image) -> dict[str, Any] | None:
+    """What `encode_image` kept in the file that `image` was opened from; None where there is nothing of ours."""
+    text = image.info.get(_PARAMETERS)
+    if text is None:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
+            return None
+        text = comment.removeprefix(_UNICODE).decode("utf-16-le", errors="replace")
+    try:
+        parameters = json.loads(text)
+    except ValueError:
+        return None
+    return parameters if isinstance(parameters, dict) else None

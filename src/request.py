@@ -1,0 +1,160 @@
+"""What a client may write, and how it is told what is wrong.
+
+`read_request` never gives up at the first fault: what is wrong is kept beside what is right, so that the
+plan, which knows the model, can add its own findings and answer with all of them at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from src.errors import Fault, InvalidRequest
+from src.images import FORMATS
+
+MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
+MAX_SEED = 2**63 - 1
+_ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without null characters"
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlevel = 3
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 512.0 is 512."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _clean(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold null characters")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not hold half of a surrogate pair")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+def _picked(value: object) -> object:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+def _format(value: object) -> object:
+    name = value.strip().upper() if isinstance(value, str) else value
+    return "JPEG" if name == "JPG" else name
+
+
+Whole = Annotated[StrictInt, BeforeValidator(_whole)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
+Side = Annotated[Whole, Field(ge=64, le=2048, multiple_of=8)]
+_SIDE = "an integer, a multiple of 8 from 64 to 2048"
+
+
+class Request(BaseModel):
+    """One valid request; None means the model's own default. Descriptions say what is allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(description=_ALLOWED_PROMPT)
+    negative_prompt: Text | None = Field(
+        None, description=f"text of at most {MAX_PROMPT_CHARACTERS:,} characters, with true_cfg_scale above 1"
+    )
+    true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
+    width: Side | None = Field(None, description=_SIDE)
+    height: Side | None = Field(None, description=_SIDE)
+    num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
+        None, description="an integer from 1 to 100"
+    )
+    guidance_scale: Annotated[Number, Field(ge=0, le=20)] | None = Field(None, description="a number from 0 to 20")
+    num_images: Annotated[Whole, Field(ge=1, le=4)] = Field(1, description="an integer from 1 to 4")
+    seed: Annotated[Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked)] = Field(
+        None, description="an integer from 0 to 2^63-1; null or -1 picks one"
+    )
+    output_format: Annotated[Literal["PNG", "JPEG", "WEBP"], BeforeValidator(_format)] = Field(
+        "PNG", description=" or ".join(FORMATS)
+    )
+    output_quality: Annotated[Whole, Field(ge=1, le=100)] = Field(95, description="an integer from 1 to 100")
+    max_sequence_length: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="an integer from 1 to the model's limit"
+    )
+    scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
+
+    _faults: tuple[Fault, ...] = PrivateAttr(())
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """What was wrong; a field named here holds its default instead of what was received."""
+        return self._faults
+
+
+def show(value: object) -> str:
+    """`value` in a few words: never a whole picture or prompt."""
+    if isinstance(value, str) and len(value) > _repr.maxstring:
+        return f"{_repr.repr(value)} ({len(value):,} characters)"
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "an integer of thousands of digits"
+
+
+def read_request(event: object) -> Request:
+    """RunPod's event, `{"input": {...}}`, as a Request that may hold `faults`.
+
+    Raises InvalidRequest where there is no input to read at all.
+    """
+    if not isinstance(event, Mapping):
+        raise InvalidRequest([Fault("", f'the event must be an object {{"input": {{...}}}}, got {show(event)}')])
+    if "input" not in event:
+        raise InvalidRequest([Fault("input", f"is missing; the event holds {show(sorted(map(str, event)))}")])
+    fields = event["input"]
+    if not isinstance(fields, Mapping):
+        raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(fields)}")])
+
+    fields = {str(name): value for name, value in fields.items()}
+    try:
+        return Request.model_validate(fields)
+    except ValidationError as error:
+        faults = {
+            str(fault["loc"][0]): _fault(str(fault["loc"][0]), fault) for fault in error.errors(include_url=False)
+        }
+    sound = {name: value for name, value in fields.items() if name not in faults}
+    if "prompt" in faults:
+        sound["prompt"] = "?"
+    request = Request.model_validate(sound)
+    request._faults = tuple(faults.values())
+    return request
+
+
+def _fault(name: str, error: Mapping[str, Any]) -> Fault:
+    if error["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
+        return Fault(show(name)[1:-1] if len(name) > 60 else name, f"is no field of a request; {hint}")
+    allowed = Request.model_fields[name].description
+    if error["type"] == "missing":
+        return Fault(name, f"is required; allowed: {allowed}")
+    wrong = (
+        str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    )
+    return Fault(name, f"{wrong}, got {show(error['input'])}; allowed: {allowed}")

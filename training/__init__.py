@@ -1,0 +1,1 @@
+"""What made models/flux-shapes: the scenes, the tokenizers, the networks and their training."""
