@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from src.delivery import deliver
 from src.errors import InternalError, WorkerError, redact
-from src.plan import Progress, make_plan
+from src.plan import make_plan
 from src.request import read_request
 from src.settings import Settings
 
 if TYPE_CHECKING:
-    from src.engine import Engine
+    from src.engine import Engine, OnProgress
 
 log = logging.getLogger("worker")
 
@@ -38,31 +39,35 @@ def get_engine() -> Engine:
     return load_engine(get_settings())
 
 
-def handler(event: dict[str, Any], on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Answer one job, `{"id": ..., "input": {...}}`; never raises. `on_progress` hears of every step."""
+    return respond(event, get_settings, get_engine, on_progress)
+
+
+def respond(
+    event: object,
+    settings: Callable[[], Settings],
+    engine: Callable[[], Engine],
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """The whole road, and what a client is told where it ends early."""
     include_traceback = True
     try:
-        settings = get_settings()
-        include_traceback = settings.include_traceback
-        return answer(event, get_engine(), settings, on_progress)
+        include_traceback = settings().include_traceback
+        request = read_request(event)
+        plan = make_plan(request, engine().model, max_pixels=settings().max_pixels, batch_size=settings().batch_size)
+        generation = engine().run(plan, on_progress)
+        return deliver(generation, plan, engine().model, engine().revision)
     except WorkerError as error:
         failure = error
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a client always gets an answer
         failure = InternalError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
     job = event.get("id") if isinstance(event, dict) else None
-    log.error("job %s: %s: %s", job, failure.code, redact(str(failure)), exc_info=failure.__cause__)
+    log.error("job %s: %s", job, failure.summary)
+    if failure.__cause__:
+        log.error("%s", redact("".join(traceback.format_exception(failure))))
     return failure.to_response(include_traceback=include_traceback)
-
-
-def answer(
-    event: object, engine: Engine, settings: Settings, on_progress: Callable[[Progress], None] | None = None
-) -> dict[str, Any]:
-    """The whole road; raises WorkerError."""
-    request = read_request(event)
-    plan = make_plan(request, engine.model, max_pixels=settings.max_pixels, batch_size=settings.batch_size)
-    generation = engine.run(plan, on_progress)
-    return deliver(generation, plan, engine.model, engine.revision)
 
 
 def main() -> None:

@@ -127,9 +127,7 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
 def _report(metadata: dict[str, Any], load: float) -> None:
     timings = metadata["timings"]
     steps = metadata["num_inference_steps"] * metadata["num_images"]
-    print(
-        f"\n{metadata['width']}x{metadata['height']}, {metadata['num_images']} picture(s), {steps} steps, seed {metadata['seed']}"
-    )
+    print("\n{width}x{height}, {num_images} picture(s) of {num_inference_steps} steps".format(**metadata))
     rows = {"load": load, **timings, "per step": timings["denoise"] / steps}
     order = ("load", "encode_prompt", "denoise", "per step", "decode", "encode_images", "total")
     for name in order:

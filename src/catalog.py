@@ -132,6 +132,5 @@ def settle_model(name: str, *, guidance_embeds: bool) -> Model:
 
 
 def _fine_tune(name: str, family: str) -> Model:
-    row = find_model(FAMILIES[family].model)
-    assert row is not None
+    row = next(model for model in MODELS if model.name == FAMILIES[family].model)
     return replace(row, name=name, repo=name, gated=False)

@@ -53,6 +53,11 @@ class WorkerError(Exception):
     code: ClassVar[str]
     refresh_worker: ClassVar[bool] = False
 
+    @property
+    def summary(self) -> str:
+        """The failure for the log, which holds nothing that a client wrote."""
+        return redact(f"{self.code}: {self}")
+
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
         """The contract's error; RunPod takes `error` out of it, so the code stands in its text too."""
         response: dict[str, Any] = {
@@ -76,7 +81,13 @@ class InvalidRequest(WorkerError):
         super().__init__("; ".join(map(str, faults)))
         self.faults = tuple(faults)
 
+    @property
+    def summary(self) -> str:
+        """Which fields were wrong."""
+        return f"{self.code}: {', '.join(fault.field or 'event' for fault in self.faults)}"
+
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
+        """With `errors`, one a field."""
         response = super().to_response(include_traceback=include_traceback)
         return {**response, "errors": [asdict(fault) for fault in self.faults]}
 

@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a plan has got: `step` of `steps` over all pictures, counted from 1."""
+    """How far a plan has got: `step` of `steps` over all its pictures are done."""
 
     phase: str
     step: int
@@ -97,14 +97,18 @@ def make_plan(request: Request, model: Model, *, max_pixels: int, batch_size: in
         faults.append(
             Fault(
                 "max_sequence_length",
-                f"must be an integer from 1 to {limit} for {model.name}, got {request.max_sequence_length}",
+                f"must be an integer from 1 to {limit} for {model.name}, got {show(request.max_sequence_length)}",
             )
         )
 
     if request.scheduler is not None and request.scheduler not in SCHEDULERS:
         close = difflib.get_close_matches(request.scheduler.lower(), SCHEDULERS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        faults.append(Fault("scheduler", f"{hint}got {show(request.scheduler)}; allowed: {', '.join(SCHEDULERS)}"))
+        hint = f"; did you mean {close[0]}?" if close else ""
+        faults.append(
+            Fault(
+                "scheduler", f"is no scheduler, got {show(request.scheduler)}{hint}; allowed: {', '.join(SCHEDULERS)}"
+            )
+        )
 
     negative_prompt = request.negative_prompt or ""
     if negative_prompt.strip() and request.true_cfg_scale == 1 and "true_cfg_scale" not in wrong:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -135,26 +135,24 @@ def read_request(event: object) -> Request:
     try:
         return Request.model_validate(fields)
     except ValidationError as error:
-        faults = {
-            str(fault["loc"][0]): _fault(str(fault["loc"][0]), fault) for fault in error.errors(include_url=False)
-        }
-    sound = {name: value for name, value in fields.items() if name not in faults}
-    if "prompt" in faults:
-        sound["prompt"] = "?"
+        found = {str(details["loc"][0]): details for details in error.errors(include_url=False)}
+    sound = {name: value for name, value in fields.items() if name not in found}
+    if "prompt" in found:
+        sound["prompt"] = "?"  # stands in until the plan refuses the request
     request = Request.model_validate(sound)
-    request._faults = tuple(faults.values())
+    request._faults = tuple(
+        _fault(name, details["type"], details["msg"], fields.get(name)) for name, details in found.items()
+    )
     return request
 
 
-def _fault(name: str, error: Mapping[str, Any]) -> Fault:
-    if error["type"] == "extra_forbidden":
+def _fault(name: str, kind: str, message: str, received: object) -> Fault:
+    if kind == "extra_forbidden":
         close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
-        return Fault(show(name)[1:-1] if len(name) > 60 else name, f"is no field of a request; {hint}")
+        return Fault(name if len(name) <= _repr.maxstring else show(name), f"is no field of a request; {hint}")
     allowed = Request.model_fields[name].description
-    if error["type"] == "missing":
+    if kind == "missing":
         return Fault(name, f"is required; allowed: {allowed}")
-    wrong = (
-        str(error["msg"]).removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    )
-    return Fault(name, f"{wrong}, got {show(error['input'])}; allowed: {allowed}")
+    wrong = message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    return Fault(name, f"{wrong}, got {show(received)}; allowed: {allowed}")

@@ -1,4 +1,4 @@
-"""`python -m training`: makes models/flux-shapes from nothing, on two cores in two hours; goes on where it was cut off."""
+"""`python -m training` makes models/flux-shapes from nothing, on two cores; it goes on where it was cut off."""
 
 from __future__ import annotations
 

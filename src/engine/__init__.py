@@ -3,7 +3,7 @@
 Importing this package imports torch; whoever wants to stay light imports it late.
 """
 
-from src.engine.run import Engine, Generation
+from src.engine.run import Engine, Generation, OnProgress
 from src.engine.weights import load_engine
 
-__all__ = ["Engine", "Generation", "load_engine"]
+__all__ = ["Engine", "Generation", "OnProgress", "load_engine"]

@@ -52,53 +52,40 @@ class Engine:
 
         Raises OutOfMemory, GenerationFailed or DeviceFailed; after the first two the engine is as before.
         """
-        report = on_progress or (lambda _: None)
-        timings = dict.fromkeys(("encode_prompt", "denoise", "decode"), 0.0)
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
+        watch = _Watch(plan, on_progress or (lambda _: None), torch.cuda.synchronize if self._on_cuda else lambda: None)
         with _as_worker_errors(plan), torch.inference_mode():
             scheduler = self._set_scheduler(plan)
-            report(Progress("encoding prompt", 0, self._steps(plan)))
-            started = self._now()
+            watch.begin("encode_prompt")
             prompt = self._encode(plan)
-            timings["encode_prompt"] = self._now() - started
-            pictures: list[Image.Image] = []
-            for number, seeds in enumerate(plan.batches()):
-                pictures += self._draw(plan, prompt, seeds, number, timings, report)
+            pictures = [picture for seeds in plan.batches() for picture in self._draw(plan, prompt, seeds, watch)]
+            watch.end()
         return Generation(
             pictures=tuple(_middle(picture, plan.width, plan.height) for picture in pictures),
             scheduler=scheduler,
-            timings=timings,
+            timings=watch.seconds,
             warnings=self._truncation(plan),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
         )
 
     def _draw(
-        self,
-        plan: Plan,
-        prompt: dict[str, torch.Tensor],
-        seeds: tuple[int, ...],
-        number: int,
-        timings: dict[str, float],
-        report: OnProgress,
+        self, plan: Plan, prompt: dict[str, torch.Tensor], seeds: tuple[int, ...], watch: _Watch
     ) -> list[Image.Image]:
         """Denoise and decode the pictures of `seeds` together."""
-        started = self._now()
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            done = step + 1
-            report(Progress("denoising", number * plan.num_inference_steps + done, self._steps(plan)))
-            if done == plan.num_inference_steps:
+            watch.step()
+            if step + 1 == plan.num_inference_steps:
                 if not tensors["latents"].isfinite().all():
                     raise GenerationFailed(
-                        f"the model's values are not finite after {done} steps with guidance_scale {plan.guidance_scale}; "
-                        "try another seed, scheduler or guidance_scale"
+                        f"the model's values are not finite after {step + 1} steps with guidance_scale "
+                        f"{plan.guidance_scale}; try another seed, scheduler or guidance_scale"
                     )
-                timings["denoise"] += self._now() - started
-                report(Progress("decoding", number * plan.num_inference_steps + done, self._steps(plan)))
+                watch.begin("decode")
             return {}
 
-        denoised = timings["denoise"]
+        watch.begin("denoise")
         result = self._pipeline(
             **prompt,
             true_cfg_scale=plan.true_cfg_scale,
@@ -113,7 +100,6 @@ class Engine:
             callback_on_step_end=on_step_end,
             callback_on_step_end_tensor_inputs=["latents"],
         )
-        timings["decode"] += self._now() - started - (timings["denoise"] - denoised)
         return list(result.images)
 
     def _encode(self, plan: Plan) -> dict[str, torch.Tensor]:
@@ -131,17 +117,16 @@ class Engine:
         """A new scheduler for every plan, so that nothing of the last one is left in it."""
         row = SCHEDULERS[plan.scheduler] if plan.scheduler else Scheduler(type(self._own_scheduler).__name__)
         own = self._own_scheduler.config
-        config = dict(row.config)
-        if not row.flow_match and not own.get("use_dynamic_shifting"):
-            # These take a shift from FLUX's pipelines only as exp(mu); mu is between base_shift and max_shift.
-            mu = math.log(own.get("shift", 1.0))
-            config |= {
-                "use_dynamic_shifting": True,
-                "time_shift_type": "exponential",
-                "base_shift": mu,
-                "max_shift": mu,
-            }
-        self._pipeline.scheduler = getattr(diffusers, row.class_name).from_config(own, **config)
+        scheduler = getattr(diffusers, row.class_name).from_config({**own, **row.config})
+        if not row.flow_match:
+            # These take a shift from FLUX's pipelines only as exp(mu), where mu lies between base_shift and
+            # max_shift; from_config drops both.
+            mu = math.log(own["shift"])
+            shifts = (own["base_shift"], own["max_shift"]) if own["use_dynamic_shifting"] else (mu, mu)
+            scheduler.register_to_config(
+                use_dynamic_shifting=True, time_shift_type="exponential", base_shift=shifts[0], max_shift=shifts[1]
+            )
+        self._pipeline.scheduler = scheduler
         return row.class_name
 
     def _truncation(self, plan: Plan) -> tuple[str, ...]:
@@ -150,18 +135,39 @@ class Engine:
             return ()
         return (f"the prompt has {tokens} tokens and the model read the first {plan.max_sequence_length}",)
 
-    @staticmethod
-    def _steps(plan: Plan) -> int:
-        return plan.num_inference_steps * len(list(plan.batches()))
-
     @property
     def _on_cuda(self) -> bool:
         return bool(self._pipeline.device.type == "cuda")
 
-    def _now(self) -> float:
-        if self._on_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+class _Watch:
+    """Times the phases of one plan and reports its progress; `settle` waits for the device."""
+
+    def __init__(self, plan: Plan, report: OnProgress, settle: Callable[[], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._report = report
+        self._settle = settle
+        self._steps = plan.num_inference_steps * len(list(plan.batches()))
+        self._step = 0
+        self._phase = ""
+        self._since = 0.0
+
+    def begin(self, phase: str) -> None:
+        """End the running phase, if any, and begin another."""
+        self.end()
+        self._phase, self._since = phase, time.perf_counter()
+        self._report(Progress(phase, self._step, self._steps))
+
+    def step(self) -> None:
+        """One step is done."""
+        self._step += 1
+        self._report(Progress(self._phase, self._step, self._steps))
+
+    def end(self) -> None:
+        """End the running phase; its seconds add to those that it had before."""
+        if self._phase:
+            self._settle()
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._since
 
 
 def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -192,8 +198,8 @@ def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
     gc.collect()
     torch.cuda.empty_cache()
     return OutOfMemory(
-        f"{plan.width}x{plan.height} with {len(plan.seeds)} image(s), {plan.batch_size} at once, needs more memory than "
-        "there is; ask for a smaller width, height or num_images, set BATCH_SIZE=1, or choose a larger card"
+        f"{plan.width}x{plan.height} with {len(plan.seeds)} image(s), {plan.batch_size} at once, needs more memory "
+        "than there is; ask for a smaller width, height or num_images, set BATCH_SIZE=1, or choose a larger card"
     )
 
 

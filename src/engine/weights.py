@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import constants, errors, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS, find_model, guess_model, settle_model
 from src.engine.run import Engine
@@ -33,8 +34,10 @@ class Source:
     revision: str | None
 
 
-def load_engine(settings: Settings) -> Engine:
+def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
     """The model of MODEL_NAME, ready to run: bfloat16 on CUDA, float32 on the CPU.
+
+    `download` is huggingface_hub's snapshot_download or takes its arguments.
 
     Raises ModelUnavailable with one line that says why not and what to do.
     """
@@ -49,7 +52,7 @@ def load_engine(settings: Settings) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = settings.model_name
     try:
-        source = _find(settings)
+        source = _find(settings, download)
         _check(source.folder)
         pipeline_class = getattr(diffusers, guess_model(name).pipelines["text-to-image"])
         pipeline = pipeline_class.from_pretrained(
@@ -61,7 +64,7 @@ def load_engine(settings: Settings) -> Engine:
     return Engine(pipeline, model, source.revision)
 
 
-def _find(settings: Settings) -> Source:
+def _find(settings: Settings, download: Callable[..., str]) -> Source:
     """The folder of the model: local, then RunPod's cache (no network is asked), then the hub."""
     name, row = settings.model_name, find_model(settings.model_name)
     repo = row.repo if row else name
@@ -72,17 +75,12 @@ def _find(settings: Settings) -> Source:
         known = ", ".join(model.name for model in MODELS)
         raise _Refused(f"is neither a folder, a hub id (owner/name) nor one of {known}")
 
+    wanted = {"repo_id": repo, "revision": settings.model_revision, "allow_patterns": _PATTERNS}
     try:
-        cached = snapshot_download(
-            repo, revision=settings.model_revision, cache_dir=settings.runpod_model_cache, local_files_only=True
-        )
-        return _source(Path(cached))
-    except (errors.LocalEntryNotFoundError, errors.CachedRepoTreeNotFoundError):
-        pass
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    return _source(
-        Path(snapshot_download(repo, revision=settings.model_revision, token=token, allow_patterns=_PATTERNS))
-    )
+        return _source(Path(download(**wanted, cache_dir=settings.runpod_model_cache, local_files_only=True)))
+    except errors.LocalEntryNotFoundError:
+        token = settings.hf_token.get_secret_value() if settings.hf_token else None
+        return _source(Path(download(**wanted, token=token)))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -106,14 +104,21 @@ def _check(folder: Path) -> None:
     known = sorted({pipeline for model in MODELS for pipeline in model.pipelines.values()})
     if class_name not in known:
         raise _Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
-    missing = []
-    for shards in folder.glob("*/*.index.json"):
-        files = set(json.loads(shards.read_text())["weight_map"].values())
-        missing += [
-            str((shards.parent / file).relative_to(folder)) for file in files if not (shards.parent / file).exists()
-        ]
+    missing = [
+        shard.relative_to(folder)
+        for shards in folder.glob("*/*.index.json")
+        for shard in {shards.parent / name for name in json.loads(shards.read_text())["weight_map"].values()}
+        if not shard.exists()
+    ]
     if missing:
-        raise _Refused(f"the download is not whole, shards are missing: {', '.join(sorted(missing))}; load it again")
+        names = ", ".join(sorted(map(str, missing)))
+        raise _Refused(f"the download is not whole, shards are missing: {names}; load it again")
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # reads the header and compares the length
+                pass
+        except SafetensorError as error:
+            raise _Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
 
 
 def _why(error: Exception, settings: Settings) -> str:
@@ -133,14 +138,12 @@ def _why(error: Exception, settings: Settings) -> str:
             return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             return "the hub refuses HF_TOKEN: it is wrong or has expired"
-        case errors.HfHubHTTPError():
-            return f"the hub answered {error.response.status_code}: try again later"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answer):
+            return f"the hub answered {answer.response.status_code}: try again later"
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             return f"is not on this machine and the hub cannot be reached ({hint})"
         case OSError(errno=errno.ENOSPC):
             return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
-        case SafetensorError():
-            return f"a weights file is damaged ({error}): delete it and load it again"
         case MemoryError() | torch.OutOfMemoryError():
             return "there is not enough memory for its weights: choose a larger card or a smaller model"
         case RuntimeError() if "allocate memory" in str(error):

@@ -1,0 +1,44 @@
+"""The shipped model, loaded once; no test reads the developer's own environment or the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.hub import Hub
+
+# Before anything imports huggingface_hub or builds the worker's settings.
+_hub = Hub()
+os.environ.update(MODEL_NAME="flux-shapes", HF_ENDPOINT=_hub.url, HF_HUB_DISABLE_TELEMETRY="1")
+for name in ("HF_TOKEN", "MODEL_REVISION", "BATCH_SIZE", "MAX_PIXELS", "INCLUDE_TRACEBACK"):
+    os.environ[name] = ""
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    yield _hub
+    _hub.close()
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[..., dict[str, Any]]:
+    """handler() on the shipped model: the fields of a request as arguments, a success as result."""
+    from handler import handler
+
+    def call(prompt: str, **fields: Any) -> dict[str, Any]:
+        response = handler({"id": "test", "input": {"prompt": prompt, **fields}})
+        assert response["status"] == "success", response
+        return response
+
+    return call
+
+
+def opened(response: dict[str, Any]) -> list[Image.Image]:
+    """The pictures of a response."""
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in response["images"]]

@@ -1,0 +1,43 @@
+"""A pipeline that draws nothing, for what the shipped model cannot be made to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+
+class FakePipeline:
+    """Takes what FluxPipeline takes; the next calls raise `failures`, each step ends with `latents`."""
+
+    def __init__(self, *failures: Exception, latents: float = 0.0) -> None:
+        self.device = torch.device("cpu")
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.failures = list(failures)
+        self.latents = latents
+        self.calls: list[dict[str, Any]] = []
+        self.sliced = False
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        pass
+
+    def enable_attention_slicing(self) -> None:
+        self.sliced = True
+
+    def tokenizer_2(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=text.split())
+
+    def encode_prompt(self, prompt: str, prompt_2: str | None, max_sequence_length: int) -> tuple[torch.Tensor, ...]:
+        return torch.zeros(1, max_sequence_length, 4), torch.zeros(1, 4), torch.zeros(max_sequence_length, 3)
+
+    def __call__(self, **arguments: Any) -> SimpleNamespace:
+        self.calls.append(arguments)
+        if self.failures:
+            raise self.failures.pop(0)
+        for step in range(arguments["num_inference_steps"]):
+            arguments["callback_on_step_end"](self, step, 0, {"latents": torch.tensor(self.latents)})
+        size = arguments["width"], arguments["height"]
+        return SimpleNamespace(images=[Image.new("RGB", size)] * arguments["num_images_per_prompt"])

@@ -1,0 +1,85 @@
+"""A small stand-in for the model hub, over real HTTP: repos are folders, doors are closed on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Repo:
+    """`gate` maps a token (None: no token) to the status and error code that its bearer gets for files."""
+
+    folder: Path
+    gate: dict[str | None, tuple[int, str]] = field(default_factory=dict)
+
+
+class Hub:
+    """Serves `repos` by name until closed; `requests` counts what was asked."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.down = False
+        self.requests = 0
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.requests += 1
+                status, headers, body = hub.answer(self.path.partition("?")[0], self.headers.get("Authorization"))
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
+        token = authorization.removeprefix("Bearer ") if authorization else None
+        if self.down:
+            return 503, {}, b""
+        if token == "hf_expired":
+            return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""
+        parts = path.strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name, rest = ("/".join(parts[2:4]), parts[4:]) if api else ("/".join(parts[:2]), parts[2:])
+        repo = self.repos.get(name)
+        if repo is None:
+            return 401 if token is None else 404, {"X-Error-Code": "RepoNotFound"}, b""
+        if len(rest) < 2 or rest[1] not in ("main", REVISION):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        files = {str(file.relative_to(repo.folder)): file for file in repo.folder.rglob("*") if file.is_file()}
+        if api and rest[0] == "tree":
+            tree = [{"type": "file", "path": p, "size": f.stat().st_size, "oid": _oid(f)} for p, f in files.items()]
+            return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
+        if api:
+            body = {"id": name, "sha": REVISION, "siblings": [{"rfilename": path} for path in files]}
+            return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+        if token in repo.gate:
+            status, code = repo.gate[token]
+            return status, {"X-Error-Code": code}, b""
+        file = files["/".join(rest[2:])]
+        return 200, {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": REVISION}, file.read_bytes()
+
+
+def _oid(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,72 @@
+"""The tables, held against the pinned diffusers."""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+import pytest
+from diffusers.configuration_utils import ConfigMixin
+
+from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Scheduler, find_model, guess_model, settle_model
+
+ARGUMENTS = {
+    "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+    "true_cfg_scale", "width", "height", "num_inference_steps", "guidance_scale", "max_sequence_length",
+    "num_images_per_prompt", "generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("class_name", sorted({name for model in MODELS for name in model.pipelines.values()}))
+def test_every_pipeline_is_diffusers_own_and_takes_what_the_engine_gives(class_name: str) -> None:
+    pipeline = getattr(diffusers, class_name)
+    assert set(inspect.signature(pipeline.__call__).parameters) >= ARGUMENTS
+    assert set(inspect.signature(pipeline.encode_prompt).parameters) >= {"prompt", "prompt_2", "max_sequence_length"}
+    assert "latents" in pipeline._callback_tensor_inputs
+
+
+@pytest.mark.parametrize("row", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_every_scheduler_is_diffusers_own_and_knows_its_options(row: Scheduler) -> None:
+    scheduler: type[ConfigMixin] = getattr(diffusers, row.class_name)
+    options = set(inspect.signature(scheduler.__init__).parameters)
+    assert options >= set(row.config)
+    assert "mu" in inspect.signature(scheduler.set_timesteps).parameters
+    assert ("use_flow_sigmas" in options) != row.flow_match
+    assert "use_dynamic_shifting" in options
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_model_has_defaults_that_it_can_draw(model: Model) -> None:
+    assert model.width % model.side_multiple == model.height % model.side_multiple == 0
+    assert model.family in FAMILIES
+    assert find_model(model.name) is model
+    assert find_model(model.repo) is model
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "length"),
+    [
+        ("black-forest-labs/FLUX.1-dev", 50, 7.5, 512),
+        ("black-forest-labs/FLUX.1-schnell", 4, 3.5, 256),
+        ("FLUX.1-schnell", 4, 3.5, 256),
+        ("flux.1-DEV", 50, 7.5, 512),
+        ("someone/My-Schnell-Tune", 4, 3.5, 256),
+        ("someone/my-tune", 50, 7.5, 512),
+    ],
+)
+def test_a_name_gives_the_specifications_defaults(name: str, steps: int, guidance: float, length: int) -> None:
+    model = guess_model(name)
+    assert (model.num_inference_steps, model.guidance_scale, model.max_sequence_length) == (steps, guidance, length)
+
+
+def test_a_copy_of_a_known_model_keeps_its_own_place() -> None:
+    model = find_model("mirror/FLUX.1-dev")
+    assert model is not None
+    assert (model.name, model.repo) == ("FLUX.1-dev", "mirror/FLUX.1-dev")
+    assert find_model("/volume/FLUX.1-dev/") is not None
+
+
+def test_a_loaded_fine_tune_goes_by_its_configuration_not_by_its_name() -> None:
+    assert settle_model("someone/schnell-to-dev", guidance_embeds=True).num_inference_steps == 50
+    assert settle_model("someone/tune", guidance_embeds=False).num_inference_steps == 4
+    assert settle_model("someone/tune", guidance_embeds=False).name == "someone/tune"

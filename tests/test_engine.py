@@ -1,0 +1,137 @@
+"""The engine on a pipeline that fails, and on the shipped one: state, sizes, schedulers, progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from src.catalog import SCHEDULERS, find_model
+from src.engine import Engine
+from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
+from src.plan import Plan, Progress, make_plan
+from src.request import read_request
+from tests.fakes import FakePipeline
+
+MODEL = find_model("flux-shapes")
+assert MODEL is not None
+
+
+def plan(batch_size: int = 1, **fields: Any) -> Plan:
+    request = read_request({"input": {"prompt": "a red circle", "seed": 1, **fields}})
+    return make_plan(request, MODEL, max_pixels=2048 * 2048, batch_size=batch_size)
+
+
+def engine(pipeline: FakePipeline) -> Engine:
+    return Engine(pipeline, MODEL, None)
+
+
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+HOST_OOM = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "words"),
+    [
+        (OOM, OutOfMemory, "128x128 with 1 image"),
+        (HOST_OOM, OutOfMemory, "needs more memory than there is"),
+        (MemoryError(), OutOfMemory, "smaller width, height or num_images"),
+        (RuntimeError("Expected tensor for argument #1"), GenerationFailed, "Expected tensor for argument #1"),
+        (ValueError("shapes\nand a second line"), GenerationFailed, "shapes$"),
+        (RuntimeError("CUDA error: an illegal memory access"), DeviceFailed, "must be replaced"),
+        (torch.AcceleratorError("device-side assert", 1), DeviceFailed, "must be replaced"),
+    ],
+)
+def test_a_failure_is_named_and_the_next_plan_runs(failure: Exception, error: type[Exception], words: str) -> None:
+    held = engine(FakePipeline(failure))
+    with pytest.raises(error, match=words):
+        held.run(plan())
+    assert len(held.run(plan()).pictures) == 1
+
+
+def test_values_that_are_not_finite_are_no_picture() -> None:
+    with pytest.raises(GenerationFailed, match="not finite after 8 steps with guidance_scale"):
+        engine(FakePipeline(latents=float("nan"))).run(plan())
+
+
+def test_whoever_listens_may_stop_it() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Stop
+
+    held = engine(FakePipeline())
+    with pytest.raises(Stop):
+        held.run(plan(), stop)
+    assert len(held.run(plan()).pictures) == 1
+
+
+def test_progress_counts_the_steps_of_all_pictures() -> None:
+    heard: list[Progress] = []
+    engine(FakePipeline()).run(plan(num_images=2, num_inference_steps=3), heard.append)
+    assert [p.step for p in heard if p.phase == "denoise"] == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert [p.phase for p in heard if p.phase != "denoise"] == ["encode_prompt", "decode", "decode"]
+    assert {p.steps for p in heard} == {6}
+
+
+def test_pictures_are_drawn_one_by_one_or_together() -> None:
+    for batch_size, calls in ((1, [1, 1, 1]), (2, [2, 1]), (4, [3])):
+        pipeline = FakePipeline()
+        engine(pipeline).run(plan(batch_size, num_images=3))
+        assert [call["num_images_per_prompt"] for call in pipeline.calls] == calls
+        assert [len(call["generator"]) for call in pipeline.calls] == calls
+
+
+def test_a_size_off_the_grid_is_the_middle_of_a_larger_canvas() -> None:
+    pipeline = FakePipeline()
+    pictures = engine(pipeline).run(plan(width=200, height=120)).pictures
+    assert (pipeline.calls[0]["width"], pipeline.calls[0]["height"]) == (208, 128)
+    assert pictures[0].size == (200, 120)
+
+
+def test_every_plan_gets_a_scheduler_of_its_own() -> None:
+    pipeline = FakePipeline()
+    held = engine(pipeline)
+    own = pipeline.scheduler
+    held.run(plan(scheduler="dpmpp_2m"))
+    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    held.run(plan())
+    assert pipeline.scheduler is not own
+    assert dict(pipeline.scheduler.config) == dict(own.config)
+
+
+def test_a_fixed_shift_survives_a_change_of_scheduler() -> None:
+    pipeline = FakePipeline()
+    pipeline.scheduler.register_to_config(shift=3.0)
+    engine(pipeline).run(plan(scheduler="unipc"))
+    config = pipeline.scheduler.config
+    assert config.base_shift == config.max_shift == pytest.approx(1.0986, abs=1e-4)
+
+
+def test_a_moving_shift_survives_too() -> None:
+    pipeline = FakePipeline()
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.2)
+    engine(pipeline).run(plan(scheduler="dpmpp_2m"))
+    assert (pipeline.scheduler.config.base_shift, pipeline.scheduler.config.max_shift) == (0.4, 1.2)
+
+
+def test_a_long_prompt_is_cut_with_a_warning() -> None:
+    words = " ".join(["red"] * 40)
+    assert engine(FakePipeline()).run(plan(prompt=words)).warnings == (
+        "the prompt has 40 tokens and the model read the first 32",
+    )
+
+
+def test_slicing_is_asked_for() -> None:
+    pipeline = FakePipeline()
+    engine(pipeline)
+    assert pipeline.sliced
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_of_the_catalog_runs(scheduler: str, generate: Any) -> None:
+    response = generate("a red circle", scheduler=scheduler, num_inference_steps=4)
+    assert response["metadata"]["scheduler"] == scheduler

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from src.catalog import find_model
+from src.errors import InvalidRequest
+from src.plan import Plan, make_plan
+from src.request import MAX_SEED, read_request
+
+
+def plan(model: str = "FLUX.1-dev", max_pixels: int = 2048 * 2048, **fields: Any) -> Plan:
+    row = find_model(model)
+    assert row is not None
+    return make_plan(read_request({"input": {"prompt": "a fox", **fields}}), row, max_pixels=max_pixels)
+
+
+def faults(**fields: Any) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(**fields)
+    return {fault.field: fault.message for fault in caught.value.faults}
+
+
+def test_the_models_defaults_fill_what_is_open() -> None:
+    dev, schnell = plan(), plan("FLUX.1-schnell")
+    assert (dev.width, dev.height, dev.num_inference_steps, dev.guidance_scale) == (1024, 1024, 50, 7.5)
+    assert (schnell.num_inference_steps, schnell.guidance_scale, schnell.max_sequence_length) == (4, 3.5, 256)
+    assert (dev.mode, dev.pipeline, dev.scheduler) == ("text-to-image", "FluxPipeline", None)
+
+
+def test_what_is_asked_wins_over_the_defaults() -> None:
+    asked = plan(width=640, height=480, num_inference_steps=7, guidance_scale=0, max_sequence_length=64)
+    assert (asked.width, asked.height, asked.num_inference_steps, asked.guidance_scale) == (640, 480, 7, 0)
+    assert asked.max_sequence_length == 64
+
+
+def test_a_canvas_is_a_size_that_the_model_can_draw() -> None:
+    assert plan(width=1000, height=1016).canvas == (1008, 1024)
+    assert plan(width=1024, height=64).canvas == (1024, 64)
+
+
+def test_seeds_count_up_and_never_leave_their_range() -> None:
+    assert plan(seed=7, num_images=3).seeds == (7, 8, 9)
+    assert plan(seed=MAX_SEED, num_images=2).seeds == (MAX_SEED, 0)
+
+
+def test_a_seed_is_picked_when_none_is_given() -> None:
+    for nothing in ({}, {"seed": None}, {"seed": -1}):
+        assert len({plan(**nothing).seeds for _ in range(5)}) == 5
+
+
+def test_the_parameters_of_a_picture_ask_for_that_picture_alone() -> None:
+    first = plan(seed=7, num_images=2, negative_prompt="a dog", true_cfg_scale=4, scheduler="unipc", width=520)
+    again = plan(**first.parameters(8))
+    assert again.seeds == (8,)
+    assert again.parameters(8) == first.parameters(8)
+    assert (again.negative_prompt, again.true_cfg_scale, again.scheduler) == ("a dog", 4, "unipc")
+
+
+def test_true_cfg_without_a_negative_prompt_steers_away_from_the_empty_one() -> None:
+    assert plan(true_cfg_scale=3).negative_prompt == ""
+    assert plan(negative_prompt="").negative_prompt is None
+
+
+def test_a_field_without_effect_is_refused_or_warned_of() -> None:
+    assert "set true_cfg_scale above 1" in faults(negative_prompt="a dog")["negative_prompt"]
+    assert "no effect on FLUX.1-schnell" in plan("FLUX.1-schnell", guidance_scale=3).warnings[0]
+    assert plan(guidance_scale=3).warnings == ()
+
+
+def test_the_models_limits_are_told_with_the_requests_own() -> None:
+    found = faults(num_images=9, max_sequence_length=513, scheduler="unipcc", negative_prompt="x")
+    assert set(found) == {"num_images", "max_sequence_length", "scheduler", "negative_prompt"}
+    assert "from 1 to 512 for FLUX.1-dev, got 513" in found["max_sequence_length"]
+    assert "did you mean unipc?" in found["scheduler"]
+
+
+def test_pixels_are_limited_and_a_faulty_side_is_told_once() -> None:
+    assert "got 1024x1032" in faults(max_pixels=1024 * 1024, height=1032)["width"]
+    assert set(faults(max_pixels=1024 * 1024, width=2048, height=7)) == {"height"}
+
+
+def test_batches_share_out_the_seeds() -> None:
+    row = find_model("FLUX.1-dev")
+    assert row is not None
+    request = read_request({"input": {"prompt": "a fox", "seed": 1, "num_images": 4}})
+    assert list(make_plan(request, row, max_pixels=2**22, batch_size=3).batches()) == [(1, 2, 3), (4,)]

@@ -1,0 +1,172 @@
+"""What a client may write, and over 150 ways to write it wrongly: each gets the contract's error and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+
+from handler import handler
+from src.request import MAX_PROMPT_CHARACTERS, Request, read_request
+
+NESTED: list[Any] = []
+for _ in range(2_000):
+    NESTED = [NESTED]
+
+# A wrong kind of value for a field of each kind.
+NOT_A_NUMBER: list[Any] = [
+    "8",
+    "",
+    True,
+    False,
+    [],
+    [8],
+    {},
+    {"value": 8},
+    math.nan,
+    math.inf,
+    -math.inf,
+    NESTED,
+    "∞",
+    "🔴",
+]
+NOT_WHOLE: list[Any] = [*NOT_A_NUMBER, 8.5, 1e-9]
+NOT_TEXT: list[Any] = [5, 5.5, True, ["a"], {"a": "b"}, NESTED, math.nan, b"a cat"]
+HUGE: list[Any] = [10**30, 10**400, 10**5_000, -(10**400), 1e308]
+
+WRONG: dict[str, list[Any]] = {
+    "prompt": [None, "", "   ", "\n\t", "\0", "a\0cat", "\ud800", "a" * 100_000, "🔴" * 5_001, *NOT_TEXT],
+    "negative_prompt": ["a\0cat", "\udfff", "a" * 100_000, *NOT_TEXT],
+    "true_cfg_scale": [None, 0, 0.99, 20.1, -1, *NOT_A_NUMBER, *HUGE],
+    "width": [0, -8, 56, 63, 65, 513, 2056, *NOT_WHOLE, *HUGE],
+    "height": [0, -8, 56, 1001, 4096, *NOT_WHOLE, *HUGE],
+    "num_inference_steps": [0, -1, 101, *NOT_WHOLE, *HUGE],
+    "guidance_scale": [-0.1, 20.5, *NOT_A_NUMBER, *HUGE],
+    "num_images": [None, 0, -1, 5, *NOT_WHOLE, *HUGE],
+    "seed": [-2, 2**63, *NOT_WHOLE, *HUGE],
+    "output_format": [None, "", "GIF", "png;", "🖼", "JPEG2000", *NOT_TEXT],
+    "output_quality": [None, 0, 101, *NOT_WHOLE, *HUGE],
+    "max_sequence_length": [0, -1, 33, 513, *NOT_WHOLE, *HUGE],
+    "scheduler": ["", "EULER ", "ddim", "eulr", "🌀", "a" * 5_000, *NOT_TEXT],
+}
+UNKNOWN = [
+    "widht",
+    "Prompt",
+    "num_image",
+    "sed",
+    "init_img",
+    "__class__",
+    "_faults",
+    "model_config",
+    "",
+    " ",
+    "🔴",
+    "a" * 5_000,
+]
+EVENTS: list[Any] = [
+    None, 5, "prompt", [], [{"input": {}}], True, NESTED, b"{}",
+    {}, {"prompt": "a cat"}, {"id": "x"}, {"Input": {"prompt": "a cat"}}, {1: 2},
+    {"input": None}, {"input": "a cat"}, {"input": []}, {"input": 5}, {"input": NESTED}, {"input": {}},
+]  # fmt: skip
+
+BAD_INPUTS = [
+    *({"prompt": "a cat", field: value} for field, values in WRONG.items() for value in values),
+    *({"prompt": "a cat", name: 1} for name in UNKNOWN),
+]
+
+
+def refused(event: Any) -> dict[str, Any]:
+    """The whole answer to a bad event, after looking at everything that the contract says of it."""
+    response = handler(event)
+    assert set(response) == {"status", "error", "error_code", "errors", "traceback"}
+    assert response["status"] == "error"
+    assert response["error_code"] == "invalid_request"
+    assert response["error"].startswith("invalid_request: ")
+    assert len(response["error"]) < 2_000
+    json.dumps(response, allow_nan=False).encode()  # it must travel
+    return response
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(BAD_INPUTS) + len(EVENTS) >= 150
+
+
+@pytest.mark.parametrize("fields", BAD_INPUTS, ids=range(len(BAD_INPUTS)))
+def test_a_bad_field_is_named_with_what_is_allowed(fields: dict[str, Any]) -> None:
+    *_, wrong = fields
+    (fault,) = refused({"input": fields})["errors"]
+    assert fault["field"] == wrong or len(wrong) > 60
+    assert any(word in fault["message"] for word in ("allowed: ", "did you mean", "must be an integer from 1 to 32"))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=range(len(EVENTS)))
+def test_a_bad_event_is_refused(event: Any) -> None:
+    refused(event)
+
+
+def test_random_mixtures_name_every_wrong_field_at_once() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        fields: dict[str, Any] = {"prompt": "a cat"}
+        for name in rng.sample(list(WRONG), rng.randint(2, 6)):
+            fields[name] = rng.choice(WRONG[name])
+        if rng.random() < 0.5:
+            fields["widht"] = 512
+        wrong = set(fields) - {"prompt"} if fields["prompt"] == "a cat" else set(fields)
+        assert {fault["field"] for fault in refused({"input": fields})["errors"]} == wrong
+
+
+def test_an_error_says_what_was_wrong_what_was_received_and_what_is_allowed() -> None:
+    (fault,) = refused({"input": {"prompt": "a cat", "width": 513}})["errors"]
+    assert fault == {
+        "field": "width",
+        "message": "must be a multiple of 8, got 513; allowed: an integer, a multiple of 8 from 64 to 2048",
+    }
+
+
+def test_a_long_value_is_not_sent_back() -> None:
+    assert "(100,000 characters)" in refused({"input": {"prompt": "cat " * 25_000}})["error"]
+
+
+def test_the_log_names_the_fields_and_holds_nothing_that_the_client_wrote(caplog: pytest.LogCaptureFixture) -> None:
+    refused({"id": "job-7", "input": {"prompt": "my secret\0", "width": "my secret"}})
+    assert caplog.messages == ["job job-7: invalid_request: prompt, width"]
+
+
+def test_a_misspelt_field_gets_a_suggestion() -> None:
+    assert "did you mean width?" in refused({"input": {"prompt": "a cat", "widht": 512}})["error"]
+    assert "did you mean num_images?" in refused({"input": {"prompt": "a cat", "num_image": 1}})["error"]
+
+
+GOOD: list[dict[str, Any]] = [
+    {"width": 512.0, "height": 64},
+    {"seed": -1},
+    {"seed": None, "width": None, "guidance_scale": None, "scheduler": None, "negative_prompt": None},
+    {"seed": 2**63 - 1},
+    {"guidance_scale": 3, "true_cfg_scale": 1},
+    {"output_format": "jpg"},
+    {"output_format": " webp "},
+    {"prompt": "a cat 🐈 in Zürich\n東京"},
+    {"prompt": "a" * MAX_PROMPT_CHARACTERS},
+]
+
+
+@pytest.mark.parametrize("fields", GOOD, ids=range(len(GOOD)))
+def test_good_values_are_taken(fields: dict[str, Any]) -> None:
+    assert read_request({"input": {"prompt": "a cat", **fields}}).faults == ()
+
+
+def test_names_are_normalised() -> None:
+    request = read_request({"input": {"prompt": "a cat", "output_format": "Jpg", "seed": -1, "width": 512.0}})
+    assert (request.output_format, request.seed, request.width) == ("JPEG", None, 512)
+    assert isinstance(request.width, int)
+
+
+def test_the_fields_are_the_contracts() -> None:
+    assert list(Request.model_fields) == [
+        "prompt", "negative_prompt", "true_cfg_scale", "width", "height", "num_inference_steps", "guidance_scale",
+        "num_images", "seed", "output_format", "output_quality", "max_sequence_length", "scheduler",
+    ]  # fmt: skip

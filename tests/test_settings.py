@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from src.errors import InvalidSettings
+from src.settings import ROOT, Settings
+
+
+def test_the_specifications_defaults() -> None:
+    settings = Settings.from_environment({})
+    assert settings.model_name == "FLUX.1-dev"
+    assert settings.hf_token is None
+    assert settings.batch_size == 1
+
+
+def test_an_empty_variable_is_unset_and_others_are_none_of_ours() -> None:
+    assert Settings.from_environment({"MODEL_NAME": " ", "PATH": "/bin"}) == Settings()
+
+
+def test_values_are_read_as_their_types() -> None:
+    settings = Settings.from_environment(
+        {"BATCH_SIZE": "4", "INCLUDE_TRACEBACK": "false", "LOG_LEVEL": "debug", "MAX_PIXELS": "1048576"}
+    )
+    assert (settings.batch_size, settings.include_traceback, settings.log_level) == (4, False, "DEBUG")
+    assert settings.max_pixels == 1024 * 1024
+
+
+def test_all_wrong_variables_are_named_at_once() -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment({"BATCH_SIZE": "nine", "LOG_LEVEL": "loud"})
+    assert "BATCH_SIZE='nine'" in str(caught.value)
+    assert "LOG_LEVEL='LOUD'" in str(caught.value)
+
+
+def test_settings_do_not_change_and_do_not_show_the_token() -> None:
+    settings = Settings.from_environment({"HF_TOKEN": "hf_secret"})
+    assert "hf_secret" not in repr(settings)
+    with pytest.raises(ValidationError):
+        settings.batch_size = 2  # type: ignore[misc]
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
+    script = "from src.settings import Settings; s = Settings.from_environment(); print(s.model_name, s.batch_size)"
+    copy = tmp_path / "project"
+    (copy / "src").mkdir(parents=True)
+    for name in ("__init__.py", "settings.py", "errors.py"):
+        (copy / "src" / name).write_text((ROOT / "src" / name).read_text())
+    (copy / ".env").write_text("MODEL_NAME=flux-shapes\nBATCH_SIZE=3\n")
+    environment = {"PATH": os.environ["PATH"], "BATCH_SIZE": "2"}
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=copy, env=environment, capture_output=True, text=True, check=True
+    )
+    assert output.stdout.split() == ["flux-shapes", "2"]
+
+
+def test_the_example_file_shows_every_variable_with_its_default() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    shown = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    expected = {name.upper() for name in Settings.model_fields} - {"RUNPOD_MODEL_CACHE"}
+    assert expected <= set(shown)
+    assert Settings.from_environment(shown) == Settings()
+
+
+def test_only_settings_reads_the_environment() -> None:
+    sources = [*(ROOT / "src").rglob("*.py"), ROOT / "handler.py", ROOT / "local_test.py"]
+    assert [file.name for file in sources if "os.environ" in file.read_text()] == ["settings.py"]

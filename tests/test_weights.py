@@ -1,0 +1,169 @@
+"""Where a model is found, and what is said when it cannot be loaded: a real hub client, a stand-in for the hub."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from src.engine import load_engine
+from src.errors import ModelUnavailable
+from src.settings import ROOT, Settings
+from tests.hub import REVISION, Hub, Repo
+
+SHIPPED = ROOT / "models" / "flux-shapes"
+
+
+@pytest.fixture
+def download(tmp_path: Path):
+    """snapshot_download into an empty folder instead of HF_HOME."""
+
+    def call(cache_dir: Path = tmp_path / "home", **arguments: Any) -> str:
+        return snapshot_download(cache_dir=cache_dir, **arguments)
+
+    return call
+
+
+def settings(name: str, **fields: Any) -> Settings:
+    return Settings.model_validate({"model_name": name, "runpod_model_cache": "/nonexistent", **fields})
+
+
+def reason(name: str, download: Any = snapshot_download, **fields: Any) -> str:
+    with pytest.raises(ModelUnavailable) as caught:
+        load_engine(settings(name, **fields), download)
+    text = str(caught.value)
+    assert text.startswith(f"{name}: ")
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["flux-shapes", "FLUX-Shapes", "models/flux-shapes", str(SHIPPED)])
+def test_the_shipped_model_goes_by_its_name_and_by_its_folder(name: str) -> None:
+    engine = load_engine(settings(name))
+    assert engine.model.name == "flux-shapes"
+    assert engine.revision is None
+
+
+def test_a_hub_model_is_downloaded_and_its_revision_known(hub: Hub, download: Any) -> None:
+    hub.repos["someone/shapes"] = Repo(SHIPPED)
+    engine = load_engine(settings("someone/shapes"), download)
+    assert engine.revision == REVISION
+    assert engine.model.name == "someone/shapes"
+    assert engine.model.num_inference_steps == 4, "no guidance embedding: the schnell family"
+
+
+def test_runpods_cache_comes_first_and_asks_no_network(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["someone/cached"] = Repo(SHIPPED)
+    snapshot_download("someone/cached", cache_dir=tmp_path)
+    asked = hub.requests
+    engine = load_engine(settings("someone/cached", runpod_model_cache=tmp_path))
+    assert engine.revision == REVISION
+    assert hub.requests == asked
+
+
+def test_a_gated_model_without_a_token(hub: Hub, download: Any) -> None:
+    hub.repos["someone/gated"] = Repo(SHIPPED, {None: (401, "GatedRepo")})
+    assert "is gated: accept its licence on its hub page and set HF_TOKEN" in reason("someone/gated", download)
+
+
+def test_a_token_without_access(hub: Hub, download: Any) -> None:
+    hub.repos["someone/gated"] = Repo(SHIPPED, {"hf_stranger": (403, "GatedRepo")})
+    text = reason("someone/gated", download, hf_token="hf_stranger")
+    assert "the account of HF_TOKEN has no access" in text
+    assert "hf_stranger" not in text
+
+
+def test_a_token_with_access(hub: Hub, download: Any) -> None:
+    hub.repos["someone/gated"] = Repo(SHIPPED, {None: (401, "GatedRepo")})
+    assert load_engine(settings("someone/gated", hf_token="hf_friend"), download).revision == REVISION
+
+
+def test_a_wrong_token(hub: Hub, download: Any) -> None:
+    hub.repos["someone/gated"] = Repo(SHIPPED)
+    assert "the hub refuses HF_TOKEN" in reason("someone/gated", download, hf_token="hf_expired")
+
+
+def test_an_unknown_repo(hub: Hub, download: Any) -> None:
+    assert "no such repo" in reason("someone/nothing", download)
+    assert "that HF_TOKEN can see" in reason("someone/nothing", download, hf_token="hf_friend")
+
+
+def test_an_unknown_revision(hub: Hub, download: Any) -> None:
+    hub.repos["someone/shapes"] = Repo(SHIPPED)
+    assert "no revision 'v9'" in reason("someone/shapes", download, model_revision="v9")
+
+
+def test_a_hub_that_is_down(hub: Hub, download: Any) -> None:
+    hub.down = True
+    try:
+        assert "the hub answered 503" in reason("someone/shapes", download)
+    finally:
+        hub.down = False
+
+
+def test_no_network(download: Any) -> None:
+    def unplugged(**arguments: Any) -> str:
+        return download(**arguments, endpoint="http://127.0.0.1:1")
+
+    assert "the hub cannot be reached (MODEL_NAME=flux-shapes" in reason("FLUX.1-dev", unplugged)
+
+
+def test_a_name_that_is_nothing() -> None:
+    assert "neither a folder, a hub id (owner/name) nor one of FLUX.1-dev" in reason("flux-9")
+    assert "neither a folder" in reason("/no/such/folder")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SHIPPED, tmp_path / "copy"))
+
+
+def test_a_folder_without_a_pipeline(tmp_path: Path) -> None:
+    assert "holds no model_index.json" in reason(str(tmp_path))
+
+
+def test_another_kind_of_pipeline(copy: Path) -> None:
+    (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "is a StableDiffusionPipeline; this worker runs FluxPipeline" in reason(str(copy))
+
+
+def test_a_missing_shard(copy: Path) -> None:
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    index = {"weight_map": {f"layer{i}": f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    text = reason(str(copy))
+    assert "shards are missing: transformer/diffusion_pytorch_model-00002-of-00002.safetensors" in text
+
+
+def test_missing_weights(copy: Path) -> None:
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "diffusion_pytorch_model.safetensors" in reason(str(copy))
+
+
+def test_damaged_weights(copy: Path) -> None:
+    weights = copy / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert "text_encoder/model.safetensors is damaged" in reason(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), f"disk is full: .* GB free below HF_HOME={constants.HF_HOME}"),
+        (MemoryError(), "not enough memory for its weights"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"), "not enough memory"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_lacks(error: Exception, words: str) -> None:
+    def download(**arguments: Any) -> str:
+        raise error
+
+    with pytest.raises(ModelUnavailable, match=words):
+        load_engine(settings("FLUX.1-dev"), download)
