@@ -55,7 +55,7 @@ class WorkerError(Exception):
 
     @property
     def summary(self) -> str:
-        """The failure for the log, which holds nothing that a client wrote."""
+        """The failure for the log, which holds no prompt and no picture."""
         return redact(f"{self.code}: {self}")
 
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:

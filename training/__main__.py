@@ -24,11 +24,15 @@ def main() -> None:
     if not (run / "vae").exists():
         autoencoder.train(run).save_pretrained(run / "vae")
     vae = AutoencoderKL.from_pretrained(run / "vae").to(memory_format=torch.channels_last)
-    tokenizer, tokenizer_2 = text.clip_tokenizer(), text.t5_tokenizer()
-    parts = flow.train(vae, tokenizer, tokenizer_2, run)
+    readers = text.train(run)
+    parts = flow.train(vae, readers, run)
 
     pipeline = FluxPipeline(
-        scheduler=networks.scheduler(), vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer_2, **parts
+        scheduler=networks.scheduler(),
+        vae=vae,
+        tokenizer=readers.tokenizer,
+        tokenizer_2=readers.tokenizer_2,
+        **parts,
     )
     # bfloat16, as FLUX.1 is stored: the same weights then serve a CPU in float32 and a card in bfloat16.
     pipeline.to(torch.bfloat16).save_pretrained(arguments.output)

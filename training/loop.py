@@ -23,16 +23,20 @@ def fit(
     *,
     run: Path,
     steps: int,
-    learning_rate: float,
+    learning_rate: float | dict[str, float],
     average: float,
 ) -> nn.Module:
     """Train `network` in place until `loss(step, rng)` has been lowered `steps` times; load the averaged weights.
 
+    `learning_rate` is the peak of the cycle, for the whole network or for each of its children by name.
+
     Every step's randomness comes from its number, so a run that was cut off goes on from its last
     checkpoint (`run/<name>.pt`) as if it never stopped. Losses go to `run/<name>.jsonl`.
     """
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    rates = learning_rate if isinstance(learning_rate, dict) else {"": learning_rate}
+    groups = [{"params": network.get_submodule(child).parameters(), "lr": rate} for child, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates.values()), total_steps=steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average)
     )

@@ -49,7 +49,7 @@ def clip(vocab_size: int, eos_token_id: int) -> CLIPTextModel:
             hidden_size=POOLED_DIM,
             intermediate_size=2 * POOLED_DIM,
             projection_dim=POOLED_DIM,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=77,
             bos_token_id=eos_token_id - 1,

@@ -1,0 +1,72 @@
+"""local_test.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from local_test import main
+from src.settings import ROOT
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_the_test_input_becomes_a_picture_and_a_table(tmp_path: Path) -> None:
+    environment = {**os.environ, "MODEL_NAME": "flux-shapes"}
+    run = subprocess.run(
+        [sys.executable, "local_test.py", "--output", str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert size(tmp_path / "42.png") == (128, 128)
+    for line in ("load", "encode prompt", "denoise", "per step", "decode", "encode images", "total"):
+        assert any(row.strip().startswith(line) for row in run.stdout.splitlines()), line
+    assert f"saved    {tmp_path / '42.png'}" in run.stdout
+    assert "denoise: 100%" in run.stderr or "8/8" in run.stderr
+
+
+def test_fields_are_options_and_several_pictures_get_a_contact_sheet(tmp_path: Path) -> None:
+    arguments = ["--prompt", "a red circle", "--num-images", "3", "--seed", "1", "--output_format", "jpg"]
+    assert main([*arguments, "--quiet", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jpeg", "2.jpeg", "3.jpeg", "contact-sheet.png"]
+    assert size(tmp_path / "contact-sheet.png") == (3 * 128 + 8, 128)
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "input.json"
+    file.write_text(json.dumps({"input": {"prompt": "a red circle", "seed": 1, "width": 64}}))
+    assert main(["--input", str(file), "--seed", "2", "--quiet", "--output", str(tmp_path)]) == 0
+    assert size(tmp_path / "2.png") == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "x", "--num-images", "9"], "num_images: must be less than or equal to 4, got 9"),
+        (["--prompt", "x", "--num-images", "many"], "got 'many'"),
+        (["--input", "/no/such/file"], "No such file"),
+        (["--input", str(ROOT / "requirements.txt")], "Expecting value"),
+        (["--input", str(ROOT / "models" / "flux-shapes" / "model_index.json")], 'must hold {"input": {...}}'),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--quiet", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_the_test_input_suits_every_model() -> None:
+    fields = json.loads((ROOT / "test_input.json").read_text())["input"]
+    assert set(fields) <= {"prompt", "seed"}

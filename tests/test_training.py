@@ -1,0 +1,84 @@
+"""The scenes, the judge that looks at pictures, the tokenizers, and a training that goes on where it was cut off."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training import judge
+from training.loop import CHECKPOINT_EVERY, fit
+from training.scenes import COLOURS, SHAPE_WORDS, describe, draw, every_prompt, lone, pair, sample
+from training.text import SEQUENCE_LENGTH, clip_tokenizer, t5_tokenizer
+
+
+def test_the_judge_is_right_on_every_drawn_scene() -> None:
+    for prompt, scene in every_prompt():
+        picture = draw(scene, 128, 128)
+        (thing,) = scene.things
+        seen = judge.centre_colour(picture), judge.shape(picture), judge.background_colour(picture)
+        assert seen == (thing.colour, thing.shape, scene.background), prompt
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("shape", SHAPE_WORDS)
+def test_the_judge_knows_a_shape_of_any_size_and_place(shape: str, size: str) -> None:
+    for place in ("middle", "left", "top right"):
+        assert judge.shape(draw(lone("red", shape, "white", size, place), 128, 128)) == shape
+
+
+def test_the_judge_sees_nothing_where_nothing_is() -> None:
+    nothing = draw(lone("red", "circle", "red"), 128, 128)
+    assert judge.shape(nothing) is None
+
+
+def test_a_pair_lies_as_it_is_said() -> None:
+    picture = draw(pair(("small", "red", "circle"), "above", ("large", "blue", "square"), "yellow"), 128, 128)
+    named = judge.name_colours(picture)
+    colours = list(COLOURS)
+    assert colours[named[34, 64]] == "red"
+    assert colours[named[93, 64]] == "blue"
+
+
+def test_there_are_as_many_prompts_as_combinations() -> None:
+    assert len(list(every_prompt())) == 8 * 5 * 7
+
+
+def test_every_caption_fits_into_the_models_sequence() -> None:
+    tokenizer, rng = t5_tokenizer(), random.Random(1)
+    captions = [describe(sample(rng), rng) for _ in range(2_000)]
+    assert max(len(tokenizer(caption).input_ids) for caption in captions) <= SEQUENCE_LENGTH
+
+
+def test_unknown_words_are_spelt_not_lost() -> None:
+    pieces = t5_tokenizer().tokenize("a redd zebra")
+    assert "".join(pieces).replace("▁", " ").strip() == "a redd zebra"
+    ids = clip_tokenizer()("zebra 🔴").input_ids
+    assert ids.count(clip_tokenizer().eos_token_id) == 1, "an end token within the prompt would cut it"
+
+
+def test_a_training_that_was_cut_off_goes_on_as_if_it_never_was(tmp_path: Path) -> None:
+    class Cut(Exception):
+        pass
+
+    def train(run: Path, until: int | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Linear(4, 4)
+
+        def loss(step: int, rng: random.Random) -> torch.Tensor:
+            if step == until:
+                raise Cut
+            return network(torch.randn(8, 4) * rng.random()).square().mean()
+
+        run.mkdir(exist_ok=True)
+        return fit("line", network, loss, run=run, steps=2 * CHECKPOINT_EVERY, learning_rate=1e-2, average=0.9)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Cut):
+        train(tmp_path / "cut", until=CHECKPOINT_EVERY + 7)
+    resumed = train(tmp_path / "cut")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
