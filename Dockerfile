@@ -8,7 +8,8 @@ FROM ${BASE_IMAGE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 worker \
+    && useradd --create-home --uid 10001 worker \
+    && install -d -o worker /app/outputs \
     && python3 -m venv /opt/venv
 
 ENV PATH=/opt/venv/bin:${PATH} \
@@ -23,7 +24,7 @@ RUN pip install --no-cache-dir -r requirements.txt
 
 # BAKE_MODEL=true puts the weights into the image (a hub id as MODEL_NAME):
 #   docker build --build-arg BAKE_MODEL=true --secret id=HF_TOKEN,env=HF_TOKEN -t flux2-endpoint .
-USER 1000
+USER 10001
 ARG MODEL_NAME=black-forest-labs/FLUX.1-dev
 ARG BAKE_MODEL=false
 ENV MODEL_NAME=${MODEL_NAME}

@@ -14,9 +14,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from src.delivery import deliver
-from src.errors import InternalError, WorkerError, redact
+from src.errors import InternalError, InvalidRequest, WorkerError, redact
 from src.plan import make_plan
-from src.request import read_request
+from src.request import read_request, show
 from src.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,11 +51,13 @@ def respond(
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """The whole road, and what a client is told where it ends early."""
-    include_traceback = True
+    include_traceback = False
     try:
         include_traceback = settings().include_traceback
-        request = read_request(event)
-        plan = make_plan(request, engine().model, max_pixels=settings().max_pixels, batch_size=settings().batch_size)
+        request, faults = read_request(event)
+        plan = make_plan(
+            request, faults, engine().model, max_pixels=settings().max_pixels, batch_size=settings().batch_size
+        )
         generation = engine().run(plan, on_progress)
         return deliver(generation, plan, engine().model, engine().revision)
     except WorkerError as error:
@@ -64,8 +66,8 @@ def respond(
         failure = InternalError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
     job = event.get("id") if isinstance(event, dict) else None
-    log.error("job %s: %s", job, failure.summary)
-    if failure.__cause__:
+    log.error("job %s: %s", redact(show(job)), failure.summary)
+    if not isinstance(failure, InvalidRequest):
         log.error("%s", redact("".join(traceback.format_exception(failure))))
     return failure.to_response(include_traceback=include_traceback)
 
@@ -76,7 +78,8 @@ def main() -> None:
 
     try:
         settings = get_settings()
-        logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        log.setLevel(settings.log_level)
         get_engine()
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))

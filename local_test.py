@@ -34,9 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         event = _event(options)
         started = time.perf_counter()
-        with tqdm(desc="loading", total=1, bar_format="{desc}: {elapsed}", disable=options.quiet):
-            print(f"model    {get_settings().model_name}")
-            get_engine()
+        print(f"model    {get_settings().model_name}")
+        get_engine()
         load = time.perf_counter() - started
     except (WorkerError, OSError, ValueError) as error:
         return _fail(str(error))
@@ -45,9 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         response = handler(event, bar.show)
     if response["status"] == "error":
         return _fail(response["error"])
-    for path in _save(response, options.output):
-        print(f"saved    {path}")
-    _report(response["metadata"], load)
+    try:
+        for path in _save(response, options.output):
+            print(f"saved    {path}")
+    except OSError as error:
+        return _fail(str(error))
+    _report(response["metadata"], load, bar.steps)
     return 0
 
 
@@ -56,6 +58,7 @@ class _Bar:
 
     def __init__(self, disable: bool) -> None:
         self._bar: tqdm[Any] = tqdm(unit="step", disable=disable)
+        self.steps = 0
 
     def __enter__(self) -> _Bar:
         return self
@@ -64,7 +67,7 @@ class _Bar:
         self._bar.close()
 
     def show(self, progress: Progress) -> None:
-        self._bar.total = progress.steps
+        self._bar.total = self.steps = progress.steps
         self._bar.set_description(progress.phase, refresh=False)
         self._bar.update(progress.step - self._bar.n)
 
@@ -96,12 +99,13 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
 
 def _value(name: str, text: str) -> object:
     """An option's text as JSON where the field takes numbers; the request says whether it is right."""
-    if "number" in (allowed := Request.model_fields[name].description or "") or "integer" in allowed:
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
+    schema = Request.model_json_schema()["properties"][name]
+    if any(kind.get("type") == "string" for kind in schema.get("anyOf", [schema])):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _save(response: dict[str, Any], folder: Path) -> list[Path]:
@@ -124,9 +128,8 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def _report(metadata: dict[str, Any], load: float) -> None:
+def _report(metadata: dict[str, Any], load: float, steps: int) -> None:
     timings = metadata["timings"]
-    steps = metadata["num_inference_steps"] * metadata["num_images"]
     print("\n{width}x{height}, {num_images} picture(s) of {num_inference_steps} steps".format(**metadata))
     rows = {"load": load, **timings, "per step": timings["denoise"] / steps}
     order = ("load", "encode_prompt", "denoise", "per step", "decode", "encode_images", "total")

@@ -15,28 +15,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from training import judge
+from training.report import sample_grid
 from training.scenes import every_prompt
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLES = (
-    "a red circle on a blue background",
-    "a large white star on a black background",
-    "a purple diamond on a yellow background",
-    "a green triangle on an orange background",
-    "a small red circle above a large blue square on a yellow background",
-    "orange square left of a blue triangle, black background",
-    "a tiny yellow star in the top right corner on a purple background",
-    "two words: emerald pyramid, snowy backdrop",
-    "A VIOLET BALL UNDER A GOLDEN RHOMBUS ON WHITE",
-    "draw a large black diamond in the bottom left corner on green",
-    "crimson star next to an azure star on a black background",
-    "on an orange background, a big white box",
-)
-_COLUMNS = 4
-_CAPTION = 30
 
 
 def main() -> None:
@@ -44,7 +29,7 @@ def main() -> None:
     accuracy, misses = measure()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "accuracy.json").write_text(json.dumps({**accuracy, "misses": misses}, indent=2) + "\n")
-    grid().save(RESULTS / "samples.png", optimize=True)
+    sample_grid(generate).save(RESULTS / "samples.png", optimize=True)
     print(json.dumps(accuracy, indent=2))
 
 
@@ -67,20 +52,6 @@ def measure() -> tuple[dict[str, float], list[dict[str, str | None]]]:
     return {"prompts": count, **shares}, misses
 
 
-def grid() -> Image.Image:
-    """SAMPLES with their prompts beneath, seed 1."""
-    pictures = [generate(prompt, seed=1) for prompt in SAMPLES]
-    side = pictures[0].width
-    cell = side + 60
-    sheet = Image.new("RGB", (_COLUMNS * cell, -(-len(pictures) // _COLUMNS) * (side + _CAPTION + 12)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (prompt, picture) in enumerate(zip(SAMPLES, pictures, strict=True)):
-        x, y = i % _COLUMNS * cell, i // _COLUMNS * (side + _CAPTION + 12)
-        sheet.paste(picture, (x + 30, y + 6))
-        pen.multiline_text((x + cell // 2, y + side + 9), _wrap(prompt), fill="black", anchor="ma", align="center")
-    return sheet
-
-
 def generate(prompt: str, **fields: Any) -> Image.Image:
     from handler import handler
 
@@ -88,15 +59,6 @@ def generate(prompt: str, **fields: Any) -> Image.Image:
     if response["status"] != "success":
         raise RuntimeError(response["error"])
     return Image.open(io.BytesIO(base64.b64decode(response["images"][0])))
-
-
-def _wrap(prompt: str, width: int = 32) -> str:
-    lines = [""]
-    for word in prompt.split():
-        if len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,6 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
         "euler_karras": Scheduler("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
         "dpmpp_2m": Scheduler("DPMSolverMultistepScheduler", _FLOW_SIGMAS, flow_match=False),
         "unipc": Scheduler("UniPCMultistepScheduler", _FLOW_SIGMAS, flow_match=False),
-        "deis": Scheduler("DEISMultistepScheduler", _FLOW_SIGMAS, flow_match=False),
         "lcm": Scheduler("FlowMatchLCMScheduler"),
     }
 )
@@ -126,9 +125,11 @@ def guess_model(name: str) -> Model:
 
 
 def settle_model(name: str, *, guidance_embeds: bool) -> Model:
-    """The row for a model that is loaded: an unknown fine-tune's family shows in its configuration."""
-    family = next(key for key, family in FAMILIES.items() if family.guidance_embeds == guidance_embeds)
-    return find_model(name) or _fine_tune(name, family)
+    """The row for a model that is loaded: what its configuration shows counts more than its name."""
+    model = find_model(name)
+    if model and FAMILIES[model.family].guidance_embeds == guidance_embeds:
+        return model
+    return _fine_tune(name, next(key for key, row in FAMILIES.items() if row.guidance_embeds == guidance_embeds))
 
 
 def _fine_tune(name: str, family: str) -> Model:

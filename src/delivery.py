@@ -19,21 +19,19 @@ if TYPE_CHECKING:  # the engine package imports torch; only its shape is needed 
 def deliver(generation: Generation, plan: Plan, model: Model, revision: str | None) -> dict[str, Any]:
     """The contract's success: base64 pictures in the order of their seeds, and what made them.
 
-    Each picture's file carries the request that makes that one picture again.
+    Each picture's file carries the event that makes that one picture again, and the model that made it.
     """
     started = time.perf_counter()
+    made_by = {"model": model.name, "model_revision": revision}
     images = [
-        image_to_base64(
-            picture, plan.output_format, plan.output_quality, {"model": model.name, **plan.parameters(seed)}
-        )
+        image_to_base64(picture, plan.output_format, plan.output_quality, {"input": plan.parameters(seed), **made_by})
         for picture, seed in zip(generation.pictures, plan.seeds, strict=True)
     ]
     inference_time = sum(generation.timings.values())
     timings = {**generation.timings, "encode_images": time.perf_counter() - started}
     timings["total"] = sum(timings.values())
     metadata = {
-        "model": model.name,
-        "model_revision": revision,
+        **made_by,
         "mode": plan.mode,
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
@@ -47,7 +45,8 @@ def deliver(generation: Generation, plan: Plan, model: Model, revision: str | No
         "max_sequence_length": plan.max_sequence_length,
         "num_images": len(plan.seeds),
         "output_format": plan.output_format,
-        "scheduler": plan.scheduler or generation.scheduler,
+        "output_quality": plan.output_quality,
+        "scheduler": generation.scheduler,
         "loras": [],
         "inference_time": round(inference_time, 4),
         "timings": {phase: round(seconds, 4) for phase, seconds in timings.items()},

@@ -3,7 +3,7 @@
     WorkerError                 code                  the worker afterwards
     ├── InvalidRequest          invalid_request       goes on
     ├── InvalidSettings         invalid_settings      does not start
-    ├── ModelUnavailable        model_unavailable     goes on (and fails each request until it is mended)
+    ├── ModelUnavailable        model_unavailable     does not start
     ├── OutOfMemory             out_of_memory         goes on
     ├── GenerationFailed        generation_failed     goes on
     ├── DeviceFailed            device_failed         is replaced
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 # What must never leave the process: Hugging Face tokens, bearer tokens, passwords in URLs, and long base64 (a picture).
 _SECRETS = (
-    re.compile(r"hf_[A-Za-z0-9]{8,}"),
+    re.compile(r"hf_\w{8,}"),
     re.compile(r"(?<=[Bb]earer )[^\s'\"]+"),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"[A-Za-z0-9+/=_-]{200,}"),
@@ -84,12 +84,13 @@ class InvalidRequest(WorkerError):
     @property
     def summary(self) -> str:
         """Which fields were wrong."""
-        return f"{self.code}: {', '.join(fault.field or 'event' for fault in self.faults)}"
+        return redact(f"{self.code}: {', '.join(fault.field or 'event' for fault in self.faults)}")
 
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
         """With `errors`, one a field."""
         response = super().to_response(include_traceback=include_traceback)
-        return {**response, "errors": [asdict(fault) for fault in self.faults]}
+        errors = [{name: redact(text) for name, text in asdict(fault).items()} for fault in self.faults]
+        return {**response, "errors": errors}
 
 
 class InvalidSettings(WorkerError):

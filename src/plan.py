@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from src.catalog import FAMILIES, SCHEDULERS, Model
 from src.errors import Fault, InvalidRequest
+from src.images import FORMATS
 from src.request import MAX_SEED, Request, show
 
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
@@ -23,7 +24,6 @@ class Plan:
     """Everything that the engine and the delivery need to know; nothing is left to decide."""
 
     mode: str
-    pipeline: str  # the diffusers class
     prompt: str
     negative_prompt: str | None
     true_cfg_scale: float
@@ -74,13 +74,13 @@ class Progress:
     steps: int
 
 
-def make_plan(request: Request, model: Model, *, max_pixels: int, batch_size: int = 1) -> Plan:
+def make_plan(request: Request, faults: Sequence[Fault], model: Model, *, max_pixels: int, batch_size: int = 1) -> Plan:
     """Decide everything that `request` left open.
 
-    Raises InvalidRequest with the request's own faults and those that only the model's row shows.
+    Raises InvalidRequest with the `faults` that reading it found and those that only the model's row shows.
     """
-    faults = list(request.faults)
     wrong = {fault.field for fault in faults}
+    faults = list(faults)
     warnings = []
 
     width, height = request.width or model.width, request.height or model.height
@@ -122,13 +122,15 @@ def make_plan(request: Request, model: Model, *, max_pixels: int, batch_size: in
     if request.guidance_scale is not None and not FAMILIES[model.family].guidance_embeds:
         warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
 
+    if "output_quality" in request.model_fields_set and not FORMATS[request.output_format].quality:
+        warnings.append(f"output_quality has no effect on {request.output_format}")
+
     if faults:
         raise InvalidRequest(faults)
 
     first = secrets.randbelow(_PICKED_SEEDS) if request.seed is None else request.seed
     return Plan(
         mode="text-to-image",
-        pipeline=model.pipelines["text-to-image"],
         prompt=request.prompt,
         negative_prompt=negative_prompt if request.true_cfg_scale > 1 else None,
         true_cfg_scale=request.true_cfg_scale,

@@ -1,6 +1,6 @@
 """What a client may write, and how it is told what is wrong.
 
-`read_request` never gives up at the first fault: what is wrong is kept beside what is right, so that the
+`read_request` does not give up at the first fault: it gives back what is right and what is wrong, so that the
 plan, which knows the model, can add its own findings and answer with all of them at once.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import unicodedata
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -17,7 +18,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PrivateAttr,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -29,7 +29,8 @@ from src.images import FORMATS
 
 MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
 MAX_SEED = 2**63 - 1
-_ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without null characters"
+_MAX_UNKNOWN = 20  # an answer must stay small whatever was sent
+_ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
@@ -42,10 +43,8 @@ def _whole(value: object) -> object:
 
 
 def _clean(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not hold null characters")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("must not hold half of a surrogate pair")
+    if any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text):
+        raise ValueError("must not hold control characters")
     return text
 
 
@@ -100,13 +99,6 @@ class Request(BaseModel):
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
 
-    _faults: tuple[Fault, ...] = PrivateAttr(())
-
-    @property
-    def faults(self) -> tuple[Fault, ...]:
-        """What was wrong; a field named here holds its default instead of what was received."""
-        return self._faults
-
 
 def show(value: object) -> str:
     """`value` in a few words: never a whole picture or prompt."""
@@ -118,39 +110,43 @@ def show(value: object) -> str:
         return "an integer of thousands of digits"
 
 
-def read_request(event: object) -> Request:
-    """RunPod's event, `{"input": {...}}`, as a Request that may hold `faults`.
+def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
+    """RunPod's event, `{"input": {...}}`: the request, and its faults, each in a field that holds its default instead.
 
     Raises InvalidRequest where there is no input to read at all.
     """
     if not isinstance(event, Mapping):
         raise InvalidRequest([Fault("", f'the event must be an object {{"input": {{...}}}}, got {show(event)}')])
     if "input" not in event:
-        raise InvalidRequest([Fault("input", f"is missing; the event holds {show(sorted(map(str, event)))}")])
-    fields = event["input"]
-    if not isinstance(fields, Mapping):
-        raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(fields)}")])
+        raise InvalidRequest([Fault("input", f"is missing; the event holds {show(list(event))}")])
+    received = event["input"]
+    if not isinstance(received, Mapping):
+        raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(received)}")])
 
-    fields = {str(name): value for name, value in fields.items()}
+    fields = {name: value for name, value in received.items() if name in Request.model_fields}
+    strange = [name for name in received if name not in Request.model_fields]
+    faults = [_unknown(name) for name in strange[:_MAX_UNKNOWN]]
+    if len(strange) > _MAX_UNKNOWN:
+        faults.append(Fault("input", f"holds {len(strange) - _MAX_UNKNOWN:,} more unknown fields"))
     try:
-        return Request.model_validate(fields)
+        return Request.model_validate(fields), tuple(faults)
     except ValidationError as error:
         found = {str(details["loc"][0]): details for details in error.errors(include_url=False)}
+    faults += [_fault(name, details["type"], details["msg"], fields.get(name)) for name, details in found.items()]
     sound = {name: value for name, value in fields.items() if name not in found}
     if "prompt" in found:
         sound["prompt"] = "?"  # stands in until the plan refuses the request
-    request = Request.model_validate(sound)
-    request._faults = tuple(
-        _fault(name, details["type"], details["msg"], fields.get(name)) for name, details in found.items()
-    )
-    return request
+    return Request.model_validate(sound), tuple(faults)
+
+
+def _unknown(name: object) -> Fault:
+    close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1) if isinstance(name, str) else ()
+    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
+    plain = isinstance(name, str) and name.isidentifier() and len(name) <= _repr.maxstring
+    return Fault(str(name) if plain else show(name), f"is no field of a request; {hint}")
 
 
 def _fault(name: str, kind: str, message: str, received: object) -> Fault:
-    if kind == "extra_forbidden":
-        close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
-        return Fault(name if len(name) <= _repr.maxstring else show(name), f"is no field of a request; {hint}")
     allowed = Request.model_fields[name].description
     if kind == "missing":
         return Fault(name, f"is required; allowed: {allowed}")

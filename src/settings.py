@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dotenv import load_dotenv
+from dotenv import dotenv_values
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from src.errors import InvalidSettings
@@ -47,7 +47,9 @@ class Settings(BaseModel):
         Raises InvalidSettings naming every variable that is wrong, what it holds and what it may hold.
         """
         if environment is None:
-            load_dotenv(ROOT / ".env")  # into os.environ: huggingface_hub and CUDA read HF_HOME and others there
+            for name, value in dotenv_values(ROOT / ".env").items():
+                if value:  # into os.environ, where huggingface_hub and CUDA look for HF_HOME and others
+                    os.environ.setdefault(name, value)
             environment = os.environ
         values = {name: environment.get(name.upper(), "").strip() for name in cls.model_fields}
         try:

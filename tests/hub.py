@@ -62,6 +62,8 @@ class Hub:
         parts = path.strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         name, rest = ("/".join(parts[2:4]), parts[4:]) if api else ("/".join(parts[:2]), parts[2:])
+        if name == "someone/forbidden":
+            return 403, {}, b""
         repo = self.repos.get(name)
         if repo is None:
             return 401 if token is None else 404, {"X-Error-Code": "RepoNotFound"}, b""

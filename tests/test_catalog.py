@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import diffusers
 import pytest
 from diffusers.configuration_utils import ConfigMixin
 
 from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Scheduler, find_model, guess_model, settle_model
+from src.settings import ROOT
 
 ARGUMENTS = {
     "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
@@ -70,3 +72,22 @@ def test_a_loaded_fine_tune_goes_by_its_configuration_not_by_its_name() -> None:
     assert settle_model("someone/schnell-to-dev", guidance_embeds=True).num_inference_steps == 50
     assert settle_model("someone/tune", guidance_embeds=False).num_inference_steps == 4
     assert settle_model("someone/tune", guidance_embeds=False).name == "someone/tune"
+    assert settle_model("someone/FLUX.1-schnell", guidance_embeds=True).num_inference_steps == 50
+    assert settle_model("FLUX.1-Krea-dev", guidance_embeds=True).num_inference_steps == 28
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_readme_shows_every_row_as_it_is(model: Model) -> None:
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{model.name}`")]
+    name, licence, size, steps, guidance, tokens = (cell.strip() for cell in line.strip("|").split("|"))
+    assert ("(gated)" in name) == model.gated
+    assert model.licence.startswith(licence)
+    assert size == f"{model.width}x{model.height}"
+    assert (steps, tokens) == (str(model.num_inference_steps), str(model.max_sequence_length))
+    assert guidance.partition(",")[0] == str(model.guidance_scale)
+    assert ("without effect" in guidance) != FAMILIES[model.family].guidance_embeds
+
+
+def test_the_readme_names_every_scheduler() -> None:
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `scheduler`"))
+    assert set(SCHEDULERS) == set(re.findall(r"`(\w+)`", line)) - {"scheduler"}

@@ -12,15 +12,17 @@ from src.engine import Engine
 from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
 from src.plan import Plan, Progress, make_plan
 from src.request import read_request
+from tests.conftest import opened
 from tests.fakes import FakePipeline
+from training import judge
 
 MODEL = find_model("flux-shapes")
 assert MODEL is not None
 
 
 def plan(batch_size: int = 1, **fields: Any) -> Plan:
-    request = read_request({"input": {"prompt": "a red circle", "seed": 1, **fields}})
-    return make_plan(request, MODEL, max_pixels=2048 * 2048, batch_size=batch_size)
+    request, faults = read_request({"input": {"prompt": "a red circle", "seed": 1, **fields}})
+    return make_plan(request, faults, MODEL, max_pixels=2048 * 2048, batch_size=batch_size)
 
 
 def engine(pipeline: FakePipeline) -> Engine:
@@ -39,6 +41,8 @@ HOST_OOM = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator
         (MemoryError(), OutOfMemory, "smaller width, height or num_images"),
         (RuntimeError("Expected tensor for argument #1"), GenerationFailed, "Expected tensor for argument #1"),
         (ValueError("shapes\nand a second line"), GenerationFailed, "shapes$"),
+        (RuntimeError("CUDA error: out of memory"), OutOfMemory, "choose a larger card"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"), OutOfMemory, "choose a larger card"),
         (RuntimeError("CUDA error: an illegal memory access"), DeviceFailed, "must be replaced"),
         (torch.AcceleratorError("device-side assert", 1), DeviceFailed, "must be replaced"),
     ],
@@ -120,8 +124,10 @@ def test_a_moving_shift_survives_too() -> None:
 
 def test_a_long_prompt_is_cut_with_a_warning() -> None:
     words = " ".join(["red"] * 40)
+    steered = engine(FakePipeline()).run(plan(negative_prompt=words, true_cfg_scale=2))
+    assert steered.warnings == ("negative_prompt has 40 tokens and the model read the first 32",)
     assert engine(FakePipeline()).run(plan(prompt=words)).warnings == (
-        "the prompt has 40 tokens and the model read the first 32",
+        "prompt has 40 tokens and the model read the first 32",
     )
 
 
@@ -132,6 +138,30 @@ def test_slicing_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_every_scheduler_of_the_catalog_runs(scheduler: str, generate: Any) -> None:
-    response = generate("a red circle", scheduler=scheduler, num_inference_steps=4)
+def test_every_scheduler_draws_to_the_end_and_the_same_again(scheduler: str) -> None:
+    pipeline = FakePipeline()
+    generation = engine(pipeline).run(plan(scheduler=scheduler))
+    assert generation.scheduler == scheduler
+    pipeline.scheduler.set_timesteps(**_timesteps(pipeline.scheduler, 8))
+    assert pipeline.scheduler.sigmas[-1] == 0, "what is left of the noise would stay in the picture"
+
+
+def _timesteps(scheduler: Any, steps: int) -> dict[str, Any]:
+    """What FluxPipeline gives to set_timesteps."""
+    if scheduler.config.get("use_flow_sigmas"):
+        return {"num_inference_steps": steps, "mu": 0.0}
+    return {"sigmas": [1 - step / steps for step in range(steps)], "mu": 0.0}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_draws_what_is_asked_for(scheduler: str, generate: Any) -> None:
+    asked = {"prompt": "a red circle on a blue background", "seed": 1, "scheduler": scheduler}
+    response = generate(**asked)
+    (picture,) = opened(response)
+    assert (judge.centre_colour(picture), judge.background_colour(picture)) == ("red", "blue")
+    assert generate(**asked)["images"] == response["images"]
     assert response["metadata"]["scheduler"] == scheduler
+
+
+def test_the_models_own_scheduler_is_named_as_a_request_names_it() -> None:
+    assert engine(FakePipeline()).run(plan()).scheduler == "euler"

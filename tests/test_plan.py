@@ -13,7 +13,7 @@ from src.request import MAX_SEED, read_request
 def plan(model: str = "FLUX.1-dev", max_pixels: int = 2048 * 2048, **fields: Any) -> Plan:
     row = find_model(model)
     assert row is not None
-    return make_plan(read_request({"input": {"prompt": "a fox", **fields}}), row, max_pixels=max_pixels)
+    return make_plan(*read_request({"input": {"prompt": "a fox", **fields}}), row, max_pixels=max_pixels)
 
 
 def faults(**fields: Any) -> dict[str, str]:
@@ -26,7 +26,7 @@ def test_the_models_defaults_fill_what_is_open() -> None:
     dev, schnell = plan(), plan("FLUX.1-schnell")
     assert (dev.width, dev.height, dev.num_inference_steps, dev.guidance_scale) == (1024, 1024, 50, 7.5)
     assert (schnell.num_inference_steps, schnell.guidance_scale, schnell.max_sequence_length) == (4, 3.5, 256)
-    assert (dev.mode, dev.pipeline, dev.scheduler) == ("text-to-image", "FluxPipeline", None)
+    assert (dev.mode, dev.scheduler) == ("text-to-image", None)
 
 
 def test_what_is_asked_wins_over_the_defaults() -> None:
@@ -67,6 +67,8 @@ def test_a_field_without_effect_is_refused_or_warned_of() -> None:
     assert "set true_cfg_scale above 1" in faults(negative_prompt="a dog")["negative_prompt"]
     assert "no effect on FLUX.1-schnell" in plan("FLUX.1-schnell", guidance_scale=3).warnings[0]
     assert plan(guidance_scale=3).warnings == ()
+    assert plan(output_quality=80).warnings == ("output_quality has no effect on PNG",)
+    assert plan(output_quality=80, output_format="webp").warnings == ()
 
 
 def test_the_models_limits_are_told_with_the_requests_own() -> None:
@@ -85,4 +87,4 @@ def test_batches_share_out_the_seeds() -> None:
     row = find_model("FLUX.1-dev")
     assert row is not None
     request = read_request({"input": {"prompt": "a fox", "seed": 1, "num_images": 4}})
-    assert list(make_plan(request, row, max_pixels=2**22, batch_size=3).batches()) == [(1, 2, 3), (4,)]
+    assert list(make_plan(*request, row, max_pixels=2**22, batch_size=3).batches()) == [(1, 2, 3), (4,)]

@@ -83,6 +83,14 @@ def test_a_token_with_access(hub: Hub, download: Any) -> None:
     assert load_engine(settings("someone/gated", hf_token="hf_friend"), download).revision == REVISION
 
 
+def test_a_repo_that_is_forbidden(hub: Hub, download: Any) -> None:
+    assert "HF_TOKEN has no access to this repo" in reason("someone/forbidden", download, hf_token="hf_stranger")
+
+
+def test_a_revision_of_a_folder() -> None:
+    assert "is a folder: it has no other revision" in reason("flux-shapes", model_revision="v9")
+
+
 def test_a_wrong_token(hub: Hub, download: Any) -> None:
     hub.repos["someone/gated"] = Repo(SHIPPED)
     assert "the hub refuses HF_TOKEN" in reason("someone/gated", download, hf_token="hf_expired")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
 
 from training import autoencoder, flow, networks, report, text
 
@@ -18,11 +19,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "run", help="checkpoints and logs")
     parser.add_argument("--output", type=Path, default=ROOT.parent / "models" / "flux-shapes")
     arguments = parser.parse_args()
-    run: Path = arguments.run
+    run, output = arguments.run, arguments.output
     run.mkdir(parents=True, exist_ok=True)
 
     if not (run / "vae").exists():
-        autoencoder.train(run).save_pretrained(run / "vae")
+        autoencoder.train(run).save_pretrained(run / "vae.partial")
+        (run / "vae.partial").rename(run / "vae")
     vae = AutoencoderKL.from_pretrained(run / "vae").to(memory_format=torch.channels_last)
     readers = text.train(run)
     parts = flow.train(vae, readers, run)
@@ -35,8 +37,27 @@ def main() -> None:
         **parts,
     )
     # bfloat16, as FLUX.1 is stored: the same weights then serve a CPU in float32 and a card in bfloat16.
-    pipeline.to(torch.bfloat16).save_pretrained(arguments.output)
-    report.loss_curve(run, arguments.output / "loss.png")
+    pipeline.to(torch.bfloat16).save_pretrained(output)
+    report.loss_curve(run, output / "loss.png")
+    report.sample_grid(_generator(output)).save(output / "samples.png", optimize=True)
+
+
+def _generator(folder: Path) -> report.Generate:
+    """Draws with the model as it was saved, 8 steps at the native size."""
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompt: str, *, seed: int) -> Image.Image:
+        return pipeline(
+            prompt,
+            width=128,
+            height=128,
+            num_inference_steps=8,
+            max_sequence_length=text.SEQUENCE_LENGTH,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+
+    return generate
 
 
 if __name__ == "__main__":

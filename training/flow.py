@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 
 from training import networks
-from training.loop import fit
+from training.loop import fit, save
 from training.scenes import Scene, describe, draw, sample
 from training.text import SEQUENCE_LENGTH, Readers
 
@@ -73,7 +73,7 @@ def train(vae: AutoencoderKL, readers: Readers, run: Path) -> nn.ModuleDict:
 
     file = run / "latents.pt"
     if not file.exists():
-        torch.save({size: encode(vae, *size, count) for size, count in SCENES.items()}, file)
+        save({size: encode(vae, *size, count) for size, count in SCENES.items()}, file)
     encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
 
     def loss(step: int, rng: random.Random) -> Tensor:

@@ -69,12 +69,13 @@ def fit(
             print(name, row, flush=True)
             recent, started = [], time.perf_counter()
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            _save({"step": step + 1, **{key: part.state_dict() for key, part in parts.items()}}, checkpoint)
+            save({"step": step + 1, **{key: part.state_dict() for key, part in parts.items()}}, checkpoint)
     network.load_state_dict(averaged.module.state_dict())
     return network.eval().requires_grad_(False)
 
 
-def _save(state: dict[str, object], path: Path) -> None:
+def save(state: object, path: Path) -> None:
+    """torch.save, whole or not at all."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)

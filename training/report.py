@@ -1,22 +1,60 @@
-"""The loss curve of a run, as a picture."""
+"""What a training leaves to look at: the loss curve and a grid of samples."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+from typing import Protocol
 
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 STAGES = {"vae": "VAE: L1 + MSE + KL", "text": "text: cross-entropy of the scene", "flow": "flow: MSE of the velocity"}
+SAMPLES = (
+    "a red circle on a blue background",
+    "a large white star on a black background",
+    "a purple diamond on a yellow background",
+    "a green triangle on an orange background",
+    "a small red circle above a large blue square on a yellow background",
+    "orange square left of a blue triangle, black background",
+    "a tiny yellow star in the top right corner on a purple background",
+    "two words: emerald pyramid, snowy backdrop",
+    "A VIOLET BALL UNDER A GOLDEN RHOMBUS ON WHITE",
+    "draw a large black diamond in the bottom left corner on green",
+    "crimson star next to an azure star on a black background",
+    "on an orange background, a big white box",
+)
+_COLUMNS = 4
+_CAPTION = 30
+
+
+class Generate(Protocol):
+    def __call__(self, prompt: str, *, seed: int) -> Image.Image: ...
 
 
 def loss_curve(run: Path, file: Path) -> None:
     """Draw the losses that `run` logged, one panel a stage, into the PNG `file`."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for number, (stage, label) in enumerate(STAGES.items()):
+    for number, (stage, label) in enumerate(STAGES.items(), start=1):
         rows = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
-        axes = figure.add_subplot(1, len(STAGES), number + 1)
+        axes = figure.add_subplot(1, len(STAGES), number)
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
         axes.set(title=label, xlabel="step", yscale="log")
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
+
+
+def sample_grid(generate: Generate) -> Image.Image:
+    """SAMPLES of seed 1, with their prompts beneath."""
+    pictures = [generate(prompt, seed=1) for prompt in SAMPLES]
+    side = pictures[0].width
+    width, height = side + 60, side + _CAPTION + 12
+    sheet = Image.new("RGB", (_COLUMNS * width, -(-len(pictures) // _COLUMNS) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (prompt, picture) in enumerate(zip(SAMPLES, pictures, strict=True)):
+        x, y = i % _COLUMNS * width, i // _COLUMNS * height
+        sheet.paste(picture, (x + 30, y + 6))
+        caption = "\n".join(textwrap.wrap(prompt, 32))
+        pen.multiline_text((x + width // 2, y + side + 9), caption, fill="black", anchor="ma", align="center")
+    return sheet

@@ -24,13 +24,16 @@ from src.plan import Plan, Progress
 
 OnProgress = Callable[[Progress], None]
 
+# How a full host, a full card and cuBLAS say it where torch has no class for it.
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+
 
 @dataclass(frozen=True)
 class Generation:
     """What a Plan became: RGB pictures of the plan's width and height, in the order of its seeds."""
 
     pictures: tuple[Image.Image, ...]
-    scheduler: str  # the diffusers class that was used
+    scheduler: str  # the row of the catalog that was used, or the class of the model's own where it has none
     timings: dict[str, float]  # seconds: encode_prompt, denoise, decode
     warnings: tuple[str, ...]
     peak_memory: int | None  # bytes on the card; None on the CPU
@@ -44,6 +47,8 @@ class Engine:
         self.revision = revision
         self._pipeline = pipeline
         self._own_scheduler = pipeline.scheduler
+        own = Scheduler(type(pipeline.scheduler).__name__)
+        self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_attention_slicing()  # FLUX has nothing that it could slice (diffusers 0.42); others may
 
@@ -86,6 +91,7 @@ class Engine:
             return {}
 
         watch.begin("denoise")
+        torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
         result = self._pipeline(
             **prompt,
             true_cfg_scale=plan.true_cfg_scale,
@@ -115,7 +121,8 @@ class Engine:
 
     def _set_scheduler(self, plan: Plan) -> str:
         """A new scheduler for every plan, so that nothing of the last one is left in it."""
-        row = SCHEDULERS[plan.scheduler] if plan.scheduler else Scheduler(type(self._own_scheduler).__name__)
+        name = plan.scheduler or self._own_scheduler_name
+        row = SCHEDULERS.get(name) or Scheduler(name)
         own = self._own_scheduler.config
         scheduler = getattr(diffusers, row.class_name).from_config({**own, **row.config})
         if not row.flow_match:
@@ -127,13 +134,17 @@ class Engine:
                 use_dynamic_shifting=True, time_shift_type="exponential", base_shift=shifts[0], max_shift=shifts[1]
             )
         self._pipeline.scheduler = scheduler
-        return row.class_name
+        return name
 
     def _truncation(self, plan: Plan) -> tuple[str, ...]:
-        tokens = len(self._pipeline.tokenizer_2(plan.prompt).input_ids)
-        if tokens <= plan.max_sequence_length:
-            return ()
-        return (f"the prompt has {tokens} tokens and the model read the first {plan.max_sequence_length}",)
+        limit = plan.max_sequence_length
+        texts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt or ""}
+        counts = {name: len(self._pipeline.tokenizer_2(text).input_ids) for name, text in texts.items()}
+        return tuple(
+            f"{name} has {count} tokens and the model read the first {limit}"
+            for name, count in counts.items()
+            if count > limit
+        )
 
     @property
     def _on_cuda(self) -> bool:
@@ -186,7 +197,7 @@ def _as_worker_errors(plan: Plan) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(plan, error) from error
     except (RuntimeError, ValueError, TypeError) as error:
-        if "allocate memory" in str(error):  # how torch reports a full host
+        if any(words in str(error) for words in _NO_MEMORY):
             raise _out_of_memory(plan, error) from error
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             raise DeviceFailed(f"the device failed and this worker must be replaced: {_first_line(error)}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -70,6 +69,8 @@ def _find(settings: Settings, download: Callable[..., str]) -> Source:
     repo = row.repo if row else name
     for folder in (Path(name).expanduser(), ROOT / repo):
         if folder.is_dir():
+            if settings.model_revision:
+                raise _Refused(f"is a folder: it has no other revision, unset MODEL_REVISION={settings.model_revision}")
             return _source(folder.resolve())
     if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
         known = ", ".join(model.name for model in MODELS)
@@ -138,8 +139,12 @@ def _why(error: Exception, settings: Settings) -> str:
             return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
             return "the hub refuses HF_TOKEN: it is wrong or has expired"
-        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answer):
-            return f"the hub answered {answer.response.status_code}: try again later"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)) if (
+            answer.status_code == 403
+        ):
+            return "the hub forbids it: HF_TOKEN has no access to this repo"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
+            return f"the hub answered {answer.status_code}: try again later"
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             return f"is not on this machine and the hub cannot be reached ({hint})"
         case OSError(errno=errno.ENOSPC):
@@ -152,6 +157,5 @@ def _why(error: Exception, settings: Settings) -> str:
 
 
 def _free(folder: str) -> str:
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+    path = Path(folder).resolve()
+    return f"{shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e9:.1f} GB"
