@@ -26,6 +26,7 @@ def main() -> None:
         autoencoder.train(run).save_pretrained(run / "vae.partial")
         (run / "vae.partial").rename(run / "vae")
     vae = AutoencoderKL.from_pretrained(run / "vae").to(memory_format=torch.channels_last)
+    vae.register_to_config(_name_or_path="")  # the saved model tells nobody's folders
     readers = text.train(run)
     parts = flow.train(vae, readers, run)
 

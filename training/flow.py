@@ -19,8 +19,12 @@ from training.text import SEQUENCE_LENGTH, Readers
 
 STEPS = 3500
 FULL_SIZE_FROM = 1800
+FINISHING_STEPS = 700
 BATCH = 64
 LEARNING_RATES = {"transformer": 1.5e-3, "text_encoder": 3e-4, "text_encoder_2": 3e-4}
+FINISHING_RATES = {"transformer": 7e-4, "text_encoder": 1e-4, "text_encoder_2": 1e-4}
+NOISE = 1.6
+FINISHING_NOISE = 0.5  # by then colours are right, and outlines are drawn at less noise
 PROMPT_DROPOUT = 0.1  # an empty prompt means any scene: what true_cfg_scale steers away from
 SMALL, NATIVE, WIDE, TALL = (64, 64), (128, 128), (160, 96), (96, 160)
 SCENES = {SMALL: 16_000, NATIVE: 10_000, WIDE: 1_000, TALL: 1_000}
@@ -49,15 +53,17 @@ def encode(vae: AutoencoderKL, width: int, height: int, count: int) -> Encoded:
     return Encoded(scenes, torch.cat(packed))
 
 
-def times(count: int, tokens: int) -> Tensor:
+def times(count: int, tokens: int, noise: float) -> Tensor:
     """Stratified draws from a logit-normal distribution, a fifth uniform: float [count] in 0..1, where 1 is noise.
+
+    `noise` is the distribution's mean for a picture of 16 tokens.
 
     Flat colours show through much noise, and the more so the more tokens a picture has: what only the prompt can
     tell is learnt close to t = 1. So the mean lies there and moves with the square root of the tokens, as in
     Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2).
     """
     even = ((torch.arange(count) + torch.rand(count)) / count).clamp(1e-4, 1 - 1e-4)
-    normal = 1.2 * torch.special.ndtri(even) + 1.6 + 0.5 * math.log(tokens / 16)
+    normal = 1.2 * torch.special.ndtri(even) + noise + 0.5 * math.log(tokens / 16)
     chosen = torch.where(torch.rand(count) < 0.2, even, normal.sigmoid())
     return chosen[torch.randperm(count)]
 
@@ -76,24 +82,43 @@ def train(vae: AutoencoderKL, readers: Readers, run: Path) -> nn.ModuleDict:
         save({size: encode(vae, *size, count) for size, count in SCENES.items()}, file)
     encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
 
-    def loss(step: int, rng: random.Random) -> Tensor:
-        width, height = SMALL if step < FULL_SIZE_FROM else rng.choices((NATIVE, WIDE, TALL), (8, 1, 1))[0]
-        batch = encoded[width, height]
+    def loss(size: tuple[int, int], noise: float, rng: random.Random) -> Tensor:
+        batch = encoded[size]
         picks = rng.sample(range(len(batch.scenes)), BATCH)
         captions = ["" if rng.random() < PROMPT_DROPOUT else describe(batch.scenes[i], rng) for i in picks]
         wanted = batch.latents[picks].float()
-        noise, t = torch.randn_like(wanted), times(BATCH, wanted.shape[1])
-        noisy = torch.lerp(wanted, noise, t[:, None, None])
+        start, t = torch.randn_like(wanted), times(BATCH, wanted.shape[1], noise)
         pooled, states = readers.read(captions)
         velocity = parts["transformer"](
-            hidden_states=noisy,
+            hidden_states=torch.lerp(wanted, start, t[:, None, None]),
             timestep=t,
             pooled_projections=pooled,
             encoder_hidden_states=states,
             txt_ids=torch.zeros(SEQUENCE_LENGTH, 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32),
+            img_ids=FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
             return_dict=False,
         )[0]
-        return nn.functional.mse_loss(velocity, noise - wanted)
+        return nn.functional.mse_loss(velocity, start - wanted)
 
-    return fit("flow", parts, loss, run=run, steps=STEPS, learning_rate=LEARNING_RATES, average=0.996)
+    def full_size(rng: random.Random) -> tuple[int, int]:
+        return rng.choices((NATIVE, WIDE, TALL), (8, 1, 1))[0]
+
+    fit(
+        "flow",
+        parts,
+        lambda step, rng: loss(SMALL if step < FULL_SIZE_FROM else full_size(rng), NOISE, rng),
+        run=run,
+        steps=STEPS,
+        learning_rate=LEARNING_RATES,
+        average=0.996,
+    )
+    fit(
+        "finish",
+        parts,
+        lambda _, rng: loss(full_size(rng), FINISHING_NOISE, rng),
+        run=run,
+        steps=FINISHING_STEPS,
+        learning_rate=FINISHING_RATES,
+        average=0.99,
+    )
+    return parts

@@ -33,6 +33,7 @@ def fit(
     Every step's randomness comes from its number, so a run that was cut off goes on from its last
     checkpoint (`run/<name>.pt`) as if it never stopped. Losses go to `run/<name>.jsonl`.
     """
+    network.train().requires_grad_(True)
     rates = learning_rate if isinstance(learning_rate, dict) else {"": learning_rate}
     groups = [{"params": network.get_submodule(child).parameters(), "lr": rate} for child, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=1e-3)

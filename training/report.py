@@ -10,19 +10,24 @@ from typing import Protocol
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-STAGES = {"vae": "VAE: L1 + MSE + KL", "text": "text: cross-entropy of the scene", "flow": "flow: MSE of the velocity"}
+STAGES = {
+    "vae": "VAE: L1 + MSE + KL",
+    "text": "text: cross-entropy of the scene",
+    "flow": "flow: MSE of the velocity",
+    "finish": "flow, finishing: MSE of the velocity",
+}
 SAMPLES = (
     "a red circle on a blue background",
     "a large white star on a black background",
     "a purple diamond on a yellow background",
     "a green triangle on an orange background",
-    "a small red circle above a large blue square on a yellow background",
-    "orange square left of a blue triangle, black background",
+    "a yellow square on a red background",
+    "blue triangle, black background",
     "a tiny yellow star in the top right corner on a purple background",
-    "two words: emerald pyramid, snowy backdrop",
-    "A VIOLET BALL UNDER A GOLDEN RHOMBUS ON WHITE",
+    "emerald pyramid, snowy backdrop",
+    "A VIOLET BALL ON WHITE",
     "draw a large black diamond in the bottom left corner on green",
-    "crimson star next to an azure star on a black background",
+    "a small crimson pyramid on the left, golden background",
     "on an orange background, a big white box",
 )
 _COLUMNS = 4
@@ -35,7 +40,7 @@ class Generate(Protocol):
 
 def loss_curve(run: Path, file: Path) -> None:
     """Draw the losses that `run` logged, one panel a stage, into the PNG `file`."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(14, 3), layout="constrained")
     for number, (stage, label) in enumerate(STAGES.items(), start=1):
         rows = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
         axes = figure.add_subplot(1, len(STAGES), number)

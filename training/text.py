@@ -121,7 +121,11 @@ def _answers(scene: Scene) -> list[int]:
 def train(run: Path) -> Readers:
     """Readers that can tell the scene from its caption; a few minutes on two cores."""
     torch.manual_seed(2)
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    # Kept with the run: the trainer breaks ties as it likes, and numbers must stay those that were trained with.
+    if not (run / "tokenizer").exists():
+        clip_tokenizer().save_pretrained(run / "tokenizer.partial")
+        (run / "tokenizer.partial").rename(run / "tokenizer")
+    tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(run / "tokenizer"), t5_tokenizer()
     readers = Readers(
         tokenizer, tokenizer_2, networks.clip(len(tokenizer), tokenizer.eos_token_id), networks.t5(len(tokenizer_2))
     )
@@ -143,6 +147,4 @@ def train(run: Path) -> Readers:
         return total / (2 * len(choices))
 
     fit("text", parts, loss, run=run, steps=STEPS, learning_rate=1e-3, average=0.99)
-    for encoder in readers.encoders().values():
-        encoder.requires_grad_(True).train()
     return readers
