@@ -43,7 +43,7 @@ def test_settings_do_not_change_and_do_not_show_the_token() -> None:
     settings = Settings.from_environment({"HF_TOKEN": "hf_secret"})
     assert "hf_secret" not in repr(settings)
     with pytest.raises(ValidationError):
-        settings.batch_size = 2  # type: ignore[misc]
+        settings.batch_size = 2
 
 
 def test_a_dotenv_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
