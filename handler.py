@@ -14,21 +14,28 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from src.delivery import deliver
-from src.errors import InternalError, InvalidRequest, WorkerError, redact
-from src.plan import make_plan
-from src.request import read_request, show
+from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
+from src.job import Job, OnProgress
+from src.logs import job_ended, log
+from src.plan import Plan, make_plan
+from src.request import read_request
 from src.settings import Settings
+from src.storage import Bucket
 
 if TYPE_CHECKING:
-    from src.engine import Engine, OnProgress
-
-log = logging.getLogger("worker")
+    from src.engine import Engine
 
 
 @cache
 def get_settings() -> Settings:
     """The settings of this process."""
     return Settings.from_environment()
+
+
+@cache
+def get_bucket() -> Bucket | None:
+    """Where this process uploads pictures; None where no bucket is set."""
+    return Bucket.from_settings(get_settings())
 
 
 @cache
@@ -41,49 +48,71 @@ def get_engine() -> Engine:
 
 def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Answer one job, `{"id": ..., "input": {...}}`; never raises. `on_progress` hears of every step."""
-    return respond(event, get_settings, get_engine, on_progress)
+    return answer(event, Job.of(event, on_progress=on_progress))
+
+
+def answer(event: object, job: Job) -> dict[str, Any]:
+    """`handler`, for whoever holds the job and may stop it."""
+    return respond(event, job, get_settings, get_engine, get_bucket)
 
 
 def respond(
     event: object,
+    job: Job,
     settings: Callable[[], Settings],
     engine: Callable[[], Engine],
-    on_progress: OnProgress | None = None,
+    bucket: Callable[[], Bucket | None] = lambda: None,
 ) -> dict[str, Any]:
     """The whole road, and what a client is told where it ends early."""
-    include_traceback = False
+    include_traceback, plan = False, None
     try:
         include_traceback = settings().include_traceback
         request, faults = read_request(event)
         plan = make_plan(
             request, faults, engine().model, max_pixels=settings().max_pixels, batch_size=settings().batch_size
         )
-        generation = engine().run(plan, on_progress)
-        return deliver(generation, plan, engine().model, engine().revision)
+        generation = job.on_device(lambda: engine().run(plan, job.report))
+        response = deliver(
+            generation,
+            plan,
+            engine().model,
+            engine().revision,
+            job=job,
+            bucket=bucket(),
+            max_bytes=int(settings().max_response_mb * 1e6),
+        )
     except WorkerError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 - a client always gets an answer
         failure = InternalError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
-    job = event.get("id") if isinstance(event, dict) else None
-    log.error("job %s: %s", redact(show(job)), failure.summary)
-    if not isinstance(failure, InvalidRequest):
-        log.error("%s", redact("".join(traceback.format_exception(failure))))
+    else:
+        job_ended(job, "success", plan)
+        return response
+    finally:
+        job.leave()
+    return _refuse(failure, job, plan, include_traceback)
+
+
+def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback: bool) -> dict[str, Any]:
+    """Write down and tell what went wrong."""
+    expected = isinstance(failure, (InvalidRequest, Cancelled, TimedOut))
+    level = logging.INFO if expected else logging.ERROR
+    job_ended(job, failure.code, plan, error=failure.summary, level=level)
+    if not expected:
+        log.error("%s", redact("".join(traceback.format_exception(failure))), extra={"facts": {"job": job.id}})
     return failure.to_response(include_traceback=include_traceback)
 
 
 def main() -> None:
     """Load the model, then serve."""
-    from src.serving import serve
+    from src import logs, serving
 
     try:
-        settings = get_settings()
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-        log.setLevel(settings.log_level)
-        get_engine()
+        logs.configure(get_settings())
+        sys.exit(serving.serve(answer, get_settings(), get_engine, get_bucket))
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))
-    serve(handler)
 
 
 if __name__ == "__main__":

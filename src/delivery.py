@@ -1,37 +1,139 @@
-"""Pictures -> the response that RunPod carries to the client.
+"""Pictures -> the response that RunPod carries to the client, whole: by URL, in base64, or smaller with a warning.
 
 Knows nothing of how pictures are made.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+import logging
+import re
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from src.catalog import Model
-from src.images import image_to_base64
-from src.plan import Plan
+from src.errors import ResponseTooLarge, redact
+from src.images import FORMATS, encode_image
+from src.job import Job
+from src.plan import Plan, Progress
+from src.storage import Bucket
 
 if TYPE_CHECKING:  # the engine package imports torch; only its shape is needed here
     from src.engine import Generation
 
+log = logging.getLogger("worker")
+T = TypeVar("T")
 
-def deliver(generation: Generation, plan: Plan, model: Model, revision: str | None) -> dict[str, Any]:
-    """The contract's success: base64 pictures in the order of their seeds, and what made them.
+_ROOM_FOR_WORDS = 2_000  # bytes kept free for the warnings that come with smaller pictures
 
-    Each picture's file carries the event that makes that one picture again, and the model that made it.
+
+@dataclass(frozen=True)
+class Coding:
+    """One way to write a picture's file."""
+
+    format: str
+    quality: int
+    lossless: bool = False
+
+    def __str__(self) -> str:
+        if not FORMATS[self.format].quality:
+            return self.format
+        return f"lossless {self.format}" if self.lossless else f"{self.format} of quality {self.quality}"
+
+    def smaller(self) -> Iterator[Coding]:
+        """Ways that need fewer bytes, the best picture first."""
+        keeps_pixels = not FORMATS[self.format].quality
+        if keeps_pixels:
+            yield Coding("WEBP", 100, lossless=True)
+        for quality in (95, 90, 85):
+            if keeps_pixels or quality < self.quality:
+                yield Coding("JPEG" if keeps_pixels else self.format, quality)
+
+
+class Base64(str):
+    """A picture in base64; who prints it, as the SDK's debug log does with results, gets its size instead."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} characters of base64>"
+
+
+def deliver(
+    generation: Generation,
+    plan: Plan,
+    model: Model,
+    revision: str | None,
+    *,
+    job: Job,
+    bucket: Bucket | None = None,
+    max_bytes: int = 10_000_000,
+) -> dict[str, Any]:
+    """The contract's success: URLs where there is a `bucket`, else base64, in the order of the seeds.
+
+    Each picture's file carries the event that makes that one picture again, and the model that made it. A picture
+    that cannot be uploaded travels in base64, and then `images` and `image_urls` hold null for each other's. What
+    would make more than `max_bytes` of JSON is encoded smaller. The metadata's warnings say both. Raises
+    ResponseTooLarge where nothing helps.
     """
-    started = time.perf_counter()
     made_by = {"model": model.name, "model_revision": revision}
-    images = [
-        image_to_base64(picture, plan.output_format, plan.output_quality, {"input": plan.parameters(seed), **made_by})
-        for picture, seed in zip(generation.pictures, plan.seeds, strict=True)
-    ]
-    inference_time = sum(generation.timings.values())
-    timings = {**generation.timings, "encode_images": time.perf_counter() - started}
+    timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
+    warnings = [*plan.warnings, *generation.warnings]
+
+    def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
+        def one(i: int) -> bytes:
+            parameters = {"input": plan.parameters(plan.seeds[i]), **made_by}
+            picture = generation.pictures[i]
+            return encode_image(picture, coding.format, coding.quality, parameters, lossless=coding.lossless)
+
+        with _timed(timings, "encode_images"):
+            return _side_by_side(one, which)
+
+    job.report(Progress("encode_images"))
+    asked = Coding(plan.output_format, plan.output_quality)
+    carried = encode(range(len(plan.seeds)), asked)
+
+    urls: dict[int, str] = {}
+    if bucket is not None:
+        job.report(Progress("upload"))
+        with _timed(timings, "upload"):
+            urls, failures = _upload(bucket, job, plan, carried)
+        warnings += (f"picture {i} is here in base64: its upload failed ({reason})" for i, reason in failures.items())
+        carried = {i: file for i, file in carried.items() if i not in urls}
+
+    metadata = {**made_by, **_metadata(generation, plan)}
+    response: dict[str, Any] = {"status": "success", "metadata": metadata}
+    if urls:
+        response["image_urls"] = [urls.get(i) for i in range(len(plan.seeds))]
+    room = max_bytes - len(json.dumps({"output": response}, ensure_ascii=False).encode()) - _ROOM_FOR_WORDS
+    used = asked
+    for coding in asked.smaller():
+        if _carried_bytes(carried) <= room:
+            break
+        carried, used = encode(carried, coding), coding
+    if _carried_bytes(carried) > room:
+        raise _too_large(plan, carried, used, max_bytes)
+    if used != asked:
+        metadata |= {"output_format": used.format, "output_quality": used.quality}
+        warnings.append(
+            f"{len(carried)} picture(s) came as {used} instead of {asked}: a response may have {max_bytes / 1e6:g} MB"
+        )
+    if carried:
+        texts = {i: Base64(base64.b64encode(file), "ascii") for i, file in carried.items()}
+        response["images"] = [texts.get(i) for i in range(len(plan.seeds))]
     timings["total"] = sum(timings.values())
-    metadata = {
-        **made_by,
+    metadata["timings"] = {phase: round(seconds, 4) for phase, seconds in timings.items()}
+    metadata["warnings"] = warnings
+    return response
+
+
+def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
+    return {
         "mode": plan.mode,
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
@@ -48,9 +150,55 @@ def deliver(generation: Generation, plan: Plan, model: Model, revision: str | No
         "output_quality": plan.output_quality,
         "scheduler": generation.scheduler,
         "loras": [],
-        "inference_time": round(inference_time, 4),
-        "timings": {phase: round(seconds, 4) for phase, seconds in timings.items()},
+        "inference_time": round(sum(generation.timings.values()), 4),
         "peak_memory": generation.peak_memory,
-        "warnings": [*plan.warnings, *generation.warnings],
     }
-    return {"status": "success", "images": images, "metadata": metadata}
+
+
+def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) -> tuple[dict[int, str], dict[int, str]]:
+    """The signed URLs of the pictures that arrived, and why the others did not."""
+    mime = FORMATS[plan.output_format].mime
+    folder = re.sub(r"[^\w.-]", "_", job.id)[:100]
+    failures: dict[int, str] = {}
+
+    def one(i: int) -> str | None:
+        try:
+            return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{mime.partition('/')[2]}", mime)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the picture is made and has another way to go
+            failures[i] = type(error).__name__
+            log.warning("job %s: upload of picture %d failed: %s", job.id, i, redact(str(error)))
+            return None
+
+    return {i: url for i, url in _side_by_side(one, files).items() if url}, dict(sorted(failures.items()))
+
+
+def _side_by_side(work: Callable[[int], T], which: Iterable[int]) -> dict[int, T]:
+    """`work` of each, in threads: Pillow, ISA-L and sockets let go of the interpreter."""
+    numbers = list(which)
+    if not numbers:
+        return {}
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        return dict(zip(numbers, threads.map(work, numbers), strict=True))
+
+
+def _carried_bytes(files: Mapping[int, bytes]) -> int:
+    """In base64, as JSON writes it."""
+    return sum(-(-len(file) // 3) * 4 + len('"", ') for file in files.values())
+
+
+def _too_large(plan: Plan, files: Mapping[int, bytes], coding: Coding, max_bytes: int) -> ResponseTooLarge:
+    return ResponseTooLarge(
+        f"{len(files)} picture(s) of {plan.width}x{plan.height} take {_carried_bytes(files) / 1e6:.1f} MB even as "
+        f"{coding}, and a response may have {max_bytes / 1e6:g} MB (MAX_RESPONSE_MB); ask for fewer or smaller "
+        "pictures, for JPEG of a lower output_quality, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and "
+        f"BUCKET_SECRET_ACCESS_KEY on the worker; the seeds were {list(plan.seeds)}"
+    )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - started

@@ -6,6 +6,9 @@
     ├── ModelUnavailable        model_unavailable     does not start
     ├── OutOfMemory             out_of_memory         goes on
     ├── GenerationFailed        generation_failed     goes on
+    ├── Cancelled               cancelled             goes on
+    ├── TimedOut                timed_out             goes on
+    ├── ResponseTooLarge        response_too_large    goes on
     ├── DeviceFailed            device_failed         is replaced
     └── InternalError           internal_error        goes on
 
@@ -115,6 +118,24 @@ class GenerationFailed(WorkerError):
     """The model could not make this picture: tensors that do not fit, or values that are not finite."""
 
     code = "generation_failed"
+
+
+class Cancelled(WorkerError):
+    """The client does not want the pictures any more."""
+
+    code = "cancelled"
+
+
+class TimedOut(WorkerError):
+    """The job took longer than REQUEST_TIMEOUT."""
+
+    code = "timed_out"
+
+
+class ResponseTooLarge(WorkerError):
+    """The pictures are made, and no way was found to get them to the client."""
+
+    code = "response_too_large"
 
 
 class DeviceFailed(WorkerError):

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image
+
+from src.png import encode_png
 
 _SOFTWARE = "FLUX worker for RunPod"
 _PARAMETERS = "parameters"
@@ -31,8 +33,7 @@ class Format:
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
-        # Run-length coding: five times faster than Pillow's default, the same pixels.
-        "PNG": Format("image/png", quality=False, options={"compress_level": 1, "compress_type": 3}),
+        "PNG": Format("image/png", quality=False),
         "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}),
         "WEBP": Format("image/webp", quality=True),
     }
@@ -40,27 +41,30 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 
 def encode_image(
-    image: Image.Image, format: str = "PNG", quality: int = 95, parameters: Mapping[str, Any] | None = None
+    image: Image.Image,
+    format: str = "PNG",
+    quality: int = 95,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    lossless: bool = False,
 ) -> bytes:
     """`image` (RGB) as a file of `format`, a key of FORMATS; `quality` 1 to 100 where the format takes one.
 
+    `lossless` is for WEBP: every pixel is kept, and the file is smaller than a PNG and takes longer.
+
     `parameters` is kept in the file as JSON: PNG text, or the EXIF user comment of JPEG and WEBP.
     """
-    options = dict(FORMATS[format].options)
-    if FORMATS[format].quality:
-        options["quality"] = quality
-    if parameters is not None:
-        text = json.dumps(parameters, ensure_ascii=False)
-        if format == "PNG":
-            info = PngImagePlugin.PngInfo()
-            info.add_itxt(_PARAMETERS, text)
-            info.add_text("Software", _SOFTWARE)
-            options["pnginfo"] = info
-        else:
-            exif = Image.Exif()
-            exif[ExifTags.Base.Software] = _SOFTWARE
-            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-le")
-            options["exif"] = exif
+    text = None if parameters is None else json.dumps(parameters, ensure_ascii=False)
+    if format == "PNG":
+        return encode_png(image, {} if text is None else {_PARAMETERS: text, "Software": _SOFTWARE})
+    options: dict[str, Any] = {"quality": quality, **FORMATS[format].options}
+    if lossless:
+        options |= {"lossless": True, "quality": 0, "method": 0}  # the least effort: a tenth larger, six times faster
+    if text is not None:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = _SOFTWARE
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-le")
+        options["exif"] = exif
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()

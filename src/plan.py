@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from src.catalog import FAMILIES, SCHEDULERS, Model
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
@@ -38,6 +40,7 @@ class Plan:
     batch_size: int
     output_format: str
     output_quality: int
+    preview: bool = False
     warnings: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[tuple[int, ...]]:
@@ -67,11 +70,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a plan has got: `step` of `steps` over all its pictures are done."""
+    """How far a job has got: `step` of `steps` over all its pictures are done.
+
+    `phase` is queued, encode_prompt, denoise, decode, encode_images or upload.
+    """
 
     phase: str
-    step: int
-    steps: int
+    step: int = 0
+    steps: int = 0
+    preview: Image.Image | None = None  # what the picture will look like, small
 
 
 def make_plan(request: Request, faults: Sequence[Fault], model: Model, *, max_pixels: int, batch_size: int = 1) -> Plan:
@@ -145,6 +152,7 @@ def make_plan(request: Request, faults: Sequence[Fault], model: Model, *, max_pi
         batch_size=batch_size,
         output_format=request.output_format,
         output_quality=request.output_quality,
+        preview=request.preview,
         warnings=tuple(warnings),
     )
 

@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -98,6 +99,9 @@ class Request(BaseModel):
         None, description="an integer from 1 to the model's limit"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
+    preview: StrictBool = Field(
+        False, description="true or false; true adds a small JPEG of the picture so far to the progress"
+    )
 
 
 def show(value: object) -> str:

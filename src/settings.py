@@ -8,15 +8,33 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from src.errors import InvalidSettings
+
+MAX_PREFETCH = 32
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _sizes(value: object) -> object:
+    """Read "512x512,1024x768" as numbers, and "none" as no size at all."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none":
+        return ()
+    return tuple(tuple(size.split("x")) for size in value.lower().replace(" ", "").split(","))
+
+
+Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
+
+
+_BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 
 
 class Settings(BaseModel):
@@ -35,10 +53,45 @@ class Settings(BaseModel):
     batch_size: int = Field(
         1, ge=1, le=4, description="pictures denoised at once; above 1 the bytes depend on the batch"
     )
+    request_timeout: float | None = Field(
+        None, gt=0, description="seconds from a job's arrival until it is given up; no limit by default"
+    )
+    prefetch_jobs: int | None = Field(
+        None, ge=1, le=MAX_PREFETCH, description="jobs held at once, the running one among them; adapts by default"
+    )
+    progress_interval: float = Field(1.0, ge=0.1, description="seconds between two progress updates of a job")
+    warmup_sizes: Sizes = Field(
+        None,
+        description='drawn before the first job: "1024x1024,768x1344" or "none"; the model\'s own size by default',
+    )
+    max_response_mb: float = Field(
+        10, gt=0, description="megabytes (10^6) of one response; RunPod carries 10 for /run, 20 for /runsync"
+    )
+    bucket_endpoint_url: str | None = Field(
+        None, pattern=r"^https?://[^/\s@]+(/[^/\s]*)?/?$", description="of the S3 bucket that takes the pictures"
+    )
+    bucket_access_key_id: SecretStr | None = None
+    bucket_secret_access_key: SecretStr | None = None
+    bucket_name: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
+    bucket_region: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
+    bucket_prefix: str = Field("", description="what the pictures' keys begin with")
+    bucket_cache_control: str = Field("private, max-age=31536000, immutable", description="header of the pictures")
+    bucket_url_expiry: int = Field(
+        7 * 24 * 3600, ge=1, le=7 * 24 * 3600, description="seconds that the signed URLs work; S3 allows 7 days"
+    )
     include_traceback: bool = Field(True, description="send tracebacks to the client, not to the log alone")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
         "INFO", description="of this worker's own log"
     )
+    runpod_endpoint_id: str | None = Field(None, description="set by RunPod; the log is then in lines of JSON")
+
+    @model_validator(mode="after")
+    def _whole_bucket(self) -> Settings:
+        parts = {name: getattr(self, name) for name in _BUCKET}
+        missing = [name.upper() for name, value in parts.items() if value is None]
+        if missing and len(missing) < len(parts):
+            raise ValueError(f"{', '.join(name.upper() for name in parts)} belong together; missing: {missing}")
+        return self
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
@@ -55,7 +108,12 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in values.items() if value})
         except ValidationError as error:
-            faults = (
-                f"{str(fault['loc'][0]).upper()}={fault['input']!r}: {fault['msg'].lower()}" for fault in error.errors()
-            )
-            raise InvalidSettings("; ".join(faults)) from None
+            raise InvalidSettings("; ".join(map(_fault, error.errors()))) from None
+
+
+def _fault(details: ErrorDetails) -> str:
+    message = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:
+        return message
+    name = str(details["loc"][0])
+    return f"{name.upper()}={details['input']!r}: {message.lower()}"

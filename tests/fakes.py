@@ -10,6 +10,25 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 
+class FakeVae:
+    """Remembers how it was told to decode."""
+
+    def __init__(self) -> None:
+        self.tiling = self.slicing = False
+
+    def enable_tiling(self) -> None:
+        self.tiling = True
+
+    def disable_tiling(self) -> None:
+        self.tiling = False
+
+    def enable_slicing(self) -> None:
+        self.slicing = True
+
+    def disable_slicing(self) -> None:
+        self.slicing = False
+
+
 class FakePipeline:
     """Takes what FluxPipeline takes; the next calls raise `failures`, each step ends with `latents`."""
 
@@ -17,15 +36,21 @@ class FakePipeline:
         self.device = torch.device("cpu")
         self.scheduler = FlowMatchEulerDiscreteScheduler()
         self.failures = list(failures)
+        self.decode_failures: list[Exception] = []
         self.latents = latents
         self.calls: list[dict[str, Any]] = []
         self.sliced = False
+        self.vae = FakeVae()
+        self.hooks_freed = 0
 
     def set_progress_bar_config(self, **_: Any) -> None:
         pass
 
     def enable_attention_slicing(self) -> None:
         self.sliced = True
+
+    def maybe_free_model_hooks(self) -> None:
+        self.hooks_freed += 1
 
     def tokenizer_2(self, text: str) -> SimpleNamespace:
         return SimpleNamespace(input_ids=text.split())
@@ -39,5 +64,7 @@ class FakePipeline:
             raise self.failures.pop(0)
         for step in range(arguments["num_inference_steps"]):
             arguments["callback_on_step_end"](self, step, 0, {"latents": torch.tensor(self.latents)})
+        if self.decode_failures:
+            raise self.decode_failures.pop(0)
         size = arguments["width"], arguments["height"]
         return SimpleNamespace(images=[Image.new("RGB", size)] * arguments["num_images_per_prompt"])

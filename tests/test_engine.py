@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from src.catalog import SCHEDULERS, find_model
-from src.engine import Engine
-from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
+from src.engine import Engine, load_engine
+from src.errors import Cancelled, DeviceFailed, GenerationFailed, OutOfMemory
 from src.plan import Plan, Progress, make_plan
 from src.request import read_request
+from src.settings import Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
 from training import judge
@@ -48,10 +51,94 @@ HOST_OOM = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator
     ],
 )
 def test_a_failure_is_named_and_the_next_plan_runs(failure: Exception, error: type[Exception], words: str) -> None:
-    held = engine(FakePipeline(failure))
+    pipeline = FakePipeline(failure, failure)  # memory that is short is freed once before anything is said
+    held = engine(pipeline)
     with pytest.raises(error, match=words):
         held.run(plan())
+    assert pipeline.hooks_freed == 1
+    pipeline.failures.clear()
     assert len(held.run(plan()).pictures) == 1
+
+
+def test_memory_that_is_short_once_is_freed_and_nobody_hears_of_it() -> None:
+    generation = engine(FakePipeline(OOM)).run(plan())
+    assert (len(generation.pictures), generation.warnings) == (1, ())
+
+
+def test_memory_too_short_for_a_batch_draws_one_by_one_and_says_so() -> None:
+    pipeline = FakePipeline(OOM, OOM)
+    heard: list[Progress] = []
+    generation = engine(pipeline).run(plan(4, num_images=3, num_inference_steps=2), heard.append)
+    assert [call["num_images_per_prompt"] for call in pipeline.calls] == [3, 3, 1, 1, 1]
+    assert len(generation.pictures) == 3
+    assert generation.warnings == ("memory was short: the pictures were drawn one by one",)
+    assert max(p.step for p in heard) <= max(p.steps for p in heard)
+
+
+def test_memory_too_short_for_decoding_decodes_in_tiles_and_the_next_plan_does_not() -> None:
+    pipeline = FakePipeline()
+    pipeline.decode_failures = [OOM, OOM]
+    held = engine(pipeline)
+    generation = held.run(plan())
+    assert (pipeline.vae.tiling, pipeline.vae.slicing) == (True, True)
+    assert "decoded in tiles" in generation.warnings[0]
+    assert held.run(plan()).warnings == ()
+    assert not pipeline.vae.tiling
+
+
+def test_tiles_on_the_shipped_model_give_nearly_the_same_picture() -> None:
+    class Short:
+        """The shipped VAE, out of memory unless it decodes in tiles."""
+
+        def __init__(self, vae: Any) -> None:
+            self._decode = vae.decode
+            self._vae = vae
+
+        def __call__(self, latents: torch.Tensor, **options: Any) -> Any:
+            if not self._vae.use_tiling:
+                raise OOM
+            return self._decode(latents, **options)
+
+    held = load_engine(Settings(model_name="flux-shapes"))
+    big = plan(width=256, height=256)
+    whole = held.run(big).pictures[0]
+    vae = held._pipeline.vae
+    vae.decode = Short(vae)
+    tiled = held.run(big)
+    assert "decoded in tiles" in tiled.warnings[0]
+    assert np.abs(np.asarray(whole, float) - np.asarray(tiled.pictures[0], float)).mean() < 3
+
+
+def test_previews_look_like_the_picture_and_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.engine.run._SECONDS_BETWEEN_PREVIEWS", 0)
+    held = load_engine(Settings(model_name="flux-shapes"))
+    heard: list[Progress] = []
+    shown = held.run(plan(preview=True), heard.append).pictures[0]
+    assert np.array_equal(np.asarray(shown), np.asarray(held.run(plan()).pictures[0]))
+    previews = [p.preview for p in heard if p.preview]
+    assert len(previews) == 7, "the first step has nothing to compare with"
+    final = np.asarray(shown.resize(previews[-1].size), float)
+    off = [np.abs(np.asarray(preview, float) - final).mean() for preview in previews]
+    assert off[-1] < 3
+    assert off[-1] < off[0]
+
+
+def test_stopped_plans_leave_no_tensors_behind() -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Cancelled("now")
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    held = load_engine(Settings(model_name="flux-shapes"))
+    held.run(plan())
+    before = tensors()
+    for _ in range(3):
+        with pytest.raises(Cancelled):
+            held.run(plan(), stop)
+    assert tensors() <= before
 
 
 def test_values_that_are_not_finite_are_no_picture() -> None:

@@ -16,6 +16,7 @@ from src.catalog import find_model
 from src.engine import Engine
 from src.errors import ModelUnavailable
 from src.images import FORMATS, read_parameters
+from src.job import Job
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
@@ -79,7 +80,7 @@ def test_pictures_drawn_at_once_show_the_same(generate: Generate) -> None:
     from handler import get_engine
 
     event = {"input": {"prompt": "a red circle on a blue background", "seed": 7, "num_images": 3}}
-    together = respond(event, lambda: Settings(batch_size=2), get_engine)
+    together = respond(event, Job(), lambda: Settings(batch_size=2), get_engine)
     for one, other in zip(opened(together), opened(handler(event)), strict=True):
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 1
 
@@ -131,7 +132,9 @@ def test_no_warning_for_a_prompt_that_fits(generate: Generate) -> None:
 
 
 def answer(engine: Engine, settings: Settings | None = None, **fields: Any) -> dict[str, Any]:
-    return respond({"id": "job", "input": {"prompt": "x", **fields}}, lambda: settings or Settings(), lambda: engine)
+    return respond(
+        {"id": "job", "input": {"prompt": "x", **fields}}, Job("job"), lambda: settings or Settings(), lambda: engine
+    )
 
 
 def test_a_failure_is_answered_and_so_is_the_next_request() -> None:
@@ -149,7 +152,7 @@ def test_a_fault_of_ours_is_answered_too(caplog: pytest.LogCaptureFixture) -> No
     assert failed["error"] == "internal_error: LookupError: Bearer [redacted]"
     assert "abcdef" not in caplog.text
     assert "fakes.py" in caplog.text, "the log keeps the traceback"
-    assert "job 'job': internal_error" in caplog.text
+    assert "job job: internal_error" in caplog.text
 
 
 def test_the_traceback_stays_in_the_log_when_asked(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +166,7 @@ def test_a_model_that_cannot_be_loaded_is_an_answer() -> None:
     def unavailable() -> Engine:
         raise ModelUnavailable("FLUX.1-dev: is gated")
 
-    failed = respond({"input": {"prompt": "x"}}, Settings, unavailable)
+    failed = respond({"input": {"prompt": "x"}}, Job(), Settings, unavailable)
     assert failed["error"] == "model_unavailable: FLUX.1-dev: is gated"
 
 

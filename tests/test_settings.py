@@ -66,7 +66,7 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
 def test_the_example_file_shows_every_variable_with_its_default() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     shown = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    expected = {name.upper() for name in Settings.model_fields} - {"RUNPOD_MODEL_CACHE"}
+    expected = {name.upper() for name in Settings.model_fields} - {"RUNPOD_MODEL_CACHE", "RUNPOD_ENDPOINT_ID"}
     assert expected <= set(shown)
     assert Settings.from_environment(shown) == Settings()
 
@@ -74,3 +74,17 @@ def test_the_example_file_shows_every_variable_with_its_default() -> None:
 def test_only_settings_reads_the_environment() -> None:
     sources = [*(ROOT / "src").rglob("*.py"), ROOT / "handler.py", ROOT / "local_test.py"]
     assert [file.name for file in sources if re.search(r"os\.environ|getenv", file.read_text())] == ["settings.py"]
+
+
+def test_a_bucket_is_whole_or_none() -> None:
+    with pytest.raises(InvalidSettings, match=r"belong together; missing: \['BUCKET_ACCESS_KEY_ID'\]"):
+        Settings.from_environment({"BUCKET_ENDPOINT_URL": "https://s3.example.com/x", "BUCKET_SECRET_ACCESS_KEY": "s"})
+    with pytest.raises(InvalidSettings, match=r"BUCKET_ENDPOINT_URL='s3\.example\.com'"):
+        Settings.from_environment({"BUCKET_ENDPOINT_URL": "s3.example.com"})
+
+
+def test_warm_up_sizes_are_read() -> None:
+    assert Settings.from_environment({"WARMUP_SIZES": "1024x1024, 512X768"}).warmup_sizes == ((1024, 1024), (512, 768))
+    assert Settings.from_environment({"WARMUP_SIZES": "none"}).warmup_sizes == ()
+    with pytest.raises(InvalidSettings, match="WARMUP_SIZES='big'"):
+        Settings.from_environment({"WARMUP_SIZES": "big"})

@@ -3,7 +3,7 @@
 Importing this package imports torch; whoever wants to stay light imports it late.
 """
 
-from src.engine.run import Engine, Generation, OnProgress
-from src.engine.weights import load_engine
+from src.engine.run import Engine, Generation
+from src.engine.weights import check_device, load_engine
 
-__all__ = ["Engine", "Generation", "OnProgress", "load_engine"]
+__all__ = ["Engine", "Generation", "check_device", "load_engine"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ from PIL import Image
 
 from src.catalog import SCHEDULERS, Model, Scheduler
 from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
+from src.job import OnProgress
 from src.plan import Plan, Progress
-
-OnProgress = Callable[[Progress], None]
 
 # How a full host, a full card and cuBLAS say it where torch has no class for it.
 _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+_SECONDS_BETWEEN_PREVIEWS = 1.0
+_PREVIEW_LATENTS = 32  # the longer side: 256 pixels
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Engine:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
+        self._alone = threading.Lock()
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -53,36 +56,76 @@ class Engine:
         pipeline.enable_attention_slicing()  # FLUX has nothing that it could slice (diffusers 0.42); others may
 
     def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
-        """Make the plan's pictures; `on_progress` hears of every step, and may raise to stop.
+        """Make the plan's pictures; `on_progress` hears of every step, and what it raises stops the plan there.
 
-        Raises OutOfMemory, GenerationFailed or DeviceFailed; after the first two the engine is as before.
+        Where memory is short it is freed, then pictures are drawn one by one, then decoded in tiles; warnings say so.
+
+        Raises OutOfMemory, GenerationFailed, DeviceFailed or what `on_progress` raised; the engine is then as before,
+        but for DeviceFailed.
         """
-        if self._on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        watch = _Watch(plan, on_progress or (lambda _: None), torch.cuda.synchronize if self._on_cuda else lambda: None)
-        with _as_worker_errors(plan), torch.inference_mode():
+        with self._alone, _as_worker_errors(plan), self._left_clean(), torch.inference_mode():
+            if self._on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            settle = torch.cuda.synchronize if self._on_cuda else lambda: None
+            watch = _Watch(plan, on_progress or (lambda _: None), settle)
+            thrift = _Thrift(self._pipeline)
             scheduler = self._set_scheduler(plan)
             watch.begin("encode_prompt")
             prompt = self._encode(plan)
-            pictures = [picture for seeds in plan.batches() for picture in self._draw(plan, prompt, seeds, watch)]
+            pictures = [
+                picture for seeds in plan.batches() for picture in self._draw(plan, prompt, seeds, watch, thrift)
+            ]
             watch.end()
-        return Generation(
-            pictures=tuple(_middle(picture, plan.width, plan.height) for picture in pictures),
-            scheduler=scheduler,
-            timings=watch.seconds,
-            warnings=self._truncation(plan),
-            peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
-        )
+            return Generation(
+                pictures=tuple(_middle(picture, plan.width, plan.height) for picture in pictures),
+                scheduler=scheduler,
+                timings=watch.seconds,
+                warnings=(*self._truncation(plan), *thrift.warnings),
+                peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
+            )
+
+    def warm_up(self, plan: Plan, steps: int) -> float:
+        """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
+        self.run(plan)
+        seconds = self.run(plan).timings
+        return sum(seconds.values()) + seconds["denoise"] * (steps / plan.num_inference_steps - 1)
+
+    @contextmanager
+    def _left_clean(self) -> Iterator[None]:
+        """However a plan ends, nothing of it stays: no tensors in dead frames, no weights that hooks brought in."""
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self._pipeline.maybe_free_model_hooks()
+            raise
 
     def _draw(
+        self, plan: Plan, prompt: dict[str, torch.Tensor], seeds: tuple[int, ...], watch: _Watch, thrift: _Thrift
+    ) -> list[Image.Image]:
+        """Denoise and decode the pictures of `seeds`, together as long as there is memory for that."""
+        step = watch.steps_done
+        while True:
+            try:
+                return self._call(plan, prompt, seeds, watch)
+            except Exception as error:
+                if not _is_out_of_memory(error) or not thrift.try_harder(watch.phase, len(seeds)):
+                    raise
+                _free_memory(error)
+            watch.steps_done = step
+            if thrift.one_by_one and len(seeds) > 1:
+                return [picture for seed in seeds for picture in self._draw(plan, prompt, (seed,), watch, thrift)]
+
+    def _call(
         self, plan: Plan, prompt: dict[str, torch.Tensor], seeds: tuple[int, ...], watch: _Watch
     ) -> list[Image.Image]:
-        """Denoise and decode the pictures of `seeds` together."""
+        preview = _Preview(self._pipeline, plan.canvas) if plan.preview else None
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            watch.step()
+            latents = tensors["latents"]
+            watch.step(len(seeds), preview.look(step, latents) if preview else None)
             if step + 1 == plan.num_inference_steps:
-                if not tensors["latents"].isfinite().all():
+                if not latents.isfinite().all():
                     raise GenerationFailed(
                         f"the model's values are not finite after {step + 1} steps with guidance_scale "
                         f"{plan.guidance_scale}; try another seed, scheduler or guidance_scale"
@@ -156,29 +199,91 @@ class _Watch:
 
     def __init__(self, plan: Plan, report: OnProgress, settle: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self.phase = ""
+        self.steps_done = 0
         self._report = report
         self._settle = settle
-        self._steps = plan.num_inference_steps * len(list(plan.batches()))
-        self._step = 0
-        self._phase = ""
+        self._steps = plan.num_inference_steps * len(plan.seeds)
         self._since = 0.0
 
     def begin(self, phase: str) -> None:
         """End the running phase, if any, and begin another."""
         self.end()
-        self._phase, self._since = phase, time.perf_counter()
-        self._report(Progress(phase, self._step, self._steps))
+        self.phase, self._since = phase, time.perf_counter()
+        self._report(Progress(phase, self.steps_done, self._steps))
 
-    def step(self) -> None:
-        """One step is done."""
-        self._step += 1
-        self._report(Progress(self._phase, self._step, self._steps))
+    def step(self, pictures: int, preview: Image.Image | None) -> None:
+        """One step of so many pictures is done."""
+        self.steps_done += pictures
+        self._report(Progress(self.phase, self.steps_done, self._steps, preview))
 
     def end(self) -> None:
         """End the running phase; its seconds add to those that it had before."""
-        if self._phase:
+        if self.phase:
             self._settle()
-            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._since
+            self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + time.perf_counter() - self._since
+
+
+class _Thrift:
+    """What is given up for memory within one plan; each new plan starts with nothing given up."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.warnings: list[str] = []
+        self.one_by_one = False
+        self._freed = False
+        self._tiled = False
+        self._vae = pipeline.vae
+        self._vae.disable_tiling()
+        self._vae.disable_slicing()
+
+    def try_harder(self, phase: str, pictures: int) -> bool:
+        """Whether there is another way after memory was short in `phase` with so many pictures at once."""
+        if not self._freed:
+            self._freed = True
+        elif pictures > 1 and not self.one_by_one:
+            self.one_by_one = True
+            self.warnings.append("memory was short: the pictures were drawn one by one")
+        elif phase == "decode" and not self._tiled:
+            self._tiled = True
+            self._vae.enable_tiling()
+            self._vae.enable_slicing()
+            self.warnings.append("memory was short: the pictures were decoded in tiles, which may change some pixels")
+        else:
+            return False
+        return True
+
+
+class _Preview:
+    """Guesses the finished picture from two steps, at a small size, no oftener than once a second."""
+
+    def __init__(self, pipeline: Any, canvas: tuple[int, int]) -> None:
+        self._pipeline = pipeline
+        self._canvas = canvas
+        self._last: torch.Tensor | None = None
+        self._shown = -math.inf
+
+    def look(self, step: int, latents: torch.Tensor) -> Image.Image | None:
+        """The first picture of the batch after `step`; None where it is too early.
+
+        A flow goes straight from noise to picture (arXiv 2209.03003): x(sigma) = x0 + sigma v, so two points tell x0.
+        """
+        last, self._last = self._last, latents[:1].clone()
+        sigmas = self._pipeline.scheduler.sigmas
+        if last is None or time.monotonic() - self._shown < _SECONDS_BETWEEN_PREVIEWS:
+            return None
+        before, now = float(sigmas[step]), float(sigmas[step + 1])
+        if before == now:
+            return None
+        self._shown = time.monotonic()
+        guess = self._last - now * (self._last - last) / (now - before)
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        width, height = self._canvas
+        unpacked = pipeline._unpack_latents(guess, height, width, pipeline.vae_scale_factor)
+        shrink = min(1.0, _PREVIEW_LATENTS / max(unpacked.shape[-2:]))
+        small = torch.nn.functional.interpolate(unpacked, scale_factor=shrink, mode="area")
+        decoded = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return picture
 
 
 def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -191,27 +296,31 @@ def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 @contextmanager
 def _as_worker_errors(plan: Plan) -> Iterator[None]:
-    """What torch and diffusers raise, as what a client can act on; memory is given back first."""
+    """What torch and diffusers raise, as what a client can act on."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(plan, error) from error
-    except (RuntimeError, ValueError, TypeError) as error:
-        if any(words in str(error) for words in _NO_MEMORY):
-            raise _out_of_memory(plan, error) from error
+    except (MemoryError, RuntimeError, ValueError, TypeError) as error:
+        if _is_out_of_memory(error):
+            _free_memory(error)
+            raise OutOfMemory(
+                f"{plan.width}x{plan.height} with {len(plan.seeds)} image(s) needs more memory than there is; ask for "
+                "a smaller width, height or num_images, or choose a larger card"
+            ) from error
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             raise DeviceFailed(f"the device failed and this worker must be replaced: {_first_line(error)}") from error
         raise GenerationFailed(f"the model refused these tensors: {_first_line(error)}") from error
 
 
-def _out_of_memory(plan: Plan, error: BaseException) -> OutOfMemory:
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+def _free_memory(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)  # their locals hold the very tensors that did not fit
     gc.collect()
     torch.cuda.empty_cache()
-    return OutOfMemory(
-        f"{plan.width}x{plan.height} with {len(plan.seeds)} image(s), {plan.batch_size} at once, needs more memory "
-        "than there is; ask for a smaller width, height or num_images, set BATCH_SIZE=1, or choose a larger card"
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 import transformers
 from huggingface_hub import constants, errors, snapshot_download
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS, find_model, guess_model, settle_model
 from src.engine.run import Engine
-from src.errors import ModelUnavailable
+from src.errors import DeviceFailed, ModelUnavailable
 from src.settings import ROOT, Settings
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
@@ -52,7 +54,8 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     name = settings.model_name
     try:
         source = _find(settings, download)
-        _check(source.folder)
+        parameters = _check(source.folder)
+        _check_memory(parameters * dtype.itemsize, device)
         pipeline_class = getattr(diffusers, guess_model(name).pipelines["text-to-image"])
         pipeline = pipeline_class.from_pretrained(
             source.folder, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -61,6 +64,28 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         raise ModelUnavailable(f"{name}: {_why(error, settings)}") from error
     model = settle_model(name, guidance_embeds=pipeline.transformer.config.guidance_embeds)
     return Engine(pipeline, model, source.revision)
+
+
+def check_device() -> None:
+    """Raise DeviceFailed, saying why, where there is a card that cannot be used: on the CPU a picture takes hours."""
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists():
+            raise DeviceFailed(
+                f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: its CUDA {torch.version.cuda} "
+                "wants a newer driver (on RunPod: the endpoint's allowed CUDA versions), or the image holds torch for "
+                "the CPU"
+            )
+        return
+    name = torch.cuda.get_device_name()
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceFailed(f"{name} has no bfloat16, which FLUX needs: choose a card of the year 2020 or later")
+    try:
+        ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
+        wrong = not bool((ones @ ones == 64).all())
+    except RuntimeError as error:
+        raise DeviceFailed(f"{name} does not compute: {str(error).strip().partition(chr(10))[0]}") from error
+    if wrong:
+        raise DeviceFailed(f"{name} computes wrongly")
 
 
 def _find(settings: Settings, download: Callable[..., str]) -> Source:
@@ -96,8 +121,8 @@ class _Refused(Exception):
     """A reason that is ours and needs no explanation."""
 
 
-def _check(folder: Path) -> None:
-    """Raise _Refused unless `folder` holds a whole FLUX pipeline: better now than in the middle of 30 GB."""
+def _check(folder: Path) -> int:
+    """The number of its parameters; _Refused unless `folder` holds a whole FLUX pipeline: better now than half-way."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise _Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
@@ -114,12 +139,28 @@ def _check(folder: Path) -> None:
     if missing:
         names = ", ".join(sorted(map(str, missing)))
         raise _Refused(f"the download is not whole, shards are missing: {names}; load it again")
+    parameters = 0
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
-            with safe_open(file, "pt"):  # reads the header and compares the length
-                pass
+            with safe_open(file, "pt") as tensors:  # reads the header and compares the length
+                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - a handle, no mapping
         except SafetensorError as error:
             raise _Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
+    return parameters
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    """Raise _Refused where the weights, in bytes, cannot fit: Linux kills a process that tries, without a word."""
+    if device.type == "cuda":
+        room, where = torch.cuda.mem_get_info()[0], f"{torch.cuda.get_device_name()} has {{}} GB free"
+    else:
+        memory = psutil.virtual_memory().total + psutil.swap_memory().total
+        room, where = memory, "this machine has {} GB of memory"
+    if needed > room:
+        raise _Refused(
+            f"its weights take {needed / 1e9:.1f} GB and {where.format(f'{room / 1e9:.1f}')}: choose a larger one or a "
+            "smaller MODEL_NAME"
+        )
 
 
 def _why(error: Exception, settings: Settings) -> str:

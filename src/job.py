@@ -1,0 +1,103 @@
+"""One job on its way through the worker: its turn on the device, its progress, and being told to stop.
+
+Knows nothing of RunPod, of models or of how pictures are made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from src.device import NoTurn, Place
+from src.errors import Cancelled, TimedOut
+from src.plan import Progress
+from src.request import show
+
+T = TypeVar("T")
+OnProgress = Callable[[Progress], None]
+
+
+class Job:
+    """`timeout` counts seconds from now. Without a `place` in the device's line the job's work is done at once."""
+
+    def __init__(
+        self,
+        id: str = "local",
+        *,
+        on_progress: OnProgress | None = None,
+        place: Place | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.id = id
+        self.seconds: dict[str, float] = {}  # per phase: prepare, queued, and those that were reported
+        self.device_seconds: float | None = None  # how long it had the device
+        self._on_progress = on_progress or (lambda _: None)
+        self._place = place
+        self._timeout = timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self.cancelled = False
+        self._phase = "prepare"
+        self._since = time.perf_counter()
+
+    @classmethod
+    def of(cls, event: object, **options: Any) -> Job:
+        """The job of an event, which may be anything; `options` are those of Job."""
+        id = event.get("id") if isinstance(event, Mapping) else None
+        return cls("local" if id is None else id if isinstance(id, str) and len(id) < 100 else show(id), **options)
+
+    def report(self, progress: Progress) -> None:
+        """Tell whoever watches; raises Cancelled or TimedOut when it is time to stop."""
+        if progress.phase != self._phase:
+            self.end_phase()
+            self._phase = progress.phase
+        self._check()
+        self._on_progress(progress)
+
+    def end_phase(self) -> None:
+        """Count the seconds since the running phase began."""
+        now = time.perf_counter()
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._since = now
+
+    def cancel(self) -> None:
+        """Stop the job at its next report; while it waits for the device it stops now and never gets there."""
+        self.cancelled = True
+        self.leave()
+
+    def leave(self) -> None:
+        """The job wants no turn on the device any more."""
+        if self._place is not None:
+            self._place.leave()
+
+    def on_device(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises; it is run in this job's turn on the device."""
+
+        def turn() -> T:
+            self._check()
+            self.end_phase()
+            started = time.perf_counter()
+            try:
+                return work()
+            finally:
+                self.device_seconds = time.perf_counter() - started
+
+        self.report(Progress("queued"))
+        if self._place is None:
+            return turn()
+        try:
+            return self._place.run(
+                turn, None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            )
+        except NoTurn:
+            self._check()
+            raise
+
+    def _check(self) -> None:
+        if self.cancelled:
+            raise Cancelled(f"the job was told to stop (at {self._phase})")
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise TimedOut(
+                f"REQUEST_TIMEOUT={self._timeout:g} seconds were over (at {self._phase}); ask for fewer steps or "
+                "pictures or for a smaller size"
+            )

@@ -1,0 +1,345 @@
+"""A stand-in for RunPod's control plane, over HTTP: the worker's side and the client's, with faults on purpose.
+
+The real SDK takes jobs from it and posts results to it; the real `runpod` client runs, watches and cancels jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import runpod
+from aiohttp import web
+
+from src.settings import ROOT
+
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
+ENDPOINT = "flux"
+
+
+@dataclass
+class JobRecord:
+    """What happened to one job; `results` holds every final result that a worker posted."""
+
+    id: str
+    input: Any
+    status: str = "IN_QUEUE"
+    progress: list[tuple[float, Any]] = field(default_factory=list)
+    results: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    taken: list[float] = field(default_factory=list)
+    refused_bytes: list[int] = field(default_factory=list)
+
+    def public(self) -> dict[str, Any]:
+        """As /status tells it."""
+        told: dict[str, Any] = {"id": self.id, "status": self.status}
+        if self.results:
+            told |= {name: self.results[-1][1][name] for name in ("output", "error") if name in self.results[-1][1]}
+        elif self.progress:
+            told["output"] = self.progress[-1][1]
+        return told
+
+
+class Faults:
+    """Lets a share of the requests at each route fail, at most `in_a_row` times for one job or poll."""
+
+    def __init__(
+        self, rate: float, kinds: tuple[str, ...] = ("429", "500", "drop", "slow"), in_a_row: int = 2, seed: int = 0
+    ) -> None:
+        self.rate, self.kinds, self.in_a_row = rate, kinds, in_a_row
+        self.injected: Counter[tuple[str, str]] = Counter()
+        self._random = random.Random(seed)
+        self._row: Counter[str] = Counter()
+
+    def next(self, route: str, what: str) -> str | None:
+        """The kind of fault for this request, or None."""
+        key = f"{route} {what}"
+        if self._random.random() >= self.rate or self._row[key] >= self.in_a_row:
+            self._row[key] = 0
+            return None
+        self._row[key] += 1
+        kind = self._random.choice(self.kinds)
+        self.injected[route, kind] += 1
+        return kind
+
+
+class StandIn:
+    """Runs on a thread of its own; everything that tests read is plain data."""
+
+    def __init__(self, faults: Faults | None = None, *, max_body: int = 20_000_000, poll_seconds: float = 5.0) -> None:
+        self.jobs: dict[str, JobRecord] = {}
+        self.pings: list[dict[str, str]] = []
+        self.most_in_hand = 0
+        self.faults = faults or Faults(0)
+        self._max_body = max_body
+        self._poll_seconds = poll_seconds
+        self._queue: deque[str] = deque()
+        self._stops: deque[str] = deque()
+        self._numbers = itertools.count(1)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._ready = threading.Event()
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    # ---- for tests
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What RunPod sets in a worker's container, so that its SDK speaks with this."""
+        worker = f"http://127.0.0.1:{self.port}/v2/{ENDPOINT}"
+        return {
+            **os.environ,
+            "MODEL_NAME": "flux-shapes",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{worker}/job-take/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{worker}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{worker}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_PING": f"{worker}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_PING_INTERVAL": "1000",
+            "RUNPOD_AI_API_KEY": "rpa_secret_of_the_worker",
+            "RUNPOD_ENDPOINT_ID": ENDPOINT,
+            "RUNPOD_POD_ID": "worker-1",
+            "RUNPOD_SKIP_GPU_CHECK": "true",
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            **more,
+        }
+
+    def client(self) -> runpod.Endpoint:
+        """The real client, at this door."""
+        endpoint = runpod.Endpoint(ENDPOINT, api_key="rpa_secret_of_the_client")
+        endpoint.rp_client.endpoint_url_base = f"http://127.0.0.1:{self.port}/v2"
+        return endpoint
+
+    def wait(self, *ids: str, seconds: float = 60) -> list[JobRecord]:
+        """The jobs, once all of them are final."""
+        deadline = time.monotonic() + seconds
+        while not all(self.jobs[id].status in FINAL for id in ids):
+            open_jobs = [id for id in ids if self.jobs[id].status not in FINAL]
+            assert time.monotonic() < deadline, f"{len(open_jobs)} jobs are open: {open_jobs[:5]}"
+            time.sleep(0.01)
+        return [self.jobs[id] for id in ids]
+
+    def submit(self, **fields: Any) -> str:
+        """A job of these request fields, as /run would take it, without the way over HTTP."""
+        return self._call(self._add({"input": fields})).id
+
+    def cancel(self, id: str) -> None:
+        self._call(self._cancel_job(id))
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _call(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+    # ---- the server
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        application = web.Application(client_max_size=100_000_000)
+        application.add_routes([
+            web.post("/v2/{endpoint}/run", self._run),
+            web.post("/v2/{endpoint}/runsync", self._runsync),
+            web.get("/v2/{endpoint}/status/{id}", self._status),
+            web.post("/v2/{endpoint}/cancel/{id}", self._cancel),
+            web.get("/v2/{endpoint}/health", self._health),
+            web.get("/v2/{endpoint}/job-take/{worker}", self._take),
+            web.get("/v2/{endpoint}/job-take-batch/{worker}", self._take),
+            web.post("/v2/{endpoint}/job-done/{worker}/{id}", self._done),
+            web.post("/v2/{endpoint}/job-stream/{worker}/{id}", self._stream),
+            web.get("/v2/{endpoint}/job-stop/{worker}", self._stop),
+            web.get("/v2/{endpoint}/ping/{worker}", self._ping),
+        ])  # fmt: skip
+        # A poll whose worker is gone must not be answered with a job.
+        runner = web.AppRunner(application, handler_cancellation=True, access_log=None)
+        self._loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        self._loop.run_until_complete(site.start())
+        self.port = runner.addresses[0][1]
+        self._changed = asyncio.Condition()
+        self._ready.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(runner.cleanup())
+
+    async def _fail(self, request: web.Request, route: str, what: str) -> web.Response | None:
+        """The answer where this request is to fail, before anything of it is done."""
+        match self.faults.next(route, what):
+            case None:
+                return None
+            case "slow":
+                await asyncio.sleep(1.0)
+                return None
+            case "drop":
+                assert request.transport is not None
+                request.transport.close()
+                raise ConnectionResetError
+            case status:
+                return web.Response(status=int(status))
+
+    async def _add(self, body: Mapping[str, Any]) -> JobRecord:
+        job = JobRecord(f"{uuid.uuid4()}-{next(self._numbers)}", body["input"])
+        self.jobs[job.id] = job
+        self._queue.append(job.id)
+        await self._notify()
+        return job
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _until(self, ready: Any, seconds: float) -> bool:
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(ready), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- the client's side
+
+    async def _run(self, request: web.Request) -> web.Response:
+        job = await self._add(await request.json())
+        return web.json_response({"id": job.id, "status": job.status})
+
+    async def _runsync(self, request: web.Request) -> web.Response:
+        job = await self._add(await request.json())
+        await self._until(lambda: job.status in FINAL, 90)
+        return web.json_response(job.public())
+
+    async def _status(self, request: web.Request) -> web.Response:
+        if failed := await self._fail(request, "status", request.match_info["id"]):
+            return failed
+        return web.json_response(self.jobs[request.match_info["id"]].public())
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        await self._cancel_job(request.match_info["id"])
+        return web.json_response(self.jobs[request.match_info["id"]].public())
+
+    async def _cancel_job(self, id: str) -> None:
+        job = self.jobs[id]
+        if job.status == "IN_QUEUE":
+            self._queue.remove(id)
+        elif job.status == "IN_PROGRESS":
+            self._stops.append(id)
+        if job.status not in FINAL:
+            job.status = "CANCELLED"
+        await self._notify()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        counts = Counter(job.status for job in self.jobs.values())
+        return web.json_response({"jobs": {"inQueue": counts["IN_QUEUE"], "inProgress": counts["IN_PROGRESS"]}})
+
+    # ---- the worker's side
+
+    async def _take(self, request: web.Request) -> web.Response:
+        if failed := await self._fail(request, "job-take", request.match_info["worker"]):
+            return failed
+        await self._until(lambda: self._queue, self._poll_seconds)
+        if not self._queue or request.transport is None or request.transport.is_closing():
+            return web.Response(status=204)
+        batch = "batch_size" in request.query
+        taken = []
+        for _ in range(min(int(request.query.get("batch_size", 1)), len(self._queue))):
+            job = self.jobs[self._queue.popleft()]
+            job.status = "IN_PROGRESS"
+            job.taken.append(time.time())
+            taken.append({"id": job.id, "input": job.input})
+        in_hand = sum(job.status == "IN_PROGRESS" for job in self.jobs.values())
+        self.most_in_hand = max(self.most_in_hand, in_hand)
+        return web.json_response(taken if batch else taken[0])
+
+    async def _done(self, request: web.Request) -> web.Response:
+        job = self.jobs[request.match_info["id"]]
+        body = await request.read()
+        if failed := await self._fail(request, "job-done", job.id):
+            return failed
+        assert request.headers["X-Request-ID"] == job.id
+        posted = json.loads(body)
+        if posted.get("status") == "IN_PROGRESS":
+            job.progress.append((time.time(), posted["output"]))
+            return web.Response()
+        if len(body) > self._max_body:
+            job.refused_bytes.append(len(body))
+            return web.Response(status=400)
+        job.results.append((time.time(), posted))
+        if job.status not in FINAL:
+            job.status = "FAILED" if "error" in posted else "COMPLETED"
+        await self._notify()
+        return web.Response()
+
+    async def _stream(self, request: web.Request) -> web.Response:
+        return await self._fail(request, "job-stream", request.match_info["id"]) or web.Response()
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        if failed := await self._fail(request, "job-stop", request.match_info["worker"]):
+            return failed
+        await self._until(lambda: self._stops, self._poll_seconds)
+        if request.transport is None or request.transport.is_closing() or not self._stops:
+            return web.Response(status=204)
+        ids = list(self._stops)
+        self._stops.clear()
+        return web.json_response({"jobsToStop": ids})
+
+    async def _ping(self, request: web.Request) -> web.Response:
+        self.pings.append(dict(request.query))
+        return await self._fail(request, "ping", request.match_info["worker"]) or web.Response()
+
+
+class WorkerProcess:
+    """A worker's process under the stand-in, and what it wrote."""
+
+    def __init__(self, environment: dict[str, str], log: Path, *command: str) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *(command or ("handler.py",))],
+                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The worker's own log lines, which are JSON under RunPod."""
+        found = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in found if "time" in line]
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Until `text` stands in the log."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log.read_text(errors="replace"):
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def terminate(self, seconds: float = 60) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def worker(stand_in: StandIn, log: Path, *command: str, **environment: str) -> Iterator[WorkerProcess]:
+    """handler.py, or another `command` for Python, until the block ends."""
+    held = WorkerProcess(stand_in.environment(**environment), log, *command)
+    try:
+        yield held
+    finally:
+        if held.process.poll() is None:
+            held.process.kill()
+            held.process.wait(10)
