@@ -5,6 +5,7 @@ Knows nothing of RunPod, of models or of how pictures are made.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from src.errors import Cancelled, TimedOut
 from src.plan import Progress
 from src.request import show
 
+log = logging.getLogger("worker")
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
 
@@ -77,10 +79,12 @@ class Job:
             self._check()
             self.end_phase()
             started = time.perf_counter()
+            log.debug("job %s: has the device", self.id, extra={"facts": self._facts("taken")})
             try:
                 return work()
             finally:
                 self.device_seconds = time.perf_counter() - started
+                log.debug("job %s: leaves the device", self.id, extra={"facts": self._facts("free")})
 
         self.report(Progress("queued"))
         if self._place is None:
@@ -92,6 +96,9 @@ class Job:
         except NoTurn:
             self._check()
             raise
+
+    def _facts(self, device: str) -> dict[str, Any]:
+        return {"job": self.id, "device": device, "at": time.time()}
 
     def _check(self) -> None:
         if self.cancelled:

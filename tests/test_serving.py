@@ -1,0 +1,299 @@
+"""The real handler.py and the real SDK under a stand-in for RunPod: progress, cancel, time-out, faults, the end."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.plan import Progress
+from src.serving import Watcher
+from tests.runpod_stand_in import Faults, JobRecord, StandIn, WorkerProcess, worker
+
+ENDLESS = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    held = StandIn()
+    yield held
+    held.close()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[StandIn]:
+    held = StandIn()
+    yield held
+    held.close()
+
+
+@pytest.fixture(scope="module")
+def process(shared: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    with worker(shared, tmp_path_factory.mktemp("worker") / "log", PROGRESS_INTERVAL="0.2", LOG_LEVEL="DEBUG") as held:
+        yield held
+
+
+def until_running(stand_in: StandIn, process: WorkerProcess, id: str) -> None:
+    """Until the job has the device."""
+    while not any(p["step"] for _, p in stand_in.jobs[id].progress):
+        assert process.process.poll() is None
+        time.sleep(0.01)
+
+
+def picture(job: JobRecord) -> str:
+    assert job.status == "COMPLETED", job.results
+    text: str = job.results[0][1]["output"]["images"][0]
+    return text
+
+
+def test_runsync_status_and_health_work_for_the_real_client(shared: StandIn, process: WorkerProcess) -> None:
+    client = shared.client()
+    output = client.run_sync({"input": {"prompt": "a red circle", "seed": 1}}, timeout=90)
+    assert output["status"] == "success"
+    job = client.run({"input": {"prompt": "a red circle", "seed": 1}})
+    assert job.output(timeout=30)["images"] == output["images"]
+    assert client.health()["jobs"] == {"inQueue": 0, "inProgress": 0}
+
+
+def test_a_bad_request_fails_with_the_contracts_text(shared: StandIn, process: WorkerProcess) -> None:
+    (job,) = shared.wait(shared.submit(prompt="x", width=63))
+    assert job.status == "FAILED"
+    assert job.results[0][1]["error"].startswith("invalid_request: width: must be")
+
+
+def test_progress_tells_phase_steps_percent_and_time_left(shared: StandIn, process: WorkerProcess) -> None:
+    id = shared.submit(**ENDLESS, preview=True)
+    waiting = shared.submit(prompt="a red circle", seed=2)
+    (job, _) = shared.wait(id, waiting)
+    assert len(job.progress) > 4
+    steps = [told["step"] for _, told in job.progress]
+    assert steps == sorted(steps)
+    told = job.progress[len(steps) // 2][1]
+    assert (told["phase"], told["steps"], told["percent"]) == ("denoise", 400, round(told["step"] / 4))
+    assert 0 < told["seconds_left"] < 60
+    preview = Image.open(io.BytesIO(base64.b64decode(job.progress[-1][1]["preview"])))
+    assert (preview.format, preview.size) == ("JPEG", (128, 128))
+    assert shared.jobs[waiting].progress[0][1]["phase"] == "queued"
+    assert all(at < job.results[0][0] for at, _ in job.progress), "no progress after the result"
+    assert "preview" not in shared.jobs[waiting].progress[0][1]
+
+
+def test_jobs_run_in_the_order_in_which_they_came(shared: StandIn, process: WorkerProcess) -> None:
+    ids = [shared.submit(prompt="a red circle", num_inference_steps=1, seed=i) for i in range(12)]
+    shared.wait(*ids)
+    ended = [line["job"] for line in process.lines() if line.get("outcome") and line["job"] in ids]
+    assert ended == ids
+
+
+def test_a_cancelled_job_stops_and_one_that_waits_never_starts(shared: StandIn, process: WorkerProcess) -> None:
+    (before,) = shared.wait(shared.submit(prompt="a red circle", seed=3))
+    running = shared.submit(**ENDLESS)
+    until_running(shared, process, running)
+    waiting = shared.submit(**ENDLESS)
+    while shared.jobs[waiting].status == "IN_QUEUE":
+        time.sleep(0.01)
+    last = shared.submit(prompt="a red circle", seed=3)
+    shared.client().rp_client.post(f"flux/cancel/{waiting}", data={})
+    shared.cancel(running)
+    (after,) = shared.wait(last, seconds=5)
+    assert picture(after) == picture(before)
+    assert shared.jobs[running].results == shared.jobs[waiting].results == []
+    outcomes = {line["job"]: line for line in process.lines() if line.get("outcome")}
+    assert outcomes[running]["outcome"] == outcomes[waiting]["outcome"] == "cancelled"
+    assert "denoise" in outcomes[running]["seconds"]
+    assert "encode_prompt" not in outcomes[waiting]["seconds"]
+
+
+def test_no_prompt_picture_or_key_is_in_the_log(shared: StandIn, process: WorkerProcess) -> None:
+    (job,) = shared.wait(shared.submit(prompt="a very private circle", seed=1))
+    text = process.log.read_text()
+    assert job.id in text
+    for secret in ("private", picture(job)[100:140], "rpa_secret_of_the_worker"):
+        assert secret not in text
+
+
+def test_pings_name_the_jobs_in_hand(shared: StandIn, process: WorkerProcess) -> None:
+    id = shared.submit(**ENDLESS)
+    shared.wait(id)
+    assert any(id in ping.get("job_id", "") for ping in shared.pings)
+
+
+def test_a_request_that_takes_too_long_ends_and_the_next_one_runs(stand_in: StandIn, tmp_path: Path) -> None:
+    with worker(stand_in, tmp_path / "log", REQUEST_TIMEOUT="1"):
+        late, waits = stand_in.submit(**ENDLESS), stand_in.submit(**ENDLESS)
+        jobs = stand_in.wait(late, waits)
+        (after,) = stand_in.wait(stand_in.submit(prompt="a red circle"))
+    for job in jobs:
+        assert job.results[0][1]["error"].startswith("timed_out: REQUEST_TIMEOUT=1 seconds were over")
+    assert after.status == "COMPLETED"
+
+
+def test_sigterm_finishes_what_is_in_hand_and_takes_no_more(stand_in: StandIn, tmp_path: Path) -> None:
+    with worker(stand_in, tmp_path / "log") as process:
+        running = stand_in.submit(**ENDLESS)
+        while stand_in.jobs[running].status == "IN_QUEUE":
+            time.sleep(0.01)
+        process.wait_for(f'"requestId": "{running}", "message": "Started."')
+        process.process.terminate()
+        process.wait_for("stopping because of SIGTERM")
+        late = stand_in.submit(prompt="a red circle")
+        assert process.process.wait(60) == 0
+    assert stand_in.jobs[running].status == "COMPLETED"
+    assert stand_in.jobs[late].status == "IN_QUEUE"
+
+
+def test_sigterm_ends_an_idle_worker_at_once(stand_in: StandIn, tmp_path: Path) -> None:
+    held = StandIn(poll_seconds=60)
+    with worker(held, tmp_path / "log") as process:
+        held.wait(held.submit(prompt="a red circle"))
+        started = time.monotonic()
+        assert process.terminate() == 0
+        assert time.monotonic() - started < 5, "it does not sit out its polls"
+    held.close()
+
+
+def test_sigterm_while_the_model_loads_ends_it_too(stand_in: StandIn, tmp_path: Path) -> None:
+    with worker(stand_in, tmp_path / "log") as process:
+        process.wait_for("fitness check(s)")
+        assert process.terminate() == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "check", "reason"),
+    [
+        ({"MODEL_NAME": "/no/such/folder"}, "load_model", "model_unavailable: /no/such/folder: is neither"),
+        ({"WARMUP_SIZES": "100x100"}, "warm_up", "WARMUP_SIZES: width: must be a multiple of 8, got 100"),
+        (
+            {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:9/pictures", "BUCKET_ACCESS_KEY_ID": "k",
+             "BUCKET_SECRET_ACCESS_KEY": "hidden"},
+            "check_bucket", "do not let this worker upload",
+        ),
+    ],
+)  # fmt: skip
+def test_an_unfit_worker_says_why_to_runpod_and_ends(
+    environment: dict[str, str], check: str, reason: str, stand_in: StandIn, tmp_path: Path
+) -> None:
+    with worker(stand_in, tmp_path / "log", **environment) as process:
+        assert process.process.wait(60) == 1
+    (told,) = (ping for ping in stand_in.pings if ping.get("status") == "unhealthy")
+    assert told["check"] == check
+    assert reason in told["reason"]
+    text = process.log.read_text()
+    assert f"Fitness check failed: {check}" in text
+    assert "hidden" not in text
+
+
+def test_results_survive_what_the_sdk_alone_would_lose(tmp_path: Path) -> None:
+    """Half of all requests fail, up to three times in a row: more than the SDK's own three tries."""
+    held = StandIn(Faults(0.5, ("429", "500", "drop"), in_a_row=3, seed=1))
+    with worker(held, tmp_path / "log", PROGRESS_INTERVAL="0.1"):
+        ids = [held.submit(prompt="a red circle", seed=i) for i in range(10)]
+        jobs = held.wait(*ids, seconds=120)
+    assert {job.status for job in jobs} == {"COMPLETED"}
+    assert [len(job.results) for job in jobs] == [1] * 10
+    assert sum(count for (route, _), count in held.faults.injected.items() if route == "job-done") > 3
+    held.close()
+
+
+def test_a_result_that_runpod_refuses_becomes_an_error_that_says_so(tmp_path: Path) -> None:
+    held = StandIn(max_body=1_000)
+    with worker(held, tmp_path / "log"):
+        (job,) = held.wait(held.submit(prompt="a red circle"), seconds=60)
+    assert job.refused_bytes
+    assert job.status == "FAILED"
+    assert job.results[0][1]["error"].startswith("response_too_large: RunPod refused the result")
+    held.close()
+
+
+def test_a_device_that_fails_is_told_and_ends_the_worker(stand_in: StandIn, tmp_path: Path) -> None:
+    with worker(stand_in, tmp_path / "log", "-m", "tests.broken_worker") as process:
+        (job,) = stand_in.wait(stand_in.submit(prompt="a red circle"))
+        assert process.process.wait(30) == 1
+    assert job.status == "FAILED"
+    result = job.results[0][1]
+    assert result["error"].startswith("device_failed: the device failed and this worker must be replaced")
+    assert result["stopPod"] is True
+
+
+def test_what_a_watcher_tells() -> None:
+    watcher = Watcher()
+    assert watcher.progress() == {"phase": "queued", "step": 0, "steps": 0, "percent": 0, "seconds_left": None}
+    watcher.see(Progress("denoise", 0, 4))
+    time.sleep(0.02)
+    watcher.see(Progress("denoise", 1, 4))
+    told = watcher.progress()
+    assert (told["percent"], told["seconds_left"]) == (25, pytest.approx(0.1, abs=0.1))
+    json.dumps(told)
+
+
+@pytest.mark.slow
+def test_fifty_cancels_at_random_steps(stand_in: StandIn, tmp_path: Path) -> None:
+    """The device is free within a step and 0.2 s, two jobs never run at once, and the next picture is the same."""
+    rng = random.Random(0)
+    free_after, step_seconds = [], []
+    with worker(stand_in, tmp_path / "log", PROGRESS_INTERVAL="0.1", LOG_LEVEL="DEBUG") as process:
+        (first,) = stand_in.wait(stand_in.submit(prompt="a red circle", seed=3))
+        for _ in range(50):
+            victim = stand_in.submit(**ENDLESS)
+            next_one = stand_in.submit(prompt="a red circle", seed=3)
+            until_running(stand_in, process, victim)
+            time.sleep(rng.uniform(0, 1.0))
+            cancelled_at = time.time()
+            stand_in.cancel(victim)
+            (after,) = stand_in.wait(next_one, seconds=20)
+            assert picture(after) == picture(first)
+            seconds = next(line for line in process.lines() if line.get("job") == next_one and "seconds" in line)
+            step_seconds.append(seconds["seconds"]["denoise"] / 8)
+            released = next(line for line in process.lines() if line.get("device") == "free" and line["job"] == victim)
+            free_after.append(released["at"] - cancelled_at)
+    turns = [(line["at"], line["device"]) for line in process.lines() if "device" in line]
+    assert [kind for _, kind in sorted(turns)] == ["taken", "free"] * (len(turns) // 2), "two at once"
+    assert len(turns) >= 2 * 101
+    late = [after - step for after, step in zip(free_after, step_seconds, strict=True)]
+    print(f"free after {max(free_after):.3f} s at most, {sorted(free_after)[25]:.3f} s in the middle")
+    assert max(late) < 0.2
+
+
+@pytest.mark.slow
+def test_five_hundred_jobs_with_faults_a_sigterm_and_a_restart(tmp_path: Path) -> None:
+    """Every job ends with exactly one result, no progress follows it, and memory does not grow."""
+    held = StandIn(Faults(0.05, seed=5), poll_seconds=2)
+    log = tmp_path / "log"
+    ids = [
+        held.submit(prompt="a red circle", seed=i, width=64, height=64, num_inference_steps=4, num_images=1 + i % 3)
+        if i % 10 else held.submit(prompt="a red circle", width=63)
+        for i in range(500)
+    ]  # fmt: skip
+    with worker(held, log, PROGRESS_INTERVAL="0.1") as process:
+        held.wait(*ids[:120], seconds=300)
+        memory_first = resident_megabytes(process)
+        held.wait(*ids[:400], seconds=600)
+        memory_last = resident_megabytes(process)
+        assert process.terminate() == 0
+    assert any(job.status == "IN_QUEUE" for job in held.jobs.values()), "it was ended in the middle"
+    with worker(held, log, PROGRESS_INTERVAL="0.1") as process:
+        jobs = held.wait(*ids, seconds=300)
+        assert process.terminate() == 0
+    assert [len(job.results) for job in jobs] == [1] * 500
+    assert [len(job.taken) for job in jobs] == [1] * 500
+    assert [job.status for job in jobs] == [("COMPLETED" if i % 10 else "FAILED") for i in range(500)]
+    for job in jobs:
+        assert all(at <= job.results[0][0] for at, _ in job.progress)
+    routes = {route for route, _ in held.faults.injected}
+    assert routes >= {"job-take", "job-done", "job-stop", "ping"}
+    print(f"faults {sum(held.faults.injected.values())}, memory {memory_first:.0f} -> {memory_last:.0f} MB")
+    assert memory_last - memory_first < 40
+    held.close()
+
+
+def resident_megabytes(process: WorkerProcess) -> float:
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
