@@ -302,29 +302,32 @@ class WorkerProcess:
     """A worker's process under the stand-in, and what it wrote."""
 
     def __init__(self, environment: dict[str, str], log: Path, *command: str) -> None:
-        self.log = log
-        with log.open("ab") as file:
+        self._worker_log, self._sdk_log = log, log.with_suffix(".sdk")  # stderr and stdout
+        with self._worker_log.open("ab") as stderr, self._sdk_log.open("ab") as stdout:
             self.process = subprocess.Popen(
-                [sys.executable, *(command or ("handler.py",))],
-                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [sys.executable, *(command or ("handler.py",))], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
+            )
+
+    def text(self) -> str:
+        """All that was written."""
+        return self._sdk_log.read_text(errors="replace") + self._worker_log.read_text(errors="replace")
 
     def lines(self) -> list[dict[str, Any]]:
         """The worker's own log lines, which are JSON under RunPod."""
         found = []
-        for line in self.log.read_text(errors="replace").splitlines():
+        for line in self._worker_log.read_text(errors="replace").splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError:
                 continue
-        return [line for line in found if "time" in line]
+        return found
 
     def wait_for(self, text: str, seconds: float = 60) -> None:
         """Until `text` stands in the log."""
         deadline = time.monotonic() + seconds
-        while text not in self.log.read_text(errors="replace"):
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+        while text not in self.text():
+            assert self.process.poll() is None, self.text()[-3000:]
+            assert time.monotonic() < deadline, self.text()[-3000:]
             time.sleep(0.02)
 
     def terminate(self, seconds: float = 60) -> int:

@@ -113,7 +113,7 @@ def test_a_cancelled_job_stops_and_one_that_waits_never_starts(shared: StandIn, 
 
 def test_no_prompt_picture_or_key_is_in_the_log(shared: StandIn, process: WorkerProcess) -> None:
     (job,) = shared.wait(shared.submit(prompt="a very private circle", seed=1))
-    text = process.log.read_text()
+    text = process.text()
     assert job.id in text
     for secret in ("private", picture(job)[100:140], "rpa_secret_of_the_worker"):
         assert secret not in text
@@ -185,7 +185,7 @@ def test_an_unfit_worker_says_why_to_runpod_and_ends(
     (told,) = (ping for ping in stand_in.pings if ping.get("status") == "unhealthy")
     assert told["check"] == check
     assert reason in told["reason"]
-    text = process.log.read_text()
+    text = process.text()
     assert f"Fitness check failed: {check}" in text
     assert "hidden" not in text
 
