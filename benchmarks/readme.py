@@ -1,0 +1,58 @@
+"""`python -m benchmarks.readme`: the README's tables, made from the results; tests hold them to each other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def serving(results: dict[str, Any]) -> str:
+    """How busy the device is, what is lost, and how fast a response is made."""
+    rows = {(row["seconds"], row["way"]): row for row in results["device"]}
+    lines = ["| one job | device busy: plain | this worker | jobs a second: plain | this worker | jobs in hand |"]
+    lines.append("| --- " * 6 + "|")
+    for seconds in dict.fromkeys(seconds for seconds, _ in rows):
+        plain, ours = rows[seconds, "plain"], rows[seconds, "ours"]
+        lines.append(
+            f"| {f'{seconds:g} s' if seconds else 'flux-shapes'} "
+            f"| {plain['busy_percent']:.0f} % | {ours['busy_percent']:.0f} % "
+            f"| {plain['jobs_per_second']:.2f} | {ours['jobs_per_second']:.2f} | {ours['most_in_hand']} |"
+        )
+    lines += ["", "| requests to RunPod that fail | results lost: plain | this worker |", "| --- | --- | --- |"]
+    lost = {(row["fault_rate"], row["way"]): row for row in results["lost"]}
+    for rate in dict.fromkeys(rate for rate, _ in lost):
+        plain, ours = lost[rate, "plain"], lost[rate, "ours"]
+        lines.append(f"| {100 * rate:.0f} % | {plain['lost']} of {plain['jobs']} | {ours['lost']} of {ours['jobs']} |")
+    assembly, start, machine = results["assembly"], results["start"]["median_seconds"], results["machine"]
+    lines += [
+        "",
+        f"Four photographs of 1024x1024 become a response in {1000 * assembly['seconds']['ours']:.0f} ms; Pillow's",
+        f"PNG, one after another, takes {1000 * assembly['seconds']['plain']:.0f} ms for the same pixels. From a process's",
+        f"start to its first result: {start['ours']:.1f} s, plain {start['plain']:.1f} s. All of it by",
+        f"`python -m benchmarks.serving` on {machine['cores']} cores without a card, both ways in one run.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving": serving}
+
+
+def filled(text: str) -> str:
+    """`text` with each table of TABLES between its marks."""
+    for name, table in TABLES.items():
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        mark, end = f"<!-- benchmarks/results/{name}.json -->", "<!-- end -->"
+        pattern = re.compile(f"{re.escape(mark)}.*?{re.escape(end)}", re.DOTALL)
+        body = f"{mark}\n{table(results)}\n{end}"
+        text = pattern.sub(lambda _, body=body: body, text)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text()))
