@@ -33,7 +33,7 @@ def serving(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Four photographs of 1024x1024 become a response in {1000 * assembly['seconds']['ours']:.0f} ms; Pillow's",
-        f"PNG, one after another, takes {1000 * assembly['seconds']['plain']:.0f} ms for the same pixels. From a process's",
+        f"PNG, one after another, takes {1000 * assembly['seconds']['plain']:.0f} ms (same pixels). From a process's",
         f"start to its first result: {start['ours']:.1f} s, plain {start['plain']:.1f} s. All of it by",
         f"`python -m benchmarks.serving` on {machine['cores']} cores without a card, both ways in one run.",
     ]
