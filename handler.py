@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from src.delivery import deliver
 from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
 from src.logs import job_ended, log
+from src.pictures import load_pictures
 from src.plan import Plan, make_plan
 from src.request import read_request
 from src.settings import Settings
@@ -24,6 +26,9 @@ from src.storage import Bucket
 
 if TYPE_CHECKING:
     from src.engine import Engine
+
+
+_loading = threading.Lock()
 
 
 @cache
@@ -38,9 +43,14 @@ def get_bucket() -> Bucket | None:
     return Bucket.from_settings(get_settings())
 
 
-@cache
 def get_engine() -> Engine:
-    """The engine of this process; the first call loads the model."""
+    """The engine of this process; the first call loads the model, and others wait for it."""
+    with _loading:
+        return _load_engine()
+
+
+@cache
+def _load_engine() -> Engine:
     from src.engine import load_engine  # torch, which nobody should wait for who only reads this module
 
     return load_engine(get_settings())
@@ -68,8 +78,15 @@ def respond(
     try:
         include_traceback = settings().include_traceback
         request, faults = read_request(event)
+        destination = bucket()
+        pictures, bad_pictures = load_pictures(request, job)
         plan = make_plan(
-            request, faults, engine().model, max_pixels=settings().max_pixels, batch_size=settings().batch_size
+            request,
+            (*faults, *bad_pictures),
+            engine().model,
+            pictures,
+            max_pixels=settings().max_pixels,
+            batch_size=settings().batch_size,
         )
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
@@ -78,7 +95,7 @@ def respond(
             engine().model,
             engine().revision,
             job=job,
-            bucket=bucket(),
+            bucket=destination,
             max_bytes=int(settings().max_response_mb * 1e6),
         )
     except WorkerError as error:
@@ -91,7 +108,10 @@ def respond(
         return response
     finally:
         job.leave()
-    return _refuse(failure, job, plan, include_traceback)
+    try:
+        return _refuse(failure, job, plan, include_traceback)
+    finally:
+        del failure  # it holds this frame, and this frame it
 
 
 def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from handler import get_engine, get_settings, handler
 from src.errors import WorkerError, redact
 from src.images import FORMATS
-from src.plan import Progress
+from src.job import Progress
 from src.request import Request
 
 ROOT = Path(__file__).resolve().parent

@@ -10,6 +10,34 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+# What a client sends is how it asks for a mode: the pictures of the request, and no others.
+MODES: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "text-to-image": frozenset(),
+        "image-to-image": frozenset({"init_image"}),
+        "inpainting": frozenset({"init_image", "mask_image"}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A class of diffusers, and what of a request it can use beside what all can."""
+
+    class_name: str
+    takes: frozenset[str]
+
+
+def _pipelines(*rows: tuple[str, str, str]) -> Mapping[str, Pipeline]:
+    return MappingProxyType({mode: Pipeline(name, MODES[mode] | set(takes.split())) for mode, name, takes in rows})
+
+
+FLUX_1_PIPELINES = _pipelines(
+    ("text-to-image", "FluxPipeline", "negative_prompt true_cfg_scale"),
+    ("image-to-image", "FluxImg2ImgPipeline", "negative_prompt true_cfg_scale strength"),
+    ("inpainting", "FluxInpaintPipeline", "negative_prompt true_cfg_scale strength preserve_unmasked"),
+)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -20,7 +48,7 @@ class Model:
     family: str
     licence: str
     gated: bool = False
-    pipelines: Mapping[str, str] = field(default_factory=lambda: FLUX_1_PIPELINES)  # mode -> diffusers class
+    pipelines: Mapping[str, Pipeline] = field(default_factory=lambda: FLUX_1_PIPELINES)  # by mode; the first loads it
     width: int = 1024
     height: int = 1024
     num_inference_steps: int = 50
@@ -28,8 +56,6 @@ class Model:
     max_sequence_length: int = 512  # default and limit
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
 
-
-FLUX_1_PIPELINES: Mapping[str, str] = MappingProxyType({"text-to-image": "FluxPipeline"})
 
 _DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
 
@@ -90,6 +116,11 @@ class Scheduler:
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     flow_match: bool = True  # made for flow models; others borrow their sigmas by `use_flow_sigmas`
+
+    @property
+    def starts_midway(self) -> bool:
+        """Whether it can start from a picture with noise: diffusers' `scale_noise`, which only flow schedulers have."""
+        return self.flow_match
 
 
 _FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from src.catalog import Model
 from src.errors import ResponseTooLarge, redact
 from src.images import FORMATS, encode_image
-from src.job import Job
-from src.plan import Plan, Progress
+from src.job import Job, Progress
+from src.plan import Plan
 from src.storage import Bucket
 
 if TYPE_CHECKING:  # the engine package imports torch; only its shape is needed here
@@ -91,10 +91,10 @@ def deliver(
             picture = generation.pictures[i]
             return encode_image(picture, coding.format, coding.quality, parameters, lossless=coding.lossless)
 
+        job.report(Progress("encode_images"))
         with _timed(timings, "encode_images"):
             return _side_by_side(one, which)
 
-    job.report(Progress("encode_images"))
     asked = Coding(plan.output_format, plan.output_quality)
     carried = encode(range(len(plan.seeds)), asked)
 
@@ -117,8 +117,13 @@ def deliver(
             break
         carried, used = encode(carried, coding), coding
     if _carried_bytes(carried) > room:
-        raise _too_large(plan, carried, used, max_bytes)
-    if used != asked:
+        if not urls:
+            raise _too_large(plan, carried, used, max_bytes)
+        warnings.append(
+            f"picture(s) {sorted(carried)} are lost: neither uploaded nor small enough; ask for their seeds"
+        )
+        carried = {}
+    elif used != asked:
         metadata |= {"output_format": used.format, "output_quality": used.quality}
         warnings.append(
             f"{len(carried)} picture(s) came as {used} instead of {asked}: a response may have {max_bytes / 1e6:g} MB"
@@ -143,6 +148,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "width": plan.width,
         "height": plan.height,
         "num_inference_steps": plan.num_inference_steps,
+        "strength": plan.strength,
         "guidance_scale": plan.guidance_scale,
         "max_sequence_length": plan.max_sequence_length,
         "num_images": len(plan.seeds),
@@ -162,6 +168,7 @@ def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) ->
     failures: dict[int, str] = {}
 
     def one(i: int) -> str | None:
+        job.check()
         try:
             return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{mime.partition('/')[2]}", mime)
         except Exception as error:  # noqa: BLE001 - whatever it was, the picture is made and has another way to go

@@ -42,13 +42,18 @@ class Place:
 
         try:
             self._turn.set_result(turn)
-            return cast(T, self._outcome.result(timeout))
+            try:
+                return cast(T, self._outcome.result(timeout))
+            except TimeoutError:
+                if self._outcome.cancel():
+                    raise NoTurn from None
+            return cast(T, self._outcome.result())  # it had begun
         except (CancelledError, InvalidStateError):
             raise NoTurn from None
-        except TimeoutError:
-            if self._outcome.cancel():
-                raise NoTurn from None
-        return cast(T, self._outcome.result())  # it had begun
+        finally:
+            # An error would hold its frames, the frames this place, and the place the error.
+            self._turn = self._outcome = Future()
+            self._outcome.cancel()
 
     def leave(self) -> None:
         """Give the place up; work that has begun goes on."""

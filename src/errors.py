@@ -23,9 +23,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-# What must never leave the process: Hugging Face tokens, bearer tokens, passwords in URLs, and long base64 (a picture).
+# What must never leave the process: tokens of Hugging Face and RunPod, bearer tokens, passwords and signatures in URLs,
+# and long base64 (a picture).
 _SECRETS = (
-    re.compile(r"hf_\w{8,}"),
+    re.compile(r"(?:hf|rpa)_\w{8,}"),
+    re.compile(
+        r"(?<=[?&])(?:X-Amz-[\w-]+|\w*(?:token|key|secret|signature|sig|password)\w*)=[^&\s'\"]+", re.IGNORECASE
+    ),
     re.compile(r"(?<=[Bb]earer )[^\s'\"]+"),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
     re.compile(r"[A-Za-z0-9+/=_-]{200,}"),

@@ -8,34 +8,52 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from PIL import Image
 
 from src.device import NoTurn, Place
 from src.errors import Cancelled, TimedOut
-from src.plan import Progress
 from src.request import show
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job has got: `step` of `steps` over all its pictures are done.
+
+    `phase` is queued, encode_prompt, denoise, decode, encode_images or upload.
+    """
+
+    phase: str
+    step: int = 0
+    steps: int = 0
+    preview: Image.Image | None = None  # what the picture will look like, small
+
+
 OnProgress = Callable[[Progress], None]
 
 
 class Job:
-    """`timeout` counts seconds from now. Without a `place` in the device's line the job's work is done at once."""
+    """`timeout` is in seconds from now; `arrive` gives a place in the device's line, else work is done at once."""
 
     def __init__(
         self,
         id: str = "local",
         *,
         on_progress: OnProgress | None = None,
-        place: Place | None = None,
+        arrive: Callable[[], Place] | None = None,
         timeout: float | None = None,
     ) -> None:
         self.id = id
         self.seconds: dict[str, float] = {}  # per phase: prepare, queued, and those that were reported
         self.device_seconds: float | None = None  # how long it had the device
         self._on_progress = on_progress or (lambda _: None)
-        self._place = place
+        self._arrive = arrive
+        self._place = arrive() if arrive else None
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self.cancelled = False
@@ -53,7 +71,7 @@ class Job:
         if progress.phase != self._phase:
             self.end_phase()
             self._phase = progress.phase
-        self._check()
+        self.check()
         self._on_progress(progress)
 
     def end_phase(self) -> None:
@@ -72,11 +90,17 @@ class Job:
         if self._place is not None:
             self._place.leave()
 
+    def step_aside(self) -> None:
+        """Let others pass: what this job waits for may take long. It joins the end of the line when it is ready."""
+        if self._arrive is not None:
+            self.leave()
+            self._place = None
+
     def on_device(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises; it is run in this job's turn on the device."""
 
         def turn() -> T:
-            self._check()
+            self.check()
             self.end_phase()
             started = time.perf_counter()
             log.debug("job %s: has the device", self.id, extra={"facts": self._facts("taken")})
@@ -86,6 +110,8 @@ class Job:
                 self.device_seconds = time.perf_counter() - started
                 log.debug("job %s: leaves the device", self.id, extra={"facts": self._facts("free")})
 
+        if self._place is None and self._arrive is not None:
+            self._place = self._arrive()
         self.report(Progress("queued"))
         if self._place is None:
             return turn()
@@ -94,13 +120,14 @@ class Job:
                 turn, None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             )
         except NoTurn:
-            self._check()
+            self.check()
             raise
 
     def _facts(self, device: str) -> dict[str, Any]:
         return {"job": self.id, "device": device, "at": time.time()}
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise Cancelled or TimedOut when it is time to stop."""
         if self.cancelled:
             raise Cancelled(f"the job was told to stop (at {self._phase})")
         if self._deadline is not None and time.monotonic() >= self._deadline:

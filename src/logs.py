@@ -65,3 +65,9 @@ def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", lev
     seconds = " ".join(f"{phase} {value:.3f}" for phase, value in facts["seconds"].items())
     message = " | ".join(filter(None, (facts.get("error", outcome), words, seconds)))
     log.log(level, "job %s: %s", facts["job"], message, extra={"facts": facts})
+
+
+def cancelled_unbegun(id: str) -> None:
+    """The one line of a job that was cancelled before anything of it was done."""
+    facts = {"job": redact(id), "outcome": "cancelled", "seconds": {}}
+    log.info("job %s: cancelled before it began", facts["job"], extra={"facts": facts})

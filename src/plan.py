@@ -6,17 +6,21 @@ Nothing here knows of torch, of memory or of how pictures travel.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import math
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 
-from src.catalog import FAMILIES, SCHEDULERS, Model
+from src.catalog import FAMILIES, MODES, SCHEDULERS, Model, Pipeline
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
-from src.request import MAX_SEED, Request, show
+from src.pictures import fit
+from src.request import MAX_SEED, PICTURES, Request, show
 
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 
@@ -26,6 +30,7 @@ class Plan:
     """Everything that the engine and the delivery need to know; nothing is left to decide."""
 
     mode: str
+    pipeline: Pipeline
     prompt: str
     negative_prompt: str | None
     true_cfg_scale: float
@@ -33,6 +38,7 @@ class Plan:
     height: int
     canvas: tuple[int, int]  # width and height that the model draws; the middle of it is delivered
     num_inference_steps: int
+    steps: int  # of them, those that are taken: fewer where the picture starts from another
     guidance_scale: float
     max_sequence_length: int
     scheduler: str | None  # a row of the catalog; None is the model's own
@@ -41,6 +47,10 @@ class Plan:
     output_format: str
     output_quality: int
     preview: bool = False
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # by request field, of the canvas' size
+    references: Mapping[str, str] = field(default_factory=dict)  # what a file says of them: a URL or a digest
+    strength: float | None = None
+    preserve_unmasked: bool = False
     warnings: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[tuple[int, ...]]:
@@ -63,98 +73,184 @@ class Plan:
         }
         if self.negative_prompt is not None:
             request |= {"negative_prompt": self.negative_prompt, "true_cfg_scale": self.true_cfg_scale}
-        if self.scheduler is not None:
-            request["scheduler"] = self.scheduler
-        return request
+        for name in ("scheduler", "strength"):
+            if (value := getattr(self, name)) is not None:
+                request[name] = value
+        if "mask_image" in self.pictures:
+            request["preserve_unmasked"] = self.preserve_unmasked
+        return request | dict(self.references)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a job has got: `step` of `steps` over all its pictures are done.
-
-    `phase` is queued, encode_prompt, denoise, decode, encode_images or upload.
-    """
-
-    phase: str
-    step: int = 0
-    steps: int = 0
-    preview: Image.Image | None = None  # what the picture will look like, small
-
-
-def make_plan(request: Request, faults: Sequence[Fault], model: Model, *, max_pixels: int, batch_size: int = 1) -> Plan:
-    """Decide everything that `request` left open.
+def make_plan(
+    request: Request,
+    faults: Sequence[Fault],
+    model: Model,
+    pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+    *,
+    max_pixels: int,
+    batch_size: int = 1,
+) -> Plan:
+    """Decide everything that `request` left open; `pictures` are those that its fields hold.
 
     Raises InvalidRequest with the `faults` that reading it found and those that only the model's row shows.
     """
-    wrong = {fault.field for fault in faults}
-    faults = list(faults)
-    warnings = []
-
-    width, height = request.width or model.width, request.height or model.height
-    if width * height > max_pixels and not wrong & {"width", "height"}:
-        faults.append(
-            Fault(
-                "width",
-                f"times height must be at most {max_pixels:,} pixels, got {width}x{height} = {width * height:,}",
-            )
-        )
-
-    limit = model.max_sequence_length
-    if (request.max_sequence_length or 1) > limit:
-        faults.append(
-            Fault(
-                "max_sequence_length",
-                f"must be an integer from 1 to {limit} for {model.name}, got {show(request.max_sequence_length)}",
-            )
-        )
-
-    if request.scheduler is not None and request.scheduler not in SCHEDULERS:
-        close = difflib.get_close_matches(request.scheduler.lower(), SCHEDULERS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        faults.append(
-            Fault(
-                "scheduler", f"is no scheduler, got {show(request.scheduler)}{hint}; allowed: {', '.join(SCHEDULERS)}"
-            )
-        )
-
-    negative_prompt = request.negative_prompt or ""
-    if negative_prompt.strip() and request.true_cfg_scale == 1 and "true_cfg_scale" not in wrong:
-        faults.append(
-            Fault(
-                "negative_prompt",
-                "has no effect while true_cfg_scale is 1; set true_cfg_scale above 1 (4, say) or leave it out",
-            )
-        )
-
-    if request.guidance_scale is not None and not FAMILIES[model.family].guidance_embeds:
-        warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
-
-    if "output_quality" in request.model_fields_set and not FORMATS[request.output_format].quality:
-        warnings.append(f"output_quality has no effect on {request.output_format}")
-
-    if faults:
-        raise InvalidRequest(faults)
+    decision = _Decision(request, faults, model)
+    mode, pipeline = decision.mode()
+    width, height = decision.size(pictures.get("init_image"), max_pixels)
+    scheduler = decision.scheduler(mode)
+    num_inference_steps = request.num_inference_steps or model.num_inference_steps
+    strength = request.strength if "strength" in pipeline.takes else None
+    steps = decision.steps(num_inference_steps, strength)
+    decision.text(pipeline)
+    decision.without_effect()
+    if decision.faults:
+        raise InvalidRequest(decision.faults)
 
     first = secrets.randbelow(_PICKED_SEEDS) if request.seed is None else request.seed
+    canvas = (_round_up(width, model.side_multiple), _round_up(height, model.side_multiple))
     return Plan(
-        mode="text-to-image",
+        mode=mode,
+        pipeline=pipeline,
         prompt=request.prompt,
-        negative_prompt=negative_prompt if request.true_cfg_scale > 1 else None,
+        negative_prompt=(request.negative_prompt or "") if request.true_cfg_scale > 1 else None,
         true_cfg_scale=request.true_cfg_scale,
         width=width,
         height=height,
-        canvas=(_round_up(width, model.side_multiple), _round_up(height, model.side_multiple)),
-        num_inference_steps=request.num_inference_steps or model.num_inference_steps,
+        canvas=canvas,
+        num_inference_steps=num_inference_steps,
+        steps=steps,
         guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-        max_sequence_length=request.max_sequence_length or limit,
-        scheduler=request.scheduler,
+        max_sequence_length=request.max_sequence_length or model.max_sequence_length,
+        scheduler=scheduler,
         seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(request.num_images)),
         batch_size=batch_size,
         output_format=request.output_format,
         output_quality=request.output_quality,
         preview=request.preview,
-        warnings=tuple(warnings),
+        pictures={name: fit(picture, (width, height), canvas) for name, picture in pictures.items()},
+        references={name: _reference(getattr(request, name)) for name in pictures},
+        strength=strength,
+        preserve_unmasked="preserve_unmasked" in pipeline.takes and request.preserve_unmasked,
+        warnings=tuple(decision.warnings),
     )
+
+
+class _Decision:
+    """What is decided of one request, and the faults and warnings on the way."""
+
+    def __init__(self, request: Request, faults: Sequence[Fault], model: Model) -> None:
+        self.faults = list(faults)
+        self.warnings: list[str] = []
+        self._request = request
+        self._model = model
+        self._wrong = {fault.field for fault in faults}
+
+    def mode(self) -> tuple[str, Pipeline]:
+        """The mode that the request's pictures ask for, where the model has it and can use the other fields."""
+        request, model = self._request, self._model
+        given = {name for name in PICTURES if getattr(request, name) is not None or name in self._wrong}
+        mode = next((name for name, needs in MODES.items() if needs == given), None)
+        if mode is None:
+            kinds = "; ".join(f"{name}: {' and '.join(sorted(needs)) or 'no picture'}" for name, needs in MODES.items())
+            self._fault(min(given), f"does not go with {_listed(given - {min(given)})}; allowed: {kinds}")
+        elif mode not in model.pipelines:
+            self._fault(min(given), f"cannot be used by {model.name}, which has no {mode}")
+        pipeline = model.pipelines.get(mode or "") or next(iter(model.pipelines.values()))
+        every = {name for row in model.pipelines.values() for name in row.takes} - set(PICTURES)
+        for name in sorted((every & request.model_fields_set) - pipeline.takes):
+            self._fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
+        return mode or "", pipeline
+
+    def size(self, picture: Image.Image | None, max_pixels: int) -> tuple[int, int]:
+        """Width and height; a picture gives those that the request leaves open."""
+        request, model = self._request, self._model
+        if picture is None:
+            width, height = request.width or model.width, request.height or model.height
+        else:
+            width, height = _size_from(picture.size, request.width, request.height, model.width * model.height)
+        if width * height > max_pixels and not self._wrong & {"width", "height"}:
+            self._fault(
+                "width",
+                f"times height must be at most {max_pixels:,} pixels, got {width}x{height} = {width * height:,}",
+            )
+        return width, height
+
+    def scheduler(self, mode: str) -> str | None:
+        """The row that the request names."""
+        name = self._request.scheduler
+        if name is None:
+            return None
+        allowed = [key for key, row in SCHEDULERS.items() if not MODES.get(mode) or row.starts_midway]
+        if name not in SCHEDULERS:
+            close = difflib.get_close_matches(name.lower(), allowed, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self._fault("scheduler", f"is no scheduler, got {show(name)}{hint}; allowed: {', '.join(allowed)}")
+        elif name not in allowed:
+            self._fault("scheduler", f"{name} cannot start from a picture; {mode} allows: {', '.join(allowed)}")
+        return name
+
+    def steps(self, num_inference_steps: int, strength: float | None) -> int:
+        """The steps that are taken: the last share of them where a picture is the start."""
+        if strength is None:
+            return num_inference_steps
+        # As diffusers counts them, FluxImg2ImgPipeline.get_timesteps.
+        steps = num_inference_steps - int(max(num_inference_steps - num_inference_steps * strength, 0))
+        if steps < 1:
+            self._fault(
+                "strength", f"times num_inference_steps must be 1 at least, got {strength} x {num_inference_steps}"
+            )
+        return steps
+
+    def text(self, pipeline: Pipeline) -> None:
+        """The prompts' lengths, and a negative prompt that would do nothing."""
+        request, limit = self._request, self._model.max_sequence_length
+        if (request.max_sequence_length or 1) > limit:
+            self._fault(
+                "max_sequence_length",
+                f"must be an integer from 1 to {limit} for {self._model.name}, got {show(request.max_sequence_length)}",
+            )
+        unheard = request.true_cfg_scale == 1 and "true_cfg_scale" not in self._wrong
+        if unheard and "negative_prompt" in pipeline.takes and (request.negative_prompt or "").strip():
+            self._fault(
+                "negative_prompt",
+                "has no effect while true_cfg_scale is 1; set true_cfg_scale above 1 (4, say) or leave it out",
+            )
+
+    def without_effect(self) -> None:
+        """Warn of what changes nothing and hurts nobody."""
+        request, model = self._request, self._model
+        if request.guidance_scale is not None and not FAMILIES[model.family].guidance_embeds:
+            self.warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
+        if "output_quality" in request.model_fields_set and not FORMATS[request.output_format].quality:
+            self.warnings.append(f"output_quality has no effect on {request.output_format}")
+
+    def _fault(self, field: str, message: str) -> None:
+        self.faults.append(Fault(field, message))
+
+
+def _size_from(picture: tuple[int, int], width: int | None, height: int | None, most: int) -> tuple[int, int]:
+    """The picture's own size, or one of its shape with at most so many pixels; what is given stays."""
+    shape = picture[0] / picture[1]
+    if width and height:
+        return width, height
+    if width or height:
+        wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
+    else:
+        scale = min(1.0, math.sqrt(most / (picture[0] * picture[1])))
+        wanted = (picture[0] * scale, picture[1] * scale)
+    w, h = (min(max(round(side / 8) * 8, 64), 2048) for side in wanted)
+    return width or w, height or h
+
+
+def _reference(source: str) -> str:
+    """A plain URL as it is; anything else, also a URL that may hold a signature, as the digest of what was sent."""
+    if source.lower().startswith("https://") and not {"?", "@", "#"} & set(source):
+        return source
+    return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names)) or "nothing"
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -10,6 +10,7 @@ import difflib
 import reprlib
 import unicodedata
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -30,6 +31,8 @@ from src.images import FORMATS
 
 MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
 MAX_SEED = 2**63 - 1
+# The fields that hold pictures, and how those are read: in colour, or as a mask.
+PICTURES: Mapping[str, str] = MappingProxyType({"init_image": "RGB", "mask_image": "L"})
 _MAX_UNKNOWN = 20  # an answer must stay small whatever was sent
 _ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
 
@@ -68,6 +71,8 @@ Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
 Side = Annotated[Whole, Field(ge=64, le=2048, multiple_of=8)]
+Picture = StrictStr | None
+_PICTURE = "a picture as base64, data URI or https URL"
 _SIDE = "an integer, a multiple of 8 from 64 to 2048"
 
 
@@ -97,6 +102,14 @@ class Request(BaseModel):
     output_quality: Annotated[Whole, Field(ge=1, le=100)] = Field(95, description="an integer from 1 to 100")
     max_sequence_length: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="an integer from 1 to the model's limit"
+    )
+    init_image: Picture = Field(None, description=_PICTURE)
+    mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
+    strength: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.8, description="a number from 0 to 1: how much of init_image may change"
+    )
+    preserve_unmasked: StrictBool = Field(
+        True, description="true or false: outside mask_image the very pixels of init_image come back"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
     preview: StrictBool = Field(

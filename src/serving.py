@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import runpod
 from runpod.serverless.modules.rp_logger import RunPodLogger
@@ -25,9 +27,9 @@ from src.control_plane import ControlPlane
 from src.device import Device
 from src.errors import InvalidRequest, InvalidSettings, WorkerError, redact
 from src.images import encode_image
-from src.job import Job
+from src.job import Job, Progress
 from src.logs import SDK_LEVELS
-from src.plan import Progress, make_plan
+from src.plan import make_plan
 from src.prefetch import Prefetch
 from src.request import read_request
 from src.settings import MAX_PREFETCH, Settings
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from src.engine import Engine
 
 log = logging.getLogger("worker")
+T = TypeVar("T")
 Answer = Callable[[object, Job], dict[str, Any]]
 
 
@@ -52,7 +55,7 @@ def serve(
     fails is named to the platform, and the process ends.
     """
     RunPodLogger().level = SDK_LEVELS[settings.log_level]  # its default, DEBUG, writes results into the log
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the model loads; the loop has its own
+    signal.signal(signal.SIGTERM, _leave_at_once)  # while the model loads; the loop has its own
     worker = Worker(answer, settings)
 
     def check_bucket() -> None:
@@ -62,7 +65,7 @@ def serve(
     def check_device() -> None:
         from src.engine import check_device
 
-        check_device()
+        worker.on_device(check_device)
 
     def load_model() -> None:
         engine()
@@ -71,7 +74,11 @@ def serve(
         worker.warm_up(engine())
 
     checks = [check_bucket, check_device, load_model, warm_up]
-    if IS_LOCAL_TEST or any(argument.startswith(("--test_input", "--rp_serve_api")) for argument in sys.argv):
+    if (
+        IS_LOCAL_TEST
+        or settings.runpod_realtime_port
+        or any(argument.startswith(("--test_input", "--rp_serve_api")) for argument in sys.argv)
+    ):
         for check in checks[:-1]:
             check()
     else:
@@ -90,9 +97,19 @@ def _redacted(check: Callable[[], None]) -> Callable[[], None]:
             check()
         except WorkerError as error:
             raise RuntimeError(redact(f"{error.code}: {error}")) from None
+        except Exception as error:  # noqa: BLE001 - it goes on, without secrets
+            raise RuntimeError(redact(f"{type(error).__name__}: {error}")) from None
 
     run.__name__ = check.__name__
     return run
+
+
+def _leave_at_once(*_: object) -> None:
+    """Nothing is in hand yet, and a clean end would wait for downloads and for the device's thread."""
+    log.info("stopping because of SIGTERM: the worker was not ready yet")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Worker:
@@ -106,9 +123,14 @@ class Worker:
         self._threads = ThreadPoolExecutor(MAX_PREFETCH, thread_name_prefix="job")
         self._prefetch = Prefetch(settings.prefetch_jobs)
         self._control_plane: ControlPlane | None = None
+        self._in_hand = 0
+
+    def on_device(self, work: Callable[[], T]) -> T:
+        """What `work` gives, run on the device's thread."""
+        return self._device.arrive().run(work)
 
     def warm_up(self, engine: Engine) -> None:
-        """Draw the configured sizes once, and learn from the first how long a job will take."""
+        """Draw the configured sizes, and learn from them how long a job will take."""
         model = engine.model
         sizes = self._settings.warmup_sizes
         for width, height in ((model.width, model.height),) if sizes is None else sizes:
@@ -117,7 +139,8 @@ class Worker:
                 plan = make_plan(*read_request({"input": fields}), model, max_pixels=self._settings.max_pixels)
             except InvalidRequest as error:
                 raise InvalidSettings(f"WARMUP_SIZES: {error}") from error
-            seconds = self._device.arrive().run(partial(engine.warm_up, plan, model.num_inference_steps))
+            log.debug("warming up with %dx%d", width, height)
+            seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
             log.info("warm-up: a picture of %dx%d takes about %.2f s", width, height, seconds)
             self._prefetch.saw(seconds)
 
@@ -130,33 +153,36 @@ class Worker:
             self._control_plane = ControlPlane(scaler)
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self._stop, number.name)
-        self._control_plane.end_if_stopping()
         return self._prefetch.jobs
 
     async def run(self, event: dict[str, Any]) -> dict[str, Any]:
         """The SDK's handler: the answer to one job. A cancelled job is stopped, and gone before this returns."""
         watcher = Watcher()
-        job = Job.of(
-            event,
-            on_progress=watcher.see,
-            place=self._device.arrive(),
-            timeout=self._settings.request_timeout,
-        )
+        job = Job.of(event, on_progress=watcher.see, arrive=self._device.arrive, timeout=self._settings.request_timeout)
         running = asyncio.get_running_loop().run_in_executor(self._threads, self._answer, event, job)
         telling = asyncio.create_task(self._tell(job, watcher, running))
+        self._in_hand += 1
         try:
-            response = await asyncio.shield(running)
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
             job.cancel()
             raise
         finally:
-            await _finished(running, telling)
-        if job.device_seconds is not None:
+            try:
+                await _finished(running, telling)
+            finally:
+                self._in_hand -= 1
+                self._learn(job, running.result())
+
+    def _learn(self, job: Job, response: dict[str, Any]) -> None:
+        """How long jobs take, and whether the device still works."""
+        if job.device_seconds is not None and not job.cancelled:
             self._prefetch.saw(job.device_seconds)
         if response.get("refresh_worker"):
             self.exit_status = 1
             self._stop("a device that failed")
-        return response
+            if self._in_hand:
+                del response["refresh_worker"]  # RunPod would end the process while the others are being told
 
     def close(self) -> None:
         """After the loop: nothing is left to do."""
@@ -178,6 +204,8 @@ class Worker:
         log.info("stopping because of %s: jobs in hand are finished, no more are taken", reason)
         if self._control_plane is not None:
             self._control_plane.stop()
+        else:  # the SDK's own HTTP server ends by this, after the answers under way
+            asyncio.get_running_loop().call_later(1.0, signal.raise_signal, signal.SIGTERM)
 
 
 async def _finished(*tasks: asyncio.Future[Any]) -> None:
@@ -202,6 +230,8 @@ class Watcher:
 
     def see(self, progress: Progress) -> None:
         """Called on the job's and on the device's thread, never at once."""
+        if not progress.steps:  # what comes before or after the steps does not undo them
+            progress = replace(progress, step=self._last.step, steps=self._last.steps)
         self._last = progress
         if progress.phase == "denoise" and self._denoising_since is None:
             self._denoising_since = time.monotonic()

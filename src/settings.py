@@ -81,9 +81,10 @@ class Settings(BaseModel):
     )
     include_traceback: bool = Field(True, description="send tracebacks to the client, not to the log alone")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
-        "INFO", description="of this worker's own log"
+        "INFO", description="of this worker's log, and of the SDK's, which is never below INFO"
     )
     runpod_endpoint_id: str | None = Field(None, description="set by RunPod; the log is then in lines of JSON")
+    runpod_realtime_port: int = Field(0, description="set by RunPod where the SDK is to serve HTTP by itself")
 
     @model_validator(mode="after")
     def _whole_bucket(self) -> Settings:

@@ -46,23 +46,26 @@ class Bucket:
                 f"BUCKET_NAME: is required where BUCKET_ENDPOINT_URL={settings.bucket_endpoint_url!r} names no bucket"
             )
         key, secret = settings.bucket_access_key_id, settings.bucket_secret_access_key
-        client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name=settings.bucket_region or region or "us-east-1",
-            aws_access_key_id=key.get_secret_value() if key else None,
-            aws_secret_access_key=secret.get_secret_value() if secret else None,
-            config=Config(
+        options: dict[str, Any] = {
+            "endpoint_url": endpoint,
+            "region_name": settings.bucket_region or region or "us-east-1",
+            "aws_access_key_id": key.get_secret_value() if key else None,
+            "aws_secret_access_key": secret.get_secret_value() if secret else None,
+            "config": Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "auto" if _AWS.search(endpoint) else "path"},
-                retries={"mode": "standard", "total_max_attempts": 4},
+                retries={"mode": "standard", "total_max_attempts": 3},
                 connect_timeout=5,
                 read_timeout=30,
                 # Checksums in trailers are AWS's own; many stores refuse them.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
-        )
+        }
+        try:
+            client = boto3.client("s3", **options)
+        except ValueError as error:
+            raise InvalidSettings(f"BUCKET_ENDPOINT_URL={settings.bucket_endpoint_url!r}: {error}") from error
         return cls(
             client,
             name,

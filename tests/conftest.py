@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from src.settings import Settings
 from tests.hub import Hub
 
 # Before anything imports huggingface_hub or builds the worker's settings.
 _hub = Hub()
 os.environ.update(MODEL_NAME="flux-shapes", HF_ENDPOINT=_hub.url, HF_HUB_DISABLE_TELEMETRY="1")
-for name in ("HF_TOKEN", "MODEL_REVISION", "BATCH_SIZE", "MAX_PIXELS", "INCLUDE_TRACEBACK"):
-    os.environ[name] = ""
+for name in Settings.model_fields.keys() - {"model_name"}:
+    if name.startswith("runpod_"):
+        os.environ.pop(name.upper(), None)  # the SDK reads these too, and an empty one is no number to it
+    else:
+        os.environ[name.upper()] = ""  # and what .env says counts for nothing
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -79,12 +80,16 @@ class Faults:
 class StandIn:
     """Runs on a thread of its own; everything that tests read is plain data."""
 
-    def __init__(self, faults: Faults | None = None, *, max_body: int = 20_000_000, poll_seconds: float = 5.0) -> None:
+    def __init__(
+        self, faults: Faults | None = None, *, max_body: int = 20_000_000, refused: int = 400, poll_seconds: float = 5.0
+    ) -> None:
         self.jobs: dict[str, JobRecord] = {}
         self.pings: list[dict[str, str]] = []
         self.most_in_hand = 0
         self.faults = faults or Faults(0)
+        self.polls = 0
         self._max_body = max_body
+        self._refused = refused
         self._poll_seconds = poll_seconds
         self._queue: deque[str] = deque()
         self._stops: deque[str] = deque()
@@ -103,8 +108,8 @@ class StandIn:
         return {
             **os.environ,
             "MODEL_NAME": "flux-shapes",
-            "RUNPOD_WEBHOOK_GET_JOB": f"{worker}/job-take/$ID?gpu=none",
-            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{worker}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{worker}/job-take/$ID?gpu=none&key=rpa_in_the_query",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{worker}/job-done/$RUNPOD_POD_ID/$ID?gpu=none&key=rpa_in_the_query",
             "RUNPOD_WEBHOOK_POST_STREAM": f"{worker}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
             "RUNPOD_WEBHOOK_PING": f"{worker}/ping/$RUNPOD_POD_ID",
             "RUNPOD_PING_INTERVAL": "1000",
@@ -245,6 +250,7 @@ class StandIn:
     # ---- the worker's side
 
     async def _take(self, request: web.Request) -> web.Response:
+        self.polls += 1
         if failed := await self._fail(request, "job-take", request.match_info["worker"]):
             return failed
         await self._until(lambda: self._queue, self._poll_seconds)
@@ -273,7 +279,7 @@ class StandIn:
             return web.Response()
         if len(body) > self._max_body:
             job.refused_bytes.append(len(body))
-            return web.Response(status=400)
+            return web.Response(status=self._refused)
         job.results.append((time.time(), posted))
         if job.status not in FINAL:
             job.status = "FAILED" if "error" in posted else "COMPLETED"
@@ -305,8 +311,9 @@ class WorkerProcess:
         self._worker_log, self._sdk_log = log, log.with_suffix(".sdk")  # stderr and stdout
         with self._worker_log.open("ab") as stderr, self._sdk_log.open("ab") as stdout:
             self.process = subprocess.Popen(
-                [sys.executable, *(command or ("handler.py",))], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
-            )
+                [sys.executable, *(command or ("handler.py",))],
+                cwd=ROOT, env=environment, stdout=stdout, stderr=stderr, start_new_session=True,
+            )  # fmt: skip
 
     def text(self) -> str:
         """All that was written."""
@@ -344,5 +351,5 @@ def worker(stand_in: StandIn, log: Path, *command: str, **environment: str) -> I
         yield held
     finally:
         if held.process.poll() is None:
-            held.process.kill()
+            os.killpg(held.process.pid, signal.SIGKILL)  # the SDK's process for pings too
             held.process.wait(10)

@@ -9,22 +9,56 @@ import diffusers
 import pytest
 from diffusers.configuration_utils import ConfigMixin
 
-from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Scheduler, find_model, guess_model, settle_model
+from src.catalog import (
+    FAMILIES,
+    MODELS,
+    MODES,
+    SCHEDULERS,
+    Model,
+    Pipeline,
+    Scheduler,
+    find_model,
+    guess_model,
+    settle_model,
+)
+from src.request import PICTURES, Request
 from src.settings import ROOT
 
 ARGUMENTS = {
-    "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
-    "true_cfg_scale", "width", "height", "num_inference_steps", "guidance_scale", "max_sequence_length",
-    "num_images_per_prompt", "generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
+    "prompt_embeds", "pooled_prompt_embeds", "width", "height", "num_inference_steps", "guidance_scale",
+    "max_sequence_length", "num_images_per_prompt", "generator", "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
 }  # fmt: skip
+EXTRAS = {  # what a pipeline needs for a request's field
+    "negative_prompt": {"negative_prompt_embeds", "negative_pooled_prompt_embeds"},
+    "true_cfg_scale": {"true_cfg_scale"},
+    "strength": {"strength"},
+    "init_image": {"image"},
+    "mask_image": {"mask_image"},
+    "preserve_unmasked": set[str](),
+}
+PIPELINES = {row.class_name: row for model in MODELS for row in model.pipelines.values()}
 
 
-@pytest.mark.parametrize("class_name", sorted({name for model in MODELS for name in model.pipelines.values()}))
-def test_every_pipeline_is_diffusers_own_and_takes_what_the_engine_gives(class_name: str) -> None:
-    pipeline = getattr(diffusers, class_name)
-    assert set(inspect.signature(pipeline.__call__).parameters) >= ARGUMENTS
-    assert set(inspect.signature(pipeline.encode_prompt).parameters) >= {"prompt", "prompt_2", "max_sequence_length"}
-    assert "latents" in pipeline._callback_tensor_inputs
+@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
+def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: Pipeline) -> None:
+    diffusers_own = getattr(diffusers, pipeline.class_name)
+    arguments = set(inspect.signature(diffusers_own.__call__).parameters)
+    assert arguments >= ARGUMENTS
+    for field, needs in EXTRAS.items():
+        if needs:
+            assert (field in pipeline.takes) == (needs <= arguments), field
+    assert pipeline.takes <= set(EXTRAS)
+    assert set(EXTRAS) <= set(Request.model_fields)
+    encodes = set(inspect.signature(diffusers_own.encode_prompt).parameters)
+    assert encodes >= {"prompt", "prompt_2", "max_sequence_length"}
+    assert "latents" in diffusers_own._callback_tensor_inputs
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_mode_of_a_model_is_asked_for_by_its_own_pictures(model: Model) -> None:
+    for mode, pipeline in model.pipelines.items():
+        assert MODES[mode] == pipeline.takes & set(PICTURES)
 
 
 @pytest.mark.parametrize("row", SCHEDULERS.values(), ids=SCHEDULERS)
@@ -35,6 +69,7 @@ def test_every_scheduler_is_diffusers_own_and_knows_its_options(row: Scheduler) 
     assert "mu" in inspect.signature(scheduler.set_timesteps).parameters
     assert ("use_flow_sigmas" in options) != row.flow_match
     assert "use_dynamic_shifting" in options
+    assert hasattr(scheduler, "scale_noise") == row.starts_midway
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from src.catalog import SCHEDULERS, find_model
+from src.device import Device
 from src.engine import Engine, load_engine
 from src.errors import Cancelled, DeviceFailed, GenerationFailed, OutOfMemory
-from src.plan import Plan, Progress, make_plan
+from src.job import Job, OnProgress, Progress
+from src.plan import Plan, make_plan
 from src.request import read_request
 from src.settings import Settings
 from tests.conftest import opened
@@ -123,22 +125,35 @@ def test_previews_look_like_the_picture_and_do_not_change_it(monkeypatch: pytest
     assert off[-1] < off[0]
 
 
-def test_stopped_plans_leave_no_tensors_behind() -> None:
+def test_stopped_jobs_leave_no_tensors_behind() -> None:
+    """Without waiting for the garbage collector: embeddings would lie on the card until it comes."""
+    from handler import respond
+
     def stop(progress: Progress) -> None:
         if progress.step == 3:
             raise Cancelled("now")
 
     def tensors() -> int:
-        gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     held = load_engine(Settings(model_name="flux-shapes"))
-    held.run(plan())
+    device = Device()
+    event = {"input": {"prompt": "a red circle", "seed": 1}}
+
+    def run(on_progress: OnProgress | None) -> str:
+        job = Job(arrive=device.arrive, on_progress=on_progress)
+        return str(respond(event, job, Settings, lambda: held)["status"])
+
+    assert [run(None), run(stop)] == ["success", "error"]
+    gc.collect()
     before = tensors()
-    for _ in range(3):
-        with pytest.raises(Cancelled):
-            held.run(plan(), stop)
-    assert tensors() <= before
+    gc.disable()
+    try:
+        assert [run(stop) for _ in range(3)] == ["error"] * 3
+        assert tensors() <= before
+    finally:
+        gc.enable()
+        device.close()
 
 
 def test_values_that_are_not_finite_are_no_picture() -> None:

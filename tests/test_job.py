@@ -9,8 +9,7 @@ import pytest
 
 from src.device import Device
 from src.errors import Cancelled, TimedOut
-from src.job import Job
-from src.plan import Progress
+from src.job import Job, Progress
 
 
 def test_a_job_is_named_by_its_event() -> None:
@@ -43,7 +42,7 @@ def test_a_cancelled_job_stops_at_its_next_report() -> None:
 def test_a_job_cancelled_in_the_line_never_gets_the_device() -> None:
     device = Device()
     go = threading.Event()
-    first, second = (Job(place=device.arrive()) for _ in range(2))
+    first, second = (Job(arrive=device.arrive) for _ in range(2))
     threading.Thread(target=first.on_device, args=[go.wait]).start()
     threading.Timer(0.05, second.cancel).start()
     with pytest.raises(Cancelled, match="queued"):
@@ -63,7 +62,7 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
 
     device = Device()
     go = threading.Event()
-    first, second = Job(place=device.arrive()), Job(place=device.arrive(), timeout=0.03)
+    first, second = Job(arrive=device.arrive), Job(arrive=device.arrive, timeout=0.03)
     threading.Thread(target=first.on_device, args=[go.wait]).start()
     with pytest.raises(TimedOut, match="queued"):
         second.on_device(lambda: pytest.fail("too late"))
@@ -73,7 +72,7 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
 
 def test_the_device_seconds_are_those_of_the_work() -> None:
     device = Device()
-    job = Job(place=device.arrive())
+    job = Job(arrive=device.arrive)
     job.on_device(lambda: time.sleep(0.02))
     assert job.device_seconds == pytest.approx(0.02, abs=0.015)
     device.close()

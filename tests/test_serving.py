@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.plan import Progress
+from src.job import Progress
 from src.serving import Watcher
 from tests.runpod_stand_in import Faults, JobRecord, StandIn, WorkerProcess, worker
 
@@ -81,6 +81,7 @@ def test_progress_tells_phase_steps_percent_and_time_left(shared: StandIn, proce
     preview = Image.open(io.BytesIO(base64.b64decode(job.progress[-1][1]["preview"])))
     assert (preview.format, preview.size) == ("JPEG", (128, 128))
     assert shared.jobs[waiting].progress[0][1]["phase"] == "queued"
+    time.sleep(1)  # five intervals
     assert all(at < job.results[0][0] for at, _ in job.progress), "no progress after the result"
     assert "preview" not in shared.jobs[waiting].progress[0][1]
 
@@ -109,6 +110,7 @@ def test_a_cancelled_job_stops_and_one_that_waits_never_starts(shared: StandIn, 
     assert outcomes[running]["outcome"] == outcomes[waiting]["outcome"] == "cancelled"
     assert "denoise" in outcomes[running]["seconds"]
     assert "encode_prompt" not in outcomes[waiting]["seconds"]
+    assert sum(line["job"] == waiting for line in process.lines() if line.get("outcome")) == 1
 
 
 def test_no_prompt_picture_or_key_is_in_the_log(shared: StandIn, process: WorkerProcess) -> None:
@@ -153,16 +155,44 @@ def test_sigterm_ends_an_idle_worker_at_once(stand_in: StandIn, tmp_path: Path) 
     held = StandIn(poll_seconds=60)
     with worker(held, tmp_path / "log") as process:
         held.wait(held.submit(prompt="a red circle"))
+        polls = held.polls
         started = time.monotonic()
         assert process.terminate() == 0
         assert time.monotonic() - started < 5, "it does not sit out its polls"
+    assert held.polls <= polls + 1, "and begins no other"
     held.close()
 
 
+def test_a_control_plane_that_is_gone_is_asked_with_pauses(tmp_path: Path) -> None:
+    held = StandIn()
+    with worker(held, tmp_path / "log") as process:
+        held.wait(held.submit(prompt="a red circle"))
+        held.close()
+        time.sleep(4)
+        assert 1 <= process.text().count("job-take failed") < 10
+        assert process.terminate() == 0
+
+
+def test_a_job_cancelled_in_the_sdks_hands_leaves_its_slot(stand_in: StandIn, tmp_path: Path) -> None:
+    with worker(stand_in, tmp_path / "log", PREFETCH_JOBS="1") as process:
+        for _ in range(15):
+            id = stand_in.submit(**ENDLESS)
+            while stand_in.jobs[id].status == "IN_QUEUE":
+                time.sleep(0.001)
+            stand_in.cancel(id)
+        (after,) = stand_in.wait(stand_in.submit(prompt="a red circle"), seconds=60)
+        assert after.status == "COMPLETED"
+        assert process.terminate() == 0, "nothing is counted as in hand for ever"
+
+
 def test_sigterm_while_the_model_loads_ends_it_too(stand_in: StandIn, tmp_path: Path) -> None:
-    with worker(stand_in, tmp_path / "log") as process:
+    with worker(stand_in, tmp_path / "log", WARMUP_SIZES="1024x1024") as process:
         process.wait_for("fitness check(s)")
         assert process.terminate() == 0
+    with worker(stand_in, tmp_path / "log-2", WARMUP_SIZES="1024x1024", LOG_LEVEL="DEBUG") as process:
+        process.wait_for("warming up")
+        time.sleep(0.3)
+        assert process.terminate() == 0, "also in the midst of a step"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +233,7 @@ def test_results_survive_what_the_sdk_alone_would_lose(tmp_path: Path) -> None:
 
 
 def test_a_result_that_runpod_refuses_becomes_an_error_that_says_so(tmp_path: Path) -> None:
-    held = StandIn(max_body=1_000)
+    held = StandIn(max_body=1_000, refused=413)
     with worker(held, tmp_path / "log"):
         (job,) = held.wait(held.submit(prompt="a red circle"), seconds=60)
     assert job.refused_bytes

@@ -21,11 +21,12 @@ from PIL import Image
 
 from src.catalog import SCHEDULERS, Model, Scheduler
 from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
-from src.job import OnProgress
-from src.plan import Plan, Progress
+from src.job import OnProgress, Progress
+from src.plan import Plan
 
 # How a full host, a full card and cuBLAS say it where torch has no class for it.
 _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+_ARGUMENTS = {"init_image": "image", "mask_image": "mask_image"}  # request field -> pipeline argument
 _SECONDS_BETWEEN_PREVIEWS = 1.0
 _PREVIEW_LATENTS = 32  # the longer side: 256 pixels
 
@@ -48,6 +49,7 @@ class Engine:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
+        self._views = {next(iter(model.pipelines.values())).class_name: pipeline}
         self._alone = threading.Lock()
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
@@ -64,31 +66,31 @@ class Engine:
         but for DeviceFailed.
         """
         with self._alone, _as_worker_errors(plan), self._left_clean(), torch.inference_mode():
-            if self._on_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            settle = torch.cuda.synchronize if self._on_cuda else lambda: None
-            watch = _Watch(plan, on_progress or (lambda _: None), settle)
-            thrift = _Thrift(self._pipeline)
-            scheduler = self._set_scheduler(plan)
-            watch.begin("encode_prompt")
-            prompt = self._encode(plan)
-            pictures = [
-                picture for seeds in plan.batches() for picture in self._draw(plan, prompt, seeds, watch, thrift)
-            ]
-            watch.end()
-            return Generation(
-                pictures=tuple(_middle(picture, plan.width, plan.height) for picture in pictures),
-                scheduler=scheduler,
-                timings=watch.seconds,
-                warnings=(*self._truncation(plan), *thrift.warnings),
-                peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
-            )
+            return self._run(plan, on_progress or (lambda _: None))
+
+    def _run(self, plan: Plan, on_progress: OnProgress) -> Generation:
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        watch = _Watch(plan, on_progress, torch.cuda.synchronize if self._on_cuda else lambda: None)
+        view = self._view(plan)
+        scheduler = self._set_scheduler(view, plan)
+        watch.begin("encode_prompt")
+        drawing = _Drawing(view, plan, self._encode(plan), watch)
+        pictures = [picture for seeds in plan.batches() for picture in drawing.draw(seeds)]
+        watch.end()
+        return Generation(
+            pictures=tuple(_finished(picture, plan) for picture in pictures),
+            scheduler=scheduler,
+            timings=watch.seconds,
+            warnings=(*self._truncation(plan), *drawing.warnings),
+            peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
+        )
 
     def warm_up(self, plan: Plan, steps: int) -> float:
         """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
         self.run(plan)
         seconds = self.run(plan).timings
-        return sum(seconds.values()) + seconds["denoise"] * (steps / plan.num_inference_steps - 1)
+        return sum(seconds.values()) + seconds["denoise"] * (steps / plan.steps - 1)
 
     @contextmanager
     def _left_clean(self) -> Iterator[None]:
@@ -100,58 +102,17 @@ class Engine:
             self._pipeline.maybe_free_model_hooks()
             raise
 
-    def _draw(
-        self, plan: Plan, prompt: dict[str, torch.Tensor], seeds: tuple[int, ...], watch: _Watch, thrift: _Thrift
-    ) -> list[Image.Image]:
-        """Denoise and decode the pictures of `seeds`, together as long as there is memory for that."""
-        step = watch.steps_done
-        while True:
-            try:
-                return self._call(plan, prompt, seeds, watch)
-            except Exception as error:
-                if not _is_out_of_memory(error) or not thrift.try_harder(watch.phase, len(seeds)):
-                    raise
-                _free_memory(error)
-            watch.steps_done = step
-            if thrift.one_by_one and len(seeds) > 1:
-                return [picture for seed in seeds for picture in self._draw(plan, prompt, (seed,), watch, thrift)]
-
-    def _call(
-        self, plan: Plan, prompt: dict[str, torch.Tensor], seeds: tuple[int, ...], watch: _Watch
-    ) -> list[Image.Image]:
-        preview = _Preview(self._pipeline, plan.canvas) if plan.preview else None
-
-        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            latents = tensors["latents"]
-            watch.step(len(seeds), preview.look(step, latents) if preview else None)
-            if step + 1 == plan.num_inference_steps:
-                if not latents.isfinite().all():
-                    raise GenerationFailed(
-                        f"the model's values are not finite after {step + 1} steps with guidance_scale "
-                        f"{plan.guidance_scale}; try another seed, scheduler or guidance_scale"
-                    )
-                watch.begin("decode")
-            return {}
-
-        watch.begin("denoise")
-        torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
-        result = self._pipeline(
-            **prompt,
-            true_cfg_scale=plan.true_cfg_scale,
-            width=plan.canvas[0],
-            height=plan.canvas[1],
-            num_inference_steps=plan.num_inference_steps,
-            guidance_scale=plan.guidance_scale,
-            max_sequence_length=plan.max_sequence_length,
-            num_images_per_prompt=len(seeds),
-            # On the CPU, so that a seed means the same picture on every card.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            callback_on_step_end=on_step_end,
-            callback_on_step_end_tensor_inputs=["latents"],
-        )
-        return list(result.images)
-
     def _encode(self, plan: Plan) -> dict[str, torch.Tensor]:
+        """The prompts' embeddings; memory that is short is freed once."""
+        try:
+            return self._embeddings(plan)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            _free_memory(error)
+        return self._embeddings(plan)
+
+    def _embeddings(self, plan: Plan) -> dict[str, torch.Tensor]:
         """The prompts' embeddings under the names of the pipeline's arguments."""
         names = {"": plan.prompt} | ({"negative_": plan.negative_prompt} if plan.negative_prompt is not None else {})
         arguments: dict[str, torch.Tensor] = {}
@@ -162,7 +123,16 @@ class Engine:
             arguments |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
         return arguments
 
-    def _set_scheduler(self, plan: Plan) -> str:
+    def _view(self, plan: Plan) -> Any:
+        """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
+        name = plan.pipeline.class_name
+        if name not in self._views:
+            view = getattr(diffusers, name).from_pipe(self._pipeline, torch_dtype=self._pipeline.dtype)
+            view.set_progress_bar_config(disable=True)
+            self._views[name] = view
+        return self._views[name]
+
+    def _set_scheduler(self, view: Any, plan: Plan) -> str:
         """A new scheduler for every plan, so that nothing of the last one is left in it."""
         name = plan.scheduler or self._own_scheduler_name
         row = SCHEDULERS.get(name) or Scheduler(name)
@@ -176,7 +146,7 @@ class Engine:
             scheduler.register_to_config(
                 use_dynamic_shifting=True, time_shift_type="exponential", base_shift=shifts[0], max_shift=shifts[1]
             )
-        self._pipeline.scheduler = scheduler
+        view.scheduler = scheduler
         return name
 
     def _truncation(self, plan: Plan) -> tuple[str, ...]:
@@ -194,6 +164,74 @@ class Engine:
         return bool(self._pipeline.device.type == "cuda")
 
 
+class _Drawing:
+    """Turns seeds into pictures of one plan, together as long as there is memory for that."""
+
+    def __init__(self, view: Any, plan: Plan, prompt: dict[str, torch.Tensor], watch: _Watch) -> None:
+        self._view = view
+        self._plan = plan
+        self._watch = watch
+        self._thrift = _Thrift(view)
+        self._arguments: dict[str, Any] = {
+            **prompt,
+            **{_ARGUMENTS[name]: picture for name, picture in plan.pictures.items()},
+            "width": plan.canvas[0],
+            "height": plan.canvas[1],
+            "num_inference_steps": plan.num_inference_steps,
+            "guidance_scale": plan.guidance_scale,
+            "max_sequence_length": plan.max_sequence_length,
+        }
+        for name in ("true_cfg_scale", "strength"):
+            if name in plan.pipeline.takes:
+                self._arguments[name] = getattr(plan, name)
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._thrift.warnings
+
+    def draw(self, seeds: tuple[int, ...]) -> list[Image.Image]:
+        """Denoise and decode the pictures of `seeds`."""
+        step = self._watch.steps_done
+        while True:
+            try:
+                return self._call(seeds)
+            except Exception as error:
+                if not _is_out_of_memory(error) or not self._thrift.try_harder(self._watch.phase, len(seeds)):
+                    raise
+                _free_memory(error)
+            self._watch.steps_done = step
+            if self._thrift.one_by_one and len(seeds) > 1:
+                return [picture for seed in seeds for picture in self.draw((seed,))]
+
+    def _call(self, seeds: tuple[int, ...]) -> list[Image.Image]:
+        plan, watch = self._plan, self._watch
+        preview = _Preview(self._view, plan) if plan.preview else None
+
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            latents = tensors["latents"]
+            watch.step(len(seeds), preview.look(step, latents) if preview else None)
+            if step + 1 == plan.steps:
+                if not latents.isfinite().all():
+                    raise GenerationFailed(
+                        f"the model's values are not finite after {step + 1} steps with guidance_scale "
+                        f"{plan.guidance_scale}; try another seed, scheduler or guidance_scale"
+                    )
+                watch.begin("decode")
+            return {}
+
+        watch.begin("denoise")
+        torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
+        result = self._view(
+            **self._arguments,
+            num_images_per_prompt=len(seeds),
+            # On the CPU, so that a seed means the same picture on every card.
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            callback_on_step_end=on_step_end,
+            callback_on_step_end_tensor_inputs=["latents"],
+        )
+        return list(result.images)
+
+
 class _Watch:
     """Times the phases of one plan and reports its progress; `settle` waits for the device."""
 
@@ -203,7 +241,7 @@ class _Watch:
         self.steps_done = 0
         self._report = report
         self._settle = settle
-        self._steps = plan.num_inference_steps * len(plan.seeds)
+        self._steps = plan.steps * len(plan.seeds)
         self._since = 0.0
 
     def begin(self, phase: str) -> None:
@@ -256,9 +294,10 @@ class _Thrift:
 class _Preview:
     """Guesses the finished picture from two steps, at a small size, no oftener than once a second."""
 
-    def __init__(self, pipeline: Any, canvas: tuple[int, int]) -> None:
+    def __init__(self, pipeline: Any, plan: Plan) -> None:
         self._pipeline = pipeline
-        self._canvas = canvas
+        self._canvas = plan.canvas
+        self._skipped = plan.num_inference_steps - plan.steps
         self._last: torch.Tensor | None = None
         self._shown = -math.inf
 
@@ -271,7 +310,7 @@ class _Preview:
         sigmas = self._pipeline.scheduler.sigmas
         if last is None or time.monotonic() - self._shown < _SECONDS_BETWEEN_PREVIEWS:
             return None
-        before, now = float(sigmas[step]), float(sigmas[step + 1])
+        before, now = float(sigmas[self._skipped + step]), float(sigmas[self._skipped + step + 1])
         if before == now:
             return None
         self._shown = time.monotonic()
@@ -284,6 +323,14 @@ class _Preview:
         decoded = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
+
+
+def _finished(picture: Image.Image, plan: Plan) -> Image.Image:
+    """The canvas' middle; outside a mask the very pixels that were sent."""
+    if plan.preserve_unmasked:
+        mask = plan.pictures["mask_image"].point(lambda level: 255 if level >= 128 else 0)  # as diffusers rounds it
+        picture = Image.composite(picture, plan.pictures["init_image"], mask)
+    return _middle(picture, plan.width, plan.height)
 
 
 def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:

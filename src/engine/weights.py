@@ -56,7 +56,7 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         source = _find(settings, download)
         parameters = _check(source.folder)
         _check_memory(parameters * dtype.itemsize, device)
-        pipeline_class = getattr(diffusers, guess_model(name).pipelines["text-to-image"])
+        pipeline_class = getattr(diffusers, next(iter(guess_model(name).pipelines.values())).class_name)
         pipeline = pipeline_class.from_pretrained(
             source.folder, dtype=dtype, use_safetensors=True, local_files_only=True
         ).to(device)
@@ -127,7 +127,7 @@ def _check(folder: Path) -> int:
     if not index.is_file():
         raise _Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
     class_name = json.loads(index.read_text()).get("_class_name")
-    known = sorted({pipeline for model in MODELS for pipeline in model.pipelines.values()})
+    known = sorted({pipeline.class_name for model in MODELS for pipeline in model.pipelines.values()})
     if class_name not in known:
         raise _Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
     missing = [

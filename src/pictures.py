@@ -1,0 +1,170 @@
+"""A client's pictures: base64, data URI or https URL -> upright RGB pictures, or the reason why not.
+
+Everything that came over the wire is taken for hostile: nothing is fetched from private addresses, nothing larger than
+the caps is read, and no pixel is decoded before its picture's size is known.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from src.errors import Fault, redact
+from src.job import Job
+from src.request import PICTURES, Request
+
+Fetch = Callable[[str], bytes]
+
+MAX_BYTES = 20_000_000  # what /runsync carries
+MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
+MIN_SIDE = 16
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+ALLOWED = (
+    f"a still picture ({', '.join(FORMATS)}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
+)
+_FETCH_SECONDS = 30
+_DATA_URI = re.compile(r"data:[\w/+.-]*(;[\w=+.-]+)*;base64,", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+class Refused(Exception):
+    """Why a picture cannot be used."""
+
+
+def load_pictures(
+    request: Request, job: Job, fetch: Fetch | None = None
+) -> tuple[dict[str, Image.Image], tuple[Fault, ...]]:
+    """The request's pictures by field, masks as L and others as RGB, and the faults of those that cannot be used.
+
+    While pictures are fetched other jobs may pass `job`, and its end ends the fetching.
+    """
+    sources = {field: source for field in PICTURES if (source := getattr(request, field))}
+    if any(_is_url(source) for source in sources.values()):
+        job.step_aside()
+    pictures, faults = {}, []
+    for field, mode in PICTURES.items():
+        if field in sources:
+            try:
+                file = read_source(sources[field], fetch or partial(fetch_url, check=job.check))
+                pictures[field] = decode(file, mode)
+            except Refused as error:
+                faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
+    return pictures, tuple(faults)
+
+
+def read_source(source: str, fetch: Fetch) -> bytes:
+    """The file that `source` holds or names."""
+    source = source.strip()
+    if _is_url(source):
+        return fetch(source)
+    if uri := _DATA_URI.match(source):
+        source = source[uri.end() :]
+    elif scheme := _SCHEME.match(source):
+        raise Refused(f"must not be a {scheme[0]} address")
+    if len(source) > MAX_BYTES * 4 / 3 + 4:
+        raise Refused(f"has {len(source):,} characters")
+    try:
+        return base64.b64decode("".join(source.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(f"is no base64 ({len(source):,} characters)") from None
+
+
+def _is_url(source: str) -> bool:
+    return source.lstrip().lower().startswith("https://")
+
+
+def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
+    """What lies at `url`, by the SDK's protection against private addresses, at most MAX_BYTES in half a minute.
+
+    `check` may raise to end it.
+    """
+    import requests
+    import urllib3
+    from runpod.serverless.utils.rp_ssrf import SSRFError, safe_get
+
+    body, deadline = io.BytesIO(), time.monotonic() + _FETCH_SECONDS
+    try:
+        with safe_get(url, timeout=10, max_bytes=MAX_BYTES, headers={"Accept-Encoding": "identity"}) as answer:
+            if answer.status_code != 200:
+                raise Refused(f"could not be fetched: HTTP {answer.status_code}")
+            while chunk := answer.raw.read1(65_536):  # what has come: a dripping server must not outlast the deadline
+                body.write(chunk)
+                check()
+                if body.tell() > MAX_BYTES:
+                    raise Refused(f"is larger than {MAX_BYTES:,} bytes")
+                if time.monotonic() > deadline:
+                    raise Refused(f"could not be fetched within {_FETCH_SECONDS} seconds")
+    except SSRFError as error:
+        raise Refused(f"may not be fetched: {error}") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise Refused(f"could not be fetched: {type(error).__name__}") from error
+    return body.getvalue()
+
+
+def decode(file: bytes, mode: str = "RGB") -> Image.Image:
+    """The picture in `file`, upright, in `mode` (RGB or L); what is transparent is white, and black in a mask."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below, by our own cap
+            picture = Image.open(io.BytesIO(file), formats=FORMATS)
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise Refused(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}")
+        if min(picture.size) < MIN_SIDE:
+            raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_SIDE} at least")
+        if getattr(picture, "is_animated", False):
+            raise Refused("is animated")
+        return _flat(ImageOps.exif_transpose(picture), mode)
+    except Refused:
+        raise
+    except UnidentifiedImageError:
+        raise Refused(f"is no picture of these formats ({len(file):,} bytes, {_looks_like(file)})") from None
+    except Image.DecompressionBombError:
+        raise Refused(f"has far more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:
+        raise Refused(f"is damaged: {type(error).__name__}: {error}"[:200]) from error
+
+
+def fit(picture: Image.Image, size: tuple[int, int], canvas: tuple[int, int]) -> Image.Image:
+    """`picture` scaled and cropped to cover `size` with its aspect kept, then its edges repeated out to `canvas`."""
+    resampling = Image.Resampling.NEAREST if picture.mode == "L" else Image.Resampling.LANCZOS
+    covered = picture if picture.size == size else ImageOps.fit(picture, size, resampling)
+    if size == canvas:
+        return covered
+    left, top = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+    right, bottom = canvas[0] - size[0] - left, canvas[1] - size[1] - top
+    pixels = np.asarray(covered)
+    around = ((top, bottom), (left, right), (0, 0))[: pixels.ndim]
+    return Image.fromarray(np.pad(pixels, around, mode="edge"))
+
+
+def _flat(picture: Image.Image, mode: str) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a channel, which Pillow would clip
+        pixels = np.asarray(picture, float)
+        peak = 65_535 if picture.mode.startswith("I") else max(1.0, float(pixels.max()))
+        picture = Image.fromarray((pixels / peak * 255).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
+        picture = Image.alpha_composite(ground, picture)
+    return picture.convert(mode)
+
+
+def _looks_like(file: bytes) -> str:
+    """A word on what was sent instead."""
+    start = file[:512].lstrip().lower()
+    if b"<svg" in start:
+        return "SVG"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "HTML"
+    kinds: Mapping[bytes, str] = {b"gif8": "GIF", b"pk\x03\x04": "ZIP", b"%pdf": "PDF", b"{": "JSON"}
+    return next((name for magic, name in kinds.items() if start.startswith(magic)), "unknown")

@@ -1,0 +1,163 @@
+"""Image-to-image and inpainting on the shipped model, measured on pixels."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from handler import handler
+from src.catalog import find_model
+from src.errors import InvalidRequest
+from src.images import read_parameters
+from src.job import Job
+from src.pictures import load_pictures
+from src.plan import Plan, make_plan
+from src.request import read_request
+from tests.conftest import opened
+from training import judge
+from training.scenes import COLOURS, draw, every_prompt, lone
+
+MODEL = find_model("flux-shapes")
+assert MODEL is not None
+
+
+def base64_of(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return handler({"id": "test", "input": {"seed": 1, **fields}})
+
+
+def answer(**fields: Any) -> Image.Image:
+    response = ask(**fields)
+    assert response["status"] == "success", response
+    return opened(response)[0].convert("RGB")
+
+
+def plan(**fields: Any) -> Plan:
+    request, faults = read_request({"input": {"prompt": "a red circle", **fields}})
+    pictures, more = load_pictures(request, Job())
+    return make_plan(request, (*faults, *more), MODEL, pictures, max_pixels=2048 * 2048)
+
+
+def faults(**fields: Any) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(**fields)
+    return {fault.field: fault.message for fault in caught.value.faults}
+
+
+SCENE = draw(lone("blue", "square", "yellow"), 128, 128)
+MASK = Image.new("L", (128, 128))
+ImageDraw.Draw(MASK).rectangle((32, 32, 95, 95), fill=255)
+
+
+def far(one: Image.Image, other: Image.Image) -> float:
+    return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
+
+
+def test_image_to_image_keeps_more_the_lower_the_strength() -> None:
+    prompts = [prompt for prompt, _ in every_prompt()][::14]
+    assert len(prompts) == 20
+    start = base64_of(SCENE)
+    means = [
+        np.mean([far(answer(prompt=p, init_image=start, strength=s, seed=i), SCENE) for i, p in enumerate(prompts)])
+        for s in (0.2, 0.4, 0.6, 0.8)
+    ]
+    assert means == sorted(means)
+    assert means[0] < 0.5 * means[-1]
+
+
+def test_full_strength_draws_the_prompt() -> None:
+    picture = answer(prompt="a red circle on a white background", init_image=base64_of(SCENE), strength=1)
+    assert (judge.centre_colour(picture), judge.background_colour(picture)) == ("red", "white")
+
+
+def test_inpainting_changes_nothing_outside_the_mask_and_puts_the_colour_inside() -> None:
+    scene, mask = base64_of(SCENE), base64_of(MASK)
+    outside = np.asarray(MASK) < 128
+    right = 0
+    for i in range(50):
+        colour = [name for name in COLOURS if name not in ("yellow", "blue")][i % 6]
+        prompt = f"a {colour} {('circle', 'square', 'diamond')[i % 3]} on a yellow background"
+        picture = answer(prompt=prompt, init_image=scene, mask_image=mask, strength=1, seed=i)
+        assert np.array_equal(np.asarray(picture)[outside], np.asarray(SCENE)[outside])
+        right += judge.centre_colour(picture) == colour
+    assert right >= 45
+
+
+def test_without_preserving_the_model_redraws_the_rest() -> None:
+    fields = {"prompt": "a red circle", "init_image": base64_of(SCENE), "mask_image": base64_of(MASK)}
+    kept, drawn = answer(**fields), answer(**fields, preserve_unmasked=False)
+    outside = np.asarray(MASK) < 128
+    assert np.array_equal(np.asarray(kept)[~outside], np.asarray(drawn)[~outside])
+    assert not np.array_equal(np.asarray(kept)[outside], np.asarray(drawn)[outside])
+
+
+def test_the_same_request_gives_the_same_bytes_in_any_order() -> None:
+    fields = {"prompt": "a red circle", "init_image": base64_of(SCENE), "strength": 0.6}
+    first, plain = ask(**fields)["images"], ask(prompt="a red circle")["images"]
+    assert ask(**fields, num_images=2)["images"][:1] == first
+    ask(prompt="a star", init_image=base64_of(SCENE), mask_image=base64_of(MASK))
+    assert ask(prompt="a red circle")["images"] == plain
+    assert ask(**fields)["images"] == first
+
+
+@pytest.mark.parametrize(
+    ("picture", "given", "size"),
+    [
+        ((128, 128), {}, (128, 128)),
+        ((100, 60), {}, (96, 64)),
+        ((1000, 500), {}, (184, 88)),
+        ((300, 300), {"width": 96}, (96, 96)),
+        ((300, 150), {"height": 96}, (192, 96)),
+        ((300, 150), {"width": 72, "height": 136}, (72, 136)),
+    ],
+)
+def test_the_size_comes_from_the_picture_where_none_is_given(
+    picture: tuple[int, int], given: dict[str, int], size: tuple[int, int]
+) -> None:
+    drawn = answer(prompt="a red circle", init_image=base64_of(SCENE.resize(picture)), num_inference_steps=2, **given)
+    assert drawn.size == size
+
+
+def test_fewer_steps_are_taken_and_told() -> None:
+    decided = plan(init_image=base64_of(SCENE), strength=0.5)
+    assert (decided.num_inference_steps, decided.steps) == (8, 4)
+    metadata = ask(prompt="a red circle", init_image=base64_of(SCENE))["metadata"]
+    assert (metadata["mode"], metadata["strength"]) == ("image-to-image", 0.8)
+
+
+def test_a_field_that_the_mode_cannot_use_is_named_with_the_mode() -> None:
+    assert faults(strength=0.5) == {"strength": "cannot be used by text-to-image on flux-shapes"}
+    told = faults(mask_image=base64_of(MASK))
+    assert told["mask_image"].startswith("does not go with nothing; allowed: text-to-image: no picture; image-to-image")
+    assert (
+        "cannot be used by image-to-image"
+        in faults(init_image=base64_of(SCENE), preserve_unmasked=False)["preserve_unmasked"]
+    )
+    assert "1 at least, got 0.0 x 8" in faults(init_image=base64_of(SCENE), strength=0.0)["strength"]
+    assert "unipc cannot start from a picture" in faults(init_image=base64_of(SCENE), scheduler="unipc")["scheduler"]
+
+
+def test_a_file_carries_what_it_was_made_with() -> None:
+    response = ask(prompt="a red circle", init_image=base64_of(SCENE), mask_image=base64_of(MASK))
+    event = read_parameters(opened(response)[0])
+    assert event is not None
+    assert event["input"]["strength"] == 0.8
+    assert event["input"]["preserve_unmasked"] is True
+    assert event["input"]["init_image"].startswith("sha256:")
+    assert len(event["input"]["init_image"]) == 7 + 64
+
+
+def test_a_bad_picture_is_refused_and_the_worker_goes_on() -> None:
+    failed = ask(prompt="a red circle", init_image="file:///etc/passwd", width=63)
+    assert [fault["field"] for fault in failed["errors"]] == ["width", "init_image"]
+    assert ask(prompt="a red circle")["status"] == "success"

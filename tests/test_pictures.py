@@ -1,0 +1,240 @@
+"""Pictures that clients send: good ones in every shape, bad ones refused with a reason."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from src import pictures
+from src.job import Job
+from src.pictures import Refused, decode, fetch_url, fit, load_pictures, read_source
+from src.request import read_request
+
+PHOTO = Image.fromarray(data.astronaut()).resize((96, 64))
+
+
+def file_of(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def near(one: Image.Image, other: Image.Image, most: float = 3) -> bool:
+    return one.size == other.size and float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean()) < most
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_formats(format: str) -> None:
+    assert near(decode(file_of(PHOTO, format)), PHOTO, most=10)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_colour_modes_become_rgb(mode: str) -> None:
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(PHOTO.convert("L"), np.uint16) * 257)
+    else:
+        picture = PHOTO.convert(mode)
+    expected = PHOTO if mode in ("P", "CMYK", "RGBA") else PHOTO.convert("1" if mode == "1" else "L").convert("RGB")
+    decoded = decode(file_of(picture, "TIFF" if mode in ("CMYK", "I;16") else "PNG"))
+    assert decoded.mode == "RGB"
+    assert near(decoded, expected, most=25 if mode == "P" else 3)
+
+
+def test_orientation_is_heard() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees, as phones do
+    turned = PHOTO.transpose(Image.Transpose.ROTATE_90)
+    assert near(decode(file_of(turned, "JPEG", exif=exif, quality=95)), PHOTO, most=6)
+
+
+def test_what_is_transparent_is_white_in_a_picture_and_black_in_a_mask() -> None:
+    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 16, 32))
+    assert [decode(file_of(picture)).getpixel((x, 5)) for x in (2, 30)] == [(0, 0, 255), (255, 255, 255)]
+    mask = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 16, 32))
+    assert [decode(file_of(mask), "L").getpixel((x, 5)) for x in (2, 30)] == [255, 0]
+
+
+def huge_png(side: int) -> bytes:
+    """A whole PNG of side x side in a few kilobytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def bomb_in_text() -> bytes:
+    """A PNG whose compressed text unpacks to 200 MB."""
+    picture = file_of(PHOTO)
+    body = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    return picture[:33] + chunk + picture[33:]
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (file_of(PHOTO)[:-200], "is damaged"),
+        (file_of(PHOTO, "JPEG")[:500], "is damaged"),
+        (b"", "no picture of these formats (0 bytes"),
+        (b"hello", "no picture of these formats"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (b"PK\x03\x04" + bytes(100), "ZIP"),
+        (file_of(PHOTO, "GIF"), "GIF"),
+        (file_of(Image.new("RGB", (1, 1))), "has 1x1 pixels"),
+        (file_of(PHOTO, "PNG", save_all=True, append_images=[PHOTO.transpose(0)]), "is animated"),
+        (file_of(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.transpose(0)]), "is animated"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused(file: bytes, reason: str) -> None:
+    with pytest.raises(Refused) as caught:
+        decode(file)
+    assert reason in str(caught.value)
+
+
+def test_bombs_are_refused_before_they_are_unpacked() -> None:
+    for file, reason in ((huge_png(20_000), "pixels"), (huge_png(12_000), "pixels"), (bomb_in_text(), "damaged")):
+        assert len(file) < 300_000
+        started = time.perf_counter()
+        with pytest.raises(Refused, match=reason):
+            decode(file)
+        assert time.perf_counter() - started < 1
+
+
+def test_sources() -> None:
+    file = file_of(PHOTO)
+    text = base64.b64encode(file).decode()
+    never = pytest.fail
+    assert read_source(text, never) == file
+    assert read_source(f" {text[:50]}\n{text[50:]}\n", never) == file
+    assert read_source(f"data:image/png;base64,{text}", never) == file
+    assert read_source(f"data:image/png;charset=utf-8;base64,{text}", never) == file
+    assert read_source("https://example.com/x.png", lambda url: url.encode()) == b"https://example.com/x.png"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("http://example.com/a.png", "must not be a http: address"),
+        ("file:///etc/passwd", "must not be a file: address"),
+        ("FTP://example.com/a.png", "must not be a FTP: address"),
+        ("data:text/html,hello", "must not be a data: address"),
+        ("not base64!", "is no base64"),
+        ("/etc/passwd", "is no base64"),
+        ("A" * 27_000_000, "has 27,000,000 characters"),
+    ],
+)
+def test_bad_sources_are_refused(source: str, reason: str) -> None:
+    with pytest.raises(Refused) as caught:
+        read_source(source, pytest.fail)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://127.0.0.1/a.png", "https://localhost/a.png", "https://169.254.169.254/latest/meta-data/",
+        "https://10.0.0.1/", "https://192.168.1.1/", "https://[::1]/", "https://0.0.0.0/", "https://100.64.0.1/",
+        "https://2130706433/", "https://user:password@127.0.0.1/",
+    ],
+)  # fmt: skip
+def test_private_addresses_are_never_asked(url: str) -> None:
+    with pytest.raises(Refused, match="may not be fetched"):
+        fetch_url(url)
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web server of bad manners."""
+
+    def do_GET(self) -> None:
+        self.send_response(302 if self.path == "/redirect" else 404 if self.path == "/missing" else 200)
+        if self.path == "/redirect":
+            self.send_header("Location", "file:///etc/passwd")
+        if self.path == "/liar":
+            self.send_header("Content-Length", "999999999")
+        self.end_headers()
+        try:
+            match self.path:
+                case "/photo":
+                    self.wfile.write(file_of(PHOTO))
+                case "/endless":
+                    while True:
+                        self.wfile.write(bytes(1_000_000))
+                case "/drip":
+                    while True:
+                        self.wfile.write(b".")
+                        time.sleep(0.05)
+        except OSError:
+            pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setitem(os.environ, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetch_url(f"{site}/photo") == file_of(PHOTO)
+    for path, reason in (
+        ("missing", "HTTP 404"),
+        ("redirect", "may not be fetched: blocked URL scheme 'file'"),
+        ("endless", "larger than 20,000,000 bytes"),
+        ("liar", "size cap"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            fetch_url(f"{site}/{path}")
+    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 0.2)
+    with pytest.raises(Refused, match=r"within 0\.2 seconds"):
+        fetch_url(f"{site}/drip")
+
+
+def test_all_bad_pictures_of_a_request_are_named_at_once_and_none_is_shown() -> None:
+    request, _ = read_request(
+        {"input": {"prompt": "x", "init_image": "QUJD" * 100, "mask_image": "file:///etc/passwd"}}
+    )
+    loaded, faults = load_pictures(request, Job())
+    assert loaded == {}
+    assert [fault.field for fault in faults] == ["init_image", "mask_image"]
+    assert "QUJDQUJD" not in str(faults)
+    assert "allowed: a still picture (PNG" in faults[0].message
+
+
+def test_fit_keeps_the_aspect_and_repeats_the_edges() -> None:
+    wide = Image.new("RGB", (200, 100), "blue")
+    wide.paste((255, 0, 0), (50, 0, 150, 100))
+    square = fit(wide, (64, 64), (64, 64))
+    assert all(square.getpixel((x, 30))[0] > 250 for x in (2, 61)), "the middle, not squeezed"
+    padded = fit(PHOTO, (96, 64), (96, 80))
+    assert padded.size == (96, 80)
+    assert near(padded.crop((0, 8, 96, 72)), PHOTO, most=0.001)
+    assert padded.getpixel((40, 0)) == PHOTO.getpixel((40, 0))
+    assert fit(PHOTO, (96, 64), (96, 64)) is PHOTO
+    assert fit(Image.new("L", (20, 20), 255), (64, 64), (80, 64)).size == (80, 64)
