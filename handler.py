@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from src.delivery import deliver
+from src.describe import describe, show_plan
 from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
 from src.logs import job_ended, log
@@ -78,6 +79,10 @@ def respond(
     try:
         include_traceback = settings().include_traceback
         request, faults = read_request(event)
+        if request.describe and not faults:
+            response = describe(engine().model, engine().revision, settings())
+            job_ended(job, "described", None)
+            return response
         destination = bucket()
         pictures, bad_pictures = load_pictures(request, job)
         plan = make_plan(
@@ -88,6 +93,9 @@ def respond(
             max_pixels=settings().max_pixels,
             batch_size=settings().batch_size,
         )
+        if request.dry_run:
+            job_ended(job, "planned", plan)
+            return show_plan(plan)
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
             generation,

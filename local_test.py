@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from handler import get_engine, get_settings, handler
 from src.errors import WorkerError, redact
-from src.images import FORMATS
+from src.images import FORMATS, read_parameters
 from src.job import Progress
-from src.request import Request
+from src.request import PICTURES, Request
 
 ROOT = Path(__file__).resolve().parent
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         response = handler(event, bar.show)
     if response["status"] == "error":
         return _fail(response["error"])
+    if "metadata" not in response:
+        print(json.dumps(response, indent=2))
+        return 0
     try:
         for path in _save(response, options.output):
             print(f"saved    {path}")
@@ -67,14 +70,16 @@ class _Bar:
         self._bar.close()
 
     def show(self, progress: Progress) -> None:
-        self._bar.total = self.steps = progress.steps
         self._bar.set_description(progress.phase, refresh=False)
-        self._bar.update(progress.step - self._bar.n)
+        if progress.steps:
+            self._bar.total = self.steps = progress.steps
+            self._bar.update(progress.step - self._bar.n)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=ROOT / "test_input.json", help='a file of {"input": {...}}')
+    parser.add_argument("--from", type=Path, dest="picture", metavar="PICTURE", help="repeat what made this picture")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     fields = parser.add_argument_group("fields of the request")
@@ -91,14 +96,27 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
         for name in Request.model_fields
         if (value := getattr(options, f"field_{name}")) is not None
     }
-    event = {"input": {}} if "prompt" in given else json.loads(options.input.read_text(encoding="utf-8"))
+    if options.picture:
+        event = _event_of(options.picture)
+    else:
+        event = {"input": {}} if "prompt" in given else json.loads(options.input.read_text(encoding="utf-8"))
     if not isinstance(event, dict) or not isinstance(event.get("input"), dict):
         raise ValueError(f'{options.input}: must hold {{"input": {{...}}}}')
     return {**event, "input": {**event["input"], **given}}
 
 
+def _event_of(file: Path) -> dict[str, Any]:
+    """The event that the picture's file carries."""
+    event = read_parameters(Image.open(file))
+    if event is None:
+        raise ValueError(f"{file}: carries no request; only this worker's own pictures do")
+    return {"input": event.get("input")}
+
+
 def _value(name: str, text: str) -> object:
     """An option's text as JSON where the field takes numbers; the request says whether it is right."""
+    if name in PICTURES and Path(text).is_file():
+        return base64.b64encode(Path(text).read_bytes()).decode("ascii")
     schema = Request.model_json_schema()["properties"][name]
     if any(kind.get("type") == "string" for kind in schema.get("anyOf", [schema])):
         return text
@@ -113,8 +131,12 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     metadata = response["metadata"]
     suffix = FORMATS[metadata["output_format"]].mime.partition("/")[2]
+    for url in response.get("image_urls", ()):
+        print(f"uploaded {url}")
     paths = []
-    for seed, text in zip(metadata["seeds"], response["images"], strict=True):
+    for seed, text in zip(metadata["seeds"], response.get("images", ()), strict=False):
+        if text is None:
+            continue  # it was uploaded
         paths.append(folder / f"{seed}.{suffix}")
         paths[-1].write_bytes(base64.b64decode(text))
     if len(paths) > 1:

@@ -141,6 +141,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
     return {
         "mode": plan.mode,
         "prompt": plan.prompt,
+        "prompt_2": plan.prompt_2,
         "negative_prompt": plan.negative_prompt,
         "true_cfg_scale": plan.true_cfg_scale,
         "seed": plan.seeds[0],
@@ -151,6 +152,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "strength": plan.strength,
         "guidance_scale": plan.guidance_scale,
         "max_sequence_length": plan.max_sequence_length,
+        "shift": plan.shift,
         "num_images": len(plan.seeds),
         "output_format": plan.output_format,
         "output_quality": plan.output_quality,

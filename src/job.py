@@ -64,7 +64,8 @@ class Job:
     def of(cls, event: object, **options: Any) -> Job:
         """The job of an event, which may be anything; `options` are those of Job."""
         id = event.get("id") if isinstance(event, Mapping) else None
-        return cls("local" if id is None else id if isinstance(id, str) and len(id) < 100 else show(id), **options)
+        plain = isinstance(id, str) and id.isprintable() and len(id) < 100
+        return cls("local" if id is None else str(id) if plain else show(id), **options)
 
     def report(self, progress: Progress) -> None:
         """Tell whoever watches; raises Cancelled or TimedOut when it is time to stop."""

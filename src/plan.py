@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ class Plan:
     mode: str
     pipeline: Pipeline
     prompt: str
+    prompt_2: str | None
     negative_prompt: str | None
     true_cfg_scale: float
     width: int
@@ -42,6 +44,8 @@ class Plan:
     guidance_scale: float
     max_sequence_length: int
     scheduler: str | None  # a row of the catalog; None is the model's own
+    sigmas: tuple[float, ...] | None
+    shift: float | None
     seeds: tuple[int, ...]  # one a picture
     batch_size: int
     output_format: str
@@ -73,7 +77,7 @@ class Plan:
         }
         if self.negative_prompt is not None:
             request |= {"negative_prompt": self.negative_prompt, "true_cfg_scale": self.true_cfg_scale}
-        for name in ("scheduler", "strength"):
+        for name in ("prompt_2", "scheduler", "sigmas", "shift", "strength"):
             if (value := getattr(self, name)) is not None:
                 request[name] = value
         if "mask_image" in self.pictures:
@@ -98,7 +102,7 @@ def make_plan(
     mode, pipeline = decision.mode()
     width, height = decision.size(pictures.get("init_image"), max_pixels)
     scheduler = decision.scheduler(mode)
-    num_inference_steps = request.num_inference_steps or model.num_inference_steps
+    num_inference_steps = decision.num_inference_steps()
     strength = request.strength if "strength" in pipeline.takes else None
     steps = decision.steps(num_inference_steps, strength)
     decision.text(pipeline)
@@ -112,6 +116,7 @@ def make_plan(
         mode=mode,
         pipeline=pipeline,
         prompt=request.prompt,
+        prompt_2=request.prompt_2,
         negative_prompt=(request.negative_prompt or "") if request.true_cfg_scale > 1 else None,
         true_cfg_scale=request.true_cfg_scale,
         width=width,
@@ -122,6 +127,8 @@ def make_plan(
         guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         max_sequence_length=request.max_sequence_length or model.max_sequence_length,
         scheduler=scheduler,
+        sigmas=request.sigmas,
+        shift=request.shift,
         seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(request.num_images)),
         batch_size=batch_size,
         output_format=request.output_format,
@@ -161,10 +168,34 @@ class _Decision:
             self._fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
         return mode or "", pipeline
 
+    def num_inference_steps(self) -> int:
+        """The request's steps, or as many as it gives sigmas."""
+        request = self._request
+        if request.sigmas is None:
+            return request.num_inference_steps or self._model.num_inference_steps
+        if any(after >= before for before, after in itertools.pairwise(request.sigmas)):
+            self._fault("sigmas", f"must fall from each to the next, got {show(list(request.sigmas))}")
+        count = len(request.sigmas)
+        if request.num_inference_steps not in (None, count):
+            self._fault("sigmas", f"must be one a step, got {count} for {request.num_inference_steps} steps")
+        row = SCHEDULERS.get(request.scheduler or "")
+        if row is not None and (not row.flow_match or row.config):
+            allowed = [name for name, row in SCHEDULERS.items() if row.flow_match and not row.config]
+            self._fault("sigmas", f"cannot be used by {request.scheduler}; allowed: {', '.join(allowed)}")
+        return count
+
     def size(self, picture: Image.Image | None, max_pixels: int) -> tuple[int, int]:
         """Width and height; a picture gives those that the request leaves open."""
         request, model = self._request, self._model
-        if picture is None:
+        if request.aspect_ratio or request.megapixels:
+            for name in ("width", "height"):
+                if getattr(request, name) is not None:
+                    self._fault(name, "cannot be given beside aspect_ratio or megapixels, which say it too")
+            shape = picture.size if picture else (model.width, model.height)
+            across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else shape
+            pixels = (request.megapixels or model.width * model.height / 1e6) * 1e6
+            width, height = _sides(math.sqrt(pixels * across / down), math.sqrt(pixels * down / across))
+        elif picture is None:
             width, height = request.width or model.width, request.height or model.height
         else:
             width, height = _size_from(picture.size, request.width, request.height, model.width * model.height)
@@ -238,8 +269,14 @@ def _size_from(picture: tuple[int, int], width: int | None, height: int | None, 
     else:
         scale = min(1.0, math.sqrt(most / (picture[0] * picture[1])))
         wanted = (picture[0] * scale, picture[1] * scale)
-    w, h = (min(max(round(side / 8) * 8, 64), 2048) for side in wanted)
+    w, h = _sides(*wanted)
     return width or w, height or h
+
+
+def _sides(width: float, height: float) -> tuple[int, int]:
+    """The nearest that a request may ask for."""
+    w, h = (min(max(round(side / 8) * 8, 64), 2048) for side in (width, height))
+    return w, h
 
 
 def _reference(source: str) -> str:

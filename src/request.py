@@ -26,6 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
+from src.aliases import own_names
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 
@@ -82,12 +83,21 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(description=_ALLOWED_PROMPT)
+    prompt_2: Text | None = Field(
+        None, description=f"text of at most {MAX_PROMPT_CHARACTERS:,} characters for T5, where prompt is for CLIP alone"
+    )
     negative_prompt: Text | None = Field(
         None, description=f"text of at most {MAX_PROMPT_CHARACTERS:,} characters, with true_cfg_scale above 1"
     )
     true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
     width: Side | None = Field(None, description=_SIDE)
     height: Side | None = Field(None, description=_SIDE)
+    aspect_ratio: Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None = Field(
+        None, description="width to height, as 16:9; instead of width and height"
+    )
+    megapixels: Annotated[Number, Field(ge=0.01, le=4.2)] | None = Field(
+        None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
+    )
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
         None, description="an integer from 1 to 100"
     )
@@ -112,6 +122,14 @@ class Request(BaseModel):
         True, description="true or false: outside mask_image the very pixels of init_image come back"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
+    sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100)] | None = (
+        Field(None, description="1 to 100 falling numbers from 1 to above 0, one a step; for experts")
+    )
+    shift: Annotated[Number, Field(ge=0.1, le=20)] | None = Field(
+        None, description="a number from 0.1 to 20: above 1 more steps go to much noise; for experts"
+    )
+    describe: StrictBool = Field(False, description="true or false; true tells what this worker can do")
+    dry_run: StrictBool = Field(False, description="true or false; true tells what would be done")
     preview: StrictBool = Field(
         False, description="true or false; true adds a small JPEG of the picture so far to the progress"
     )
@@ -140,9 +158,12 @@ def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
     if not isinstance(received, Mapping):
         raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(received)}")])
 
+    received, faults = own_names(received)
     fields = {name: value for name, value in received.items() if name in Request.model_fields}
+    if fields.get("describe") is True:
+        fields.setdefault("prompt", "?")  # nobody will draw it
     strange = [name for name in received if name not in Request.model_fields]
-    faults = [_unknown(name) for name in strange[:_MAX_UNKNOWN]]
+    faults += [_unknown(name) for name in strange[:_MAX_UNKNOWN]]
     if len(strange) > _MAX_UNKNOWN:
         faults.append(Fault("input", f"holds {len(strange) - _MAX_UNKNOWN:,} more unknown fields"))
     try:

@@ -11,6 +11,7 @@ import pytest
 
 from handler import handler
 from src.request import MAX_PROMPT_CHARACTERS, Request, read_request, show
+from src.settings import ROOT
 
 NESTED: list[Any] = []
 for _ in range(2_000):
@@ -149,13 +150,17 @@ def test_a_long_value_is_not_sent_back() -> None:
 
 
 def test_the_log_names_the_fields_and_holds_nothing_that_the_client_wrote(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     refused({"id": "job-7", "input": {"prompt": "my secret\0", "width": "my secret"}})
-    assert caplog.messages == ["job 'job-7': invalid_request: prompt, width"]
+    (message,) = caplog.messages
+    assert message.startswith("job job-7: invalid_request: prompt, width | prepare ")
 
 
 def test_a_job_id_cannot_break_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     for id_ in (NESTED, "x\nERROR worker: forged", "a" * 10_000):
         refused({"id": id_, "input": {}})
+    assert len(caplog.messages) == 3
     assert all("\n" not in message and len(message) < 200 for message in caplog.messages)
 
 
@@ -201,7 +206,13 @@ def test_names_are_normalised() -> None:
 
 
 def test_the_fields_are_the_contracts() -> None:
-    assert list(Request.model_fields) == [
+    assert set(Request.model_fields) >= {
         "prompt", "negative_prompt", "true_cfg_scale", "width", "height", "num_inference_steps", "guidance_scale",
-        "num_images", "seed", "output_format", "output_quality", "max_sequence_length", "scheduler",
-    ]  # fmt: skip
+        "num_images", "seed", "output_format", "output_quality", "max_sequence_length", "scheduler", "init_image",
+        "mask_image", "strength",
+    }  # fmt: skip
+
+
+def test_the_readme_shows_every_field() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in Request.model_fields if f"`{name}`" not in text] == []

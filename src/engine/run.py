@@ -114,11 +114,13 @@ class Engine:
 
     def _embeddings(self, plan: Plan) -> dict[str, torch.Tensor]:
         """The prompts' embeddings under the names of the pipeline's arguments."""
-        names = {"": plan.prompt} | ({"negative_": plan.negative_prompt} if plan.negative_prompt is not None else {})
+        texts = {"": (plan.prompt, plan.prompt_2)}
+        if plan.negative_prompt is not None:
+            texts["negative_"] = (plan.negative_prompt, None)
         arguments: dict[str, torch.Tensor] = {}
-        for prefix, text in names.items():
+        for prefix, (prompt, prompt_2) in texts.items():
             embeds, pooled, _ = self._pipeline.encode_prompt(
-                prompt=text, prompt_2=None, max_sequence_length=plan.max_sequence_length
+                prompt=prompt, prompt_2=prompt_2, max_sequence_length=plan.max_sequence_length
             )
             arguments |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
         return arguments
@@ -136,7 +138,9 @@ class Engine:
         """A new scheduler for every plan, so that nothing of the last one is left in it."""
         name = plan.scheduler or self._own_scheduler_name
         row = SCHEDULERS.get(name) or Scheduler(name)
-        own = self._own_scheduler.config
+        own = dict(self._own_scheduler.config)
+        if plan.shift is not None:
+            own |= {"shift": plan.shift, "use_dynamic_shifting": False}
         scheduler = getattr(diffusers, row.class_name).from_config({**own, **row.config})
         if not row.flow_match:
             # These take a shift from FLUX's pipelines only as exp(mu), where mu lies between base_shift and
@@ -151,7 +155,10 @@ class Engine:
 
     def _truncation(self, plan: Plan) -> tuple[str, ...]:
         limit = plan.max_sequence_length
-        texts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt or ""}
+        texts = {
+            ("prompt_2" if plan.prompt_2 else "prompt"): plan.prompt_2 or plan.prompt,
+            "negative_prompt": plan.negative_prompt or "",
+        }
         counts = {name: len(self._pipeline.tokenizer_2(text).input_ids) for name, text in texts.items()}
         return tuple(
             f"{name} has {count} tokens and the model read the first {limit}"
@@ -181,6 +188,8 @@ class _Drawing:
             "guidance_scale": plan.guidance_scale,
             "max_sequence_length": plan.max_sequence_length,
         }
+        if plan.sigmas is not None:
+            self._arguments["sigmas"] = list(plan.sigmas)
         for name in ("true_cfg_scale", "strength"):
             if name in plan.pipeline.takes:
                 self._arguments[name] = getattr(plan, name)

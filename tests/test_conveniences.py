@@ -1,0 +1,176 @@
+"""Other names, sizes in words, sigmas and shift, describe, dry_run, and pictures that are repeated from their files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import local_test
+from handler import handler, respond
+from src.aliases import ALIASES, NAMED_SIZES
+from src.catalog import find_model
+from src.engine import Engine
+from src.errors import InvalidRequest
+from src.job import Job
+from src.plan import Plan, make_plan
+from src.request import Request, read_request
+from src.settings import Settings
+from tests.conftest import opened
+from tests.fakes import FakePipeline
+from training import judge
+
+MODEL = find_model("flux-shapes")
+assert MODEL is not None
+
+
+def plan(**fields: Any) -> Plan:
+    request, faults = read_request({"input": {"prompt": "x", **fields}})
+    return make_plan(request, faults, MODEL, max_pixels=2048 * 2048)
+
+
+def faults(**fields: Any) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(**fields)
+    return {fault.field: fault.message for fault in caught.value.faults}
+
+
+def test_every_alias_names_a_field_and_hides_none() -> None:
+    assert set(ALIASES.values()) <= set(Request.model_fields)
+    assert not set(ALIASES) & set(Request.model_fields)
+
+
+def test_other_names_are_understood() -> None:
+    decided = plan(num_outputs=2, steps=3, guidance=2, image_format="jpg", quality=80, sampler="lcm")
+    assert (len(decided.seeds), decided.num_inference_steps, decided.guidance_scale) == (2, 3, 2)
+    assert (decided.output_format, decided.output_quality, decided.scheduler) == ("JPEG", 80, "lcm")
+
+
+def test_two_names_that_agree_are_fine_and_a_conflict_is_refused() -> None:
+    assert len(plan(num_outputs=2, num_images=2).seeds) == 2
+    assert "another name of num_images" in faults(num_outputs=2, num_images=3)["num_outputs"]
+    assert set(faults(steps=0)) == {"num_inference_steps"}
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels"),
+    [
+        ({"image_size": "landscape_4_3"}, (1024, 768)),
+        ({"image_size": {"width": 512, "height": 256}}, (512, 256)),
+        ({"size": "1024x512"}, (1024, 512)),
+        ({"aspect_ratio": "1:1"}, (128, 128)),
+        ({"aspect_ratio": "16:9"}, (168, 96)),
+        ({"aspect_ratio": "16:9", "megapixels": 1}, (1336, 752)),
+        ({"aspect_ratio": "9:16", "megapixels": 0.25}, (376, 664)),
+        ({"megapixels": 1}, (1000, 1000)),
+        ({"aspect_ratio": "9999:1"}, (2048, 64)),
+    ],
+)
+def test_sizes_in_words(size: dict[str, Any], pixels: tuple[int, int]) -> None:
+    decided = plan(**size)
+    assert (decided.width, decided.height) == pixels
+
+
+def test_sizes_that_are_none_or_say_two_things_are_refused() -> None:
+    assert all(name in faults(image_size="huge")["image_size"] for name in NAMED_SIZES)
+    assert "width" in faults(size="512x512", width=256)["size"]
+    assert "beside aspect_ratio" in faults(aspect_ratio="1:1", width=256)["width"]
+    assert "aspect_ratio" in faults(aspect_ratio="wide")
+    assert "width" in faults(size="100x100")
+
+
+def answer(**fields: Any) -> dict[str, Any]:
+    return handler({"id": "test", "input": {"prompt": "a red circle on a blue background", "seed": 1, **fields}})
+
+
+def pixels(response: dict[str, Any]) -> bytes:
+    return opened(response)[0].tobytes()
+
+
+def test_sigmas_and_shift_are_heard_and_the_next_request_is_as_before() -> None:
+    plain = pixels(answer())
+    shifted, chosen = answer(shift=2), answer(sigmas=[1, 0.9, 0.75, 0.5, 0.25])
+    assert pixels(shifted) != plain
+    assert pixels(chosen) != plain
+    assert (chosen["metadata"]["num_inference_steps"], shifted["metadata"]["shift"]) == (5, 2)
+    assert judge.centre_colour(opened(chosen)[0]) == "red"
+    assert pixels(answer(shift=4)) == plain, "the model's own shift"
+    assert pixels(answer()) == plain
+
+
+def test_sigmas_that_cannot_be_are_refused() -> None:
+    assert "must fall" in faults(sigmas=[0.5, 0.5])["sigmas"]
+    assert "one a step, got 2 for 8" in faults(sigmas=[1, 0.5], num_inference_steps=8)["sigmas"]
+    assert "cannot be used by unipc; allowed: euler, lcm" in faults(sigmas=[1, 0.5], scheduler="unipc")["sigmas"]
+    assert "sigmas" in faults(sigmas=[2.0])
+
+
+def test_a_prompt_for_t5_alone() -> None:
+    plain, other = pixels(answer()), answer(prompt_2="a green star on a white background")
+    assert pixels(other) != plain
+    assert pixels(answer(prompt_2="a red circle on a blue background")) == plain
+    assert other["metadata"]["prompt_2"] == "a green star on a white background"
+
+
+def test_describe_tells_without_the_device() -> None:
+    pipeline = FakePipeline()
+    engine = Engine(pipeline, MODEL, "rev")
+    response = respond({"input": {"describe": True}}, Job(), Settings, lambda: engine)
+    told = response["describe"]
+    assert pipeline.calls == []
+    assert (told["model"], told["model_revision"]) == ("flux-shapes", "rev")
+    assert told["modes"]["inpainting"]["needs"] == ["init_image", "mask_image"]
+    assert told["defaults"]["num_inference_steps"] == 8
+    assert told["schema"]["properties"]["seed"]["description"].startswith("an integer from 0")
+    assert told["schedulers"]["unipc"] == {"starts_from_a_picture": False}
+    json.dumps(response)
+
+
+def test_a_dry_run_tells_the_plan() -> None:
+    pipeline = FakePipeline()
+    event = {"input": {"prompt": "x", "seed": 3, "num_images": 2, "dry_run": True, "width": 72}}
+    response = respond(event, Job(), Settings, lambda: Engine(pipeline, MODEL, None))
+    assert pipeline.calls == []
+    assert response["plan"]["seeds"] == [3, 4]
+    assert (response["plan"]["width"], response["plan"]["canvas"]) == (72, [80, 128])
+    assert response["plan"]["pipeline"] == "FluxPipeline"
+    json.dumps(response)
+    bad = respond({"input": {"dry_run": True}}, Job(), Settings, lambda: Engine(pipeline, MODEL, None))
+    assert bad["error_code"] == "invalid_request"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_is_repeated_from_its_file(format: str, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    fields = ["--seed", "7", "--shift", "3", "--output-format", format, "--output-quality", "90"]
+    assert local_test.main(["--prompt", "a red circle", *fields, "--quiet", "--output", str(first)]) == 0
+    (picture,) = first.iterdir()
+    assert local_test.main(["--from", str(picture), "--quiet", "--output", str(again)]) == 0
+    assert (again / picture.name).read_bytes() == picture.read_bytes()
+
+
+def test_a_picture_made_from_another_is_repeated_with_it(tmp_path: Path) -> None:
+    start = tmp_path / "start.png"
+    start.write_bytes(base64.b64decode(answer()["images"][0]))
+    options = ["--init-image", str(start), "--quiet"]
+    assert local_test.main(["--prompt", "a star", "--seed", "7", *options, "--output", str(tmp_path / "a")]) == 0
+    (picture,) = (tmp_path / "a").iterdir()
+    assert local_test.main(["--from", str(picture), *options, "--output", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / picture.name).read_bytes() == picture.read_bytes()
+    assert local_test.main(["--from", str(picture), "--quiet", "--output", str(tmp_path / "c")]) == 1
+
+
+def test_a_picture_of_others_cannot_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    assert local_test.main(["--from", str(tmp_path / "x.png")]) == 1
+    assert "carries no request" in capsys.readouterr().err
+
+
+def test_describe_and_dry_run_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert local_test.main(["--prompt", "x", "--dry-run", "true", "--output", str(tmp_path)]) == 0
+    assert '"canvas"' in capsys.readouterr().out
