@@ -1,6 +1,6 @@
 """`python -m benchmarks.accuracy`: does the shipped model draw what it is asked for?
 
-Every colour x shape x background (280 prompts, one seed each) goes through handler(); the judge of
+Every colour x shape x background (280 prompts, one seed each) and 100 pairs go through handler(); the judge of
 training/judge.py, which tests hold to drawn scenes, looks at what came back. Writes results/accuracy.json
 and a grid of samples, results/samples.png.
 """
@@ -19,7 +19,7 @@ from PIL import Image
 
 from training import judge
 from training.report import sample_grid
-from training.scenes import every_prompt
+from training.scenes import every_prompt, some_pairs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,10 +27,10 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     os.environ["MODEL_NAME"] = "flux-shapes"
     accuracy, misses = measure()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "accuracy.json").write_text(json.dumps({**accuracy, "misses": misses}, indent=2) + "\n")
+    pairs = measure_pairs()
+    (RESULTS / "accuracy.json").write_text(json.dumps({**accuracy, "pairs": pairs, "misses": misses}, indent=2) + "\n")
     sample_grid(generate).save(RESULTS / "samples.png", optimize=True)
-    print(json.dumps(accuracy, indent=2))
+    print(json.dumps({**accuracy, "pairs": pairs}, indent=2))
 
 
 def measure() -> tuple[dict[str, float], list[dict[str, str | None]]]:
@@ -50,6 +50,27 @@ def measure() -> tuple[dict[str, float], list[dict[str, str | None]]]:
             misses.append({"prompt": prompt, **seen})
     shares = {name: round(right[name] / count, 4) for name in ("centre", "background", "shape")}
     return {"prompts": count, **shares}, misses
+
+
+def measure_pairs(count: int = 100) -> dict[str, float]:
+    """The shares of right answers on pictures of two things; colours and shapes count for each thing."""
+    right = Counter[str]()
+    for seed, (prompt, scene) in enumerate(some_pairs(count)):
+        picture = generate(prompt, seed=seed)
+        right["background"] += judge.background_colour(picture) == scene.background
+        seen = [(judge.centre_colour(half), judge.shape(half)) for half in judge.halves(picture, scene.layout)]
+        wanted = [(thing.colour, thing.shape) for thing in scene.things]
+        right["all"] += seen == wanted
+        for one, other in zip(seen, wanted, strict=True):
+            right["colour"] += one[0] == other[0]
+            right["shape"] += one[1] == other[1]
+    return {
+        "prompts": count,
+        "background": right["background"] / count,
+        "colour": right["colour"] / (2 * count),
+        "shape": right["shape"] / (2 * count),
+        "both_right": right["all"] / count,
+    }
 
 
 def generate(prompt: str, **fields: Any) -> Image.Image:

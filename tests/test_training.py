@@ -11,7 +11,7 @@ from torch import nn
 
 from training import judge
 from training.loop import CHECKPOINT_EVERY, fit
-from training.scenes import COLOURS, SHAPE_WORDS, describe, draw, every_prompt, lone, pair, sample
+from training.scenes import COLOURS, SHAPE_WORDS, describe, draw, every_prompt, lone, pair, sample, some_pairs
 from training.text import SEQUENCE_LENGTH, clip_tokenizer, t5_tokenizer
 
 
@@ -28,6 +28,12 @@ def test_the_judge_is_right_on_every_drawn_scene() -> None:
 def test_the_judge_knows_a_shape_of_any_size_and_place(shape: str, size: str) -> None:
     for place in ("middle", "left", "top right"):
         assert judge.shape(draw(lone("red", shape, "white", size, place), 128, 128)) == shape
+
+
+def test_the_judge_is_right_on_both_halves_of_drawn_pairs() -> None:
+    for _, scene in some_pairs(100):
+        for half, thing in zip(judge.halves(draw(scene, 128, 128), scene.layout), scene.things, strict=True):
+            assert (judge.centre_colour(half), judge.shape(half)) == (thing.colour, thing.shape)
 
 
 def test_the_judge_sees_nothing_where_nothing_is() -> None:

@@ -1,4 +1,4 @@
-"""Looks at a picture of one shape and says what is in it; checked on drawn scenes by tests/test_training.py."""
+"""Looks at a picture of one shape, or of two by halves, and says what is in it; tests hold it to drawn scenes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.scenes import COLOURS, OUTLINES, draw, lone
+from training.scenes import COLOURS, OUTLINES, RELATIONS, draw, lone
 
 _NAMES = list(COLOURS)
 _RGB = np.array(list(COLOURS.values()), dtype=np.int32)
@@ -43,6 +43,16 @@ def shape(picture: Image.Image) -> str | None:
     if seen is None:
         return None
     return max(_TEMPLATES, key=lambda name: _overlap(seen, _TEMPLATES[name]))
+
+
+def halves(picture: Image.Image, layout: str) -> tuple[Image.Image, Image.Image]:
+    """Where the first and the second thing of a pair are to be; `layout` names a row of RELATIONS."""
+    w, h = picture.size
+    if layout in ("above", "below"):
+        one, other = picture.crop((0, 0, w, h // 2)), picture.crop((0, h // 2, w, h))
+    else:
+        one, other = picture.crop((0, 0, w // 2, h)), picture.crop((w // 2, 0, w, h))
+    return (one, other) if RELATIONS[layout][0] < RELATIONS[layout][1] else (other, one)
 
 
 def _commonest(named: NDArray[np.intp]) -> str:

@@ -248,6 +248,19 @@ def describe(scene: Scene, rng: random.Random) -> str:
     return str(case(text))
 
 
+def some_pairs(count: int) -> Iterator[tuple[str, Scene]]:
+    """`count` pairs of things as (prompt, scene), in plain words, of three colours that differ."""
+    rng = random.Random("pairs")
+    for _ in range(count):
+        background, *inks = rng.sample(list(COLOURS), 3)
+        relation = rng.choice(list(RELATIONS))
+        first, second = ((rng.choice(("medium", "large")), ink, rng.choice(list(SHAPE_WORDS))) for ink in inks)
+        nouns = (" ".join(word for word in thing if word != "medium") for thing in (first, second))
+        one, other = (f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
+        words = f"{one} {RELATIONS[relation][2][0]} {other} on {'an' if background[0] in 'aeiou' else 'a'} {background}"
+        yield f"{words} background", pair(first, relation, second, background)
+
+
 def every_prompt() -> Iterator[tuple[str, Scene]]:
     """Each colour x shape x background as (prompt, scene), in plain words: 8 x 5 x 7."""
     for colour, shape, background in product(COLOURS, SHAPE_WORDS, COLOURS):
