@@ -19,6 +19,7 @@ from src.describe import describe, show_plan
 from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
 from src.logs import job_ended, log
+from src.lora import Library
 from src.pictures import load_pictures
 from src.plan import Plan, make_plan
 from src.request import read_request
@@ -85,11 +86,14 @@ def respond(
             return response
         destination = bucket()
         pictures, bad_pictures = load_pictures(request, job)
+        adapters, bad_adapters = Library(settings()).load(request, job)
+        misfits = engine().adapter_faults(adapters)
         plan = make_plan(
             request,
-            (*faults, *bad_pictures),
+            (*faults, *bad_pictures, *bad_adapters, *misfits),
             engine().model,
             pictures,
+            adapters,
             max_pixels=settings().max_pixels,
             batch_size=settings().batch_size,
         )

@@ -157,7 +157,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "output_format": plan.output_format,
         "output_quality": plan.output_quality,
         "scheduler": generation.scheduler,
-        "loras": [],
+        "loras": [{"path": adapter.asked.path, "scale": adapter.asked.scale} for adapter in plan.adapters],
         "inference_time": round(sum(generation.timings.values()), 4),
         "peak_memory": generation.peak_memory,
     }

@@ -52,6 +52,7 @@ def describe(model: Model, revision: str | None, settings: Settings) -> dict[str
 def show_plan(plan: Plan) -> dict[str, Any]:
     """What would be done, for `{"input": {"dry_run": true, ...}}`: the plan as JSON, pictures by their references."""
     told = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    told["adapters"] = [adapter.asked.model_dump(exclude_none=True) for adapter in plan.adapters]
     told |= {"pipeline": plan.pipeline.class_name, "pictures": dict(told.pop("references"))}
     for name in ("canvas", "seeds", "warnings", "sigmas"):
         told[name] = None if told[name] is None else list(told[name])

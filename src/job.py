@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Progress:
     """How far a job has got: `step` of `steps` over all its pictures are done.
 
-    `phase` is queued, encode_prompt, denoise, decode, encode_images or upload.
+    `phase` is queued, load_adapters, encode_prompt, denoise, decode, encode_images or upload.
     """
 
     phase: str

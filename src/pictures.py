@@ -12,7 +12,7 @@ import io
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -87,27 +87,32 @@ def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
 
     `check` may raise to end it.
     """
+    return b"".join(open_url(url, MAX_BYTES, _FETCH_SECONDS, check))
+
+
+def open_url(url: str, max_bytes: int, seconds: float, check: Callable[[], None]) -> Iterator[bytes]:
+    """What lies at `url`, piece by piece; Refused where it may not be asked, is too large or takes too long."""
     import requests
     import urllib3
     from runpod.serverless.utils.rp_ssrf import SSRFError, safe_get
 
-    body, deadline = io.BytesIO(), time.monotonic() + _FETCH_SECONDS
+    size, deadline = 0, time.monotonic() + seconds
     try:
-        with safe_get(url, timeout=10, max_bytes=MAX_BYTES, headers={"Accept-Encoding": "identity"}) as answer:
+        with safe_get(url, timeout=10, max_bytes=max_bytes, headers={"Accept-Encoding": "identity"}) as answer:
             if answer.status_code != 200:
                 raise Refused(f"could not be fetched: HTTP {answer.status_code}")
             while chunk := answer.raw.read1(65_536):  # what has come: a dripping server must not outlast the deadline
-                body.write(chunk)
                 check()
-                if body.tell() > MAX_BYTES:
-                    raise Refused(f"is larger than {MAX_BYTES:,} bytes")
+                size += len(chunk)
+                if size > max_bytes:
+                    raise Refused(f"is larger than {max_bytes:,} bytes")
                 if time.monotonic() > deadline:
-                    raise Refused(f"could not be fetched within {_FETCH_SECONDS} seconds")
+                    raise Refused(f"could not be fetched within {seconds:g} seconds")
+                yield chunk
     except SSRFError as error:
         raise Refused(f"may not be fetched: {error}") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise Refused(f"could not be fetched: {type(error).__name__}") from error
-    return body.getvalue()
 
 
 def decode(file: bytes, mode: str = "RGB") -> Image.Image:

@@ -20,6 +20,7 @@ from PIL import Image
 from src.catalog import FAMILIES, MODES, SCHEDULERS, Model, Pipeline
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
+from src.lora import Adapter
 from src.pictures import fit
 from src.request import MAX_SEED, PICTURES, Request, show
 
@@ -53,6 +54,7 @@ class Plan:
     preview: bool = False
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # by request field, of the canvas' size
     references: Mapping[str, str] = field(default_factory=dict)  # what a file says of them: a URL or a digest
+    adapters: tuple[Adapter, ...] = ()
     strength: float | None = None
     preserve_unmasked: bool = False
     warnings: tuple[str, ...] = ()
@@ -80,6 +82,8 @@ class Plan:
         for name in ("prompt_2", "scheduler", "sigmas", "shift", "strength"):
             if (value := getattr(self, name)) is not None:
                 request[name] = value
+        if self.adapters:
+            request["loras"] = [adapter.asked.model_dump(exclude_none=True) for adapter in self.adapters]
         if "mask_image" in self.pictures:
             request["preserve_unmasked"] = self.preserve_unmasked
         return request | dict(self.references)
@@ -90,6 +94,7 @@ def make_plan(
     faults: Sequence[Fault],
     model: Model,
     pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+    adapters: Sequence[Adapter] = (),
     *,
     max_pixels: int,
     batch_size: int = 1,
@@ -106,6 +111,7 @@ def make_plan(
     strength = request.strength if "strength" in pipeline.takes else None
     steps = decision.steps(num_inference_steps, strength)
     decision.text(pipeline)
+    decision.loras()
     decision.without_effect()
     if decision.faults:
         raise InvalidRequest(decision.faults)
@@ -136,6 +142,7 @@ def make_plan(
         preview=request.preview,
         pictures={name: fit(picture, (width, height), canvas) for name, picture in pictures.items()},
         references={name: _reference(getattr(request, name)) for name in pictures},
+        adapters=tuple(adapters),
         strength=strength,
         preserve_unmasked="preserve_unmasked" in pipeline.takes and request.preserve_unmasked,
         warnings=tuple(decision.warnings),
@@ -246,6 +253,15 @@ class _Decision:
                 "negative_prompt",
                 "has no effect while true_cfg_scale is 1; set true_cfg_scale above 1 (4, say) or leave it out",
             )
+
+    def loras(self) -> None:
+        """A scale needs its adapter, and an adapter is asked for once."""
+        request = self._request
+        if "lora_scale" in request.model_fields_set and request.lora_path is None:
+            self._fault("lora_scale", "has no effect without lora_path; each of loras has a scale of its own")
+        paths = [lora.path for lora in request.loras] + ([request.lora_path] if request.lora_path else [])
+        for path in {path for path in paths if paths.count(path) > 1}:
+            self._fault("loras", f"names {show(path)} more than once")
 
     def without_effect(self) -> None:
         """Warn of what changes nothing and hurts nobody."""

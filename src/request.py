@@ -77,6 +77,20 @@ _PICTURE = "a picture as base64, data URI or https URL"
 _SIDE = "an integer, a multiple of 8 from 64 to 2048"
 
 
+class Lora(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)]
+    scale: Annotated[Number, Field(ge=-4, le=4)] = 0.7
+    weight_name: StrictStr | None = None
+    revision: StrictStr | None = None
+
+
+_LORA = "a hub id (owner/name), an https URL or a file in LORA_DIR"
+
+
 class Request(BaseModel):
     """One valid request; None means the model's own default. Descriptions say what is allowed."""
 
@@ -120,6 +134,11 @@ class Request(BaseModel):
     )
     preserve_unmasked: StrictBool = Field(
         True, description="true or false: outside mask_image the very pixels of init_image come back"
+    )
+    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=_LORA)
+    lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
+    loras: Annotated[tuple[Lora, ...], Field(max_length=4)] = Field(
+        (), description=f"at most 4 of {{path, scale, weight_name, revision}}; path is {_LORA}"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
     sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100)] | None = (

@@ -45,6 +45,10 @@ class Settings(BaseModel):
     model_name: str = Field("FLUX.1-dev", description="a row of the catalog, a hub id or a local folder")
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
     hf_token: SecretStr | None = Field(None, description="Hugging Face access token; gated models need one")
+    lora_dir: Path = Field(Path("/runpod-volume/loras"), description="the only folder whose adapters may be used")
+    lora_cache_dir: Path = Field(Path("/tmp/loras"), description="where downloaded adapters are kept")  # noqa: S108
+    lora_cache_gb: float = Field(20, gt=0, description="of LORA_CACHE_DIR; the least recently used goes first")
+    max_loras: int = Field(8, ge=4, le=64, description="adapters held in memory; the least recently used goes first")
     runpod_model_cache: Path = Field(
         Path("/runpod-volume/huggingface-cache/hub"),
         description="where RunPod keeps cached models, in the hub's layout",

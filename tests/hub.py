@@ -79,7 +79,9 @@ class Hub:
         if token in repo.gate:
             status, code = repo.gate[token]
             return status, {"X-Error-Code": code}, b""
-        file = files["/".join(rest[2:])]
+        file = files.get("/".join(rest[2:]))
+        if file is None:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return 200, {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": REVISION}, file.read_bytes()
 
 

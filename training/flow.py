@@ -39,13 +39,16 @@ class Encoded:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, width: int, height: int, count: int) -> Encoded:
+def encode(vae: AutoencoderKL, width: int, height: int, count: int, *, outlined: bool = False) -> Encoded:
     """`count` random scenes, drawn and encoded."""
     rng = random.Random(f"{width}x{height}")
     scenes = [sample(rng) for _ in range(count)]
     packed = []
     for first in range(0, count, 50):
-        drawn = [torch.from_numpy(np.array(draw(scene, width, height))) for scene in scenes[first : first + 50]]
+        drawn = [
+            torch.from_numpy(np.array(draw(scene, width, height, outlined=outlined)))
+            for scene in scenes[first : first + 50]
+        ]
         pixels = torch.stack(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -68,6 +71,34 @@ def times(count: int, tokens: int, noise: float) -> Tensor:
     return chosen[torch.randperm(count)]
 
 
+def velocity_loss(
+    transformer: nn.Module,
+    readers: Readers,
+    batch: Encoded,
+    size: tuple[int, int],
+    *,
+    noise: float,
+    rng: random.Random,
+    count: int = BATCH,
+) -> Tensor:
+    """How far the velocity from latents to noise is missed on `count` scenes of `batch`."""
+    picks = rng.sample(range(len(batch.scenes)), count)
+    captions = ["" if rng.random() < PROMPT_DROPOUT else describe(batch.scenes[i], rng) for i in picks]
+    wanted = batch.latents[picks].float()
+    start, t = torch.randn_like(wanted), times(count, wanted.shape[1], noise)
+    pooled, states = readers.read(captions)
+    velocity = transformer(
+        hidden_states=torch.lerp(wanted, start, t[:, None, None]),
+        timestep=t,
+        pooled_projections=pooled,
+        encoder_hidden_states=states,
+        txt_ids=torch.zeros(SEQUENCE_LENGTH, 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
+        return_dict=False,
+    )[0]
+    return nn.functional.mse_loss(velocity, start - wanted)
+
+
 def train(vae: AutoencoderKL, readers: Readers, run: Path) -> nn.ModuleDict:
     """Rectified flow (arXiv 2209.03003); gives back "transformer", "text_encoder" and "text_encoder_2"."""
     torch.manual_seed(1)
@@ -83,22 +114,7 @@ def train(vae: AutoencoderKL, readers: Readers, run: Path) -> nn.ModuleDict:
     encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
 
     def loss(size: tuple[int, int], noise: float, rng: random.Random) -> Tensor:
-        batch = encoded[size]
-        picks = rng.sample(range(len(batch.scenes)), BATCH)
-        captions = ["" if rng.random() < PROMPT_DROPOUT else describe(batch.scenes[i], rng) for i in picks]
-        wanted = batch.latents[picks].float()
-        start, t = torch.randn_like(wanted), times(BATCH, wanted.shape[1], noise)
-        pooled, states = readers.read(captions)
-        velocity = parts["transformer"](
-            hidden_states=torch.lerp(wanted, start, t[:, None, None]),
-            timestep=t,
-            pooled_projections=pooled,
-            encoder_hidden_states=states,
-            txt_ids=torch.zeros(SEQUENCE_LENGTH, 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
-            return_dict=False,
-        )[0]
-        return nn.functional.mse_loss(velocity, start - wanted)
+        return velocity_loss(parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng)
 
     def full_size(rng: random.Random) -> tuple[int, int]:
         return rng.choices((NATIVE, WIDE, TALL), (8, 1, 1))[0]

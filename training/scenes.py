@@ -78,6 +78,7 @@ RELATIONS: dict[str, tuple[Point, Point, tuple[str, ...]]] = {
 
 _MARGIN = 0.03
 _SUPERSAMPLING = 4
+_HOLLOW = 0.6  # the share of an outlined thing that shows the background
 _FILLER = (
     "a picture of", "an image of", "draw", "please draw", "a drawing of", "show me", "there is", "a photo of", "just",
     "an illustration of", "i want",
@@ -122,19 +123,21 @@ class Scene:
     layout: str
 
 
-def draw(scene: Scene, width: int, height: int) -> Image.Image:
-    """The scene as an RGB picture of `width` x `height` pixels with smooth edges."""
+def draw(scene: Scene, width: int, height: int, *, outlined: bool = False) -> Image.Image:
+    """The scene as an RGB picture of `width` x `height` pixels with smooth edges; `outlined` things are hollow."""
     w, h = width * _SUPERSAMPLING, height * _SUPERSAMPLING
     picture = Image.new("RGB", (w, h), COLOURS[scene.background])
     pen = ImageDraw.Draw(picture)
     for thing in scene.things:
-        r = thing.radius * min(w, h)
         x, y = thing.centre[0] * w, thing.centre[1] * h
-        if outline := OUTLINES[thing.shape]:
-            pen.polygon([(x + r * dx, y + r * dy) for dx, dy in outline], fill=COLOURS[thing.colour])
-        else:
-            r *= 0.9
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[thing.colour])
+        inks = [(1.0, thing.colour), (_HOLLOW, scene.background)] if outlined else [(1.0, thing.colour)]
+        for share, ink in inks:
+            r = thing.radius * min(w, h) * share
+            if outline := OUTLINES[thing.shape]:
+                pen.polygon([(x + r * dx, y + r * dy) for dx, dy in outline], fill=COLOURS[ink])
+            else:
+                r *= 0.9
+                pen.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[ink])
     return picture.resize((width, height), Image.Resampling.BOX)
 
 

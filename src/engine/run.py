@@ -10,7 +10,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 from src.catalog import SCHEDULERS, Model, Scheduler
-from src.errors import DeviceFailed, GenerationFailed, OutOfMemory
+from src.engine.adapters import Adapters
+from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
 from src.job import OnProgress, Progress
+from src.lora import Adapter
 from src.plan import Plan
 
 # How a full host, a full card and cuBLAS say it where torch has no class for it.
@@ -45,12 +47,13 @@ class Generation:
 class Engine:
     """A pipeline of the family in `model`'s row, and the only one who calls it; one plan at a time."""
 
-    def __init__(self, pipeline: Any, model: Model, revision: str | None) -> None:
+    def __init__(self, pipeline: Any, model: Model, revision: str | None, max_loras: int = 8) -> None:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
         self._views = {next(iter(model.pipelines.values())).class_name: pipeline}
         self._alone = threading.Lock()
+        self._adapters = Adapters(pipeline, max_loras)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -74,6 +77,8 @@ class Engine:
         watch = _Watch(plan, on_progress, torch.cuda.synchronize if self._on_cuda else lambda: None)
         view = self._view(plan)
         scheduler = self._set_scheduler(view, plan)
+        watch.begin("load_adapters")
+        self._adapters.use(plan.adapters)
         watch.begin("encode_prompt")
         drawing = _Drawing(view, plan, self._encode(plan), watch)
         pictures = [picture for seeds in plan.batches() for picture in drawing.draw(seeds)]
@@ -85,6 +90,10 @@ class Engine:
             warnings=(*self._truncation(plan), *drawing.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
         )
+
+    def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
+        """Why adapters do not fit this model; takes no time of the device."""
+        return self._adapters.faults(adapters)
 
     def warm_up(self, plan: Plan, steps: int) -> float:
         """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""

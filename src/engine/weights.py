@@ -63,7 +63,7 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     except Exception as error:
         raise ModelUnavailable(f"{name}: {_why(error, settings)}") from error
     model = settle_model(name, guidance_embeds=pipeline.transformer.config.guidance_embeds)
-    return Engine(pipeline, model, source.revision)
+    return Engine(pipeline, model, source.revision, settings.max_loras)
 
 
 def check_device() -> None:

@@ -1,0 +1,99 @@
+"""LoRA adapters on a loaded pipeline: which fit, which are in memory, which are heard."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from src.errors import Fault, GenerationFailed
+from src.lora import Adapter
+
+
+class Adapters:
+    """Holds at most `limit` adapters in memory; the least recently used goes first."""
+
+    def __init__(self, pipeline: Any, limit: int) -> None:
+        self._pipeline = pipeline
+        self._limit = limit
+        self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._fitting: set[str] = set()  # names of files that were checked
+        self._shapes = {
+            f"{part}.{name}": tuple(layer.weight.shape)
+            for part in ("transformer", "text_encoder")
+            if isinstance(getattr(pipeline, part, None), nn.Module)
+            for name, layer in getattr(pipeline, part).named_modules()
+            if isinstance(layer, nn.Linear)
+        }
+
+    def faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
+        """Why adapters do not fit this model; takes no time of the device."""
+        found = []
+        for adapter in adapters:
+            if adapter.name not in self._fitting:
+                reason = self._misfit(adapter.file)
+                if reason:
+                    found.append(Fault(adapter.field, reason))
+                else:
+                    self._fitting.add(adapter.name)
+        return found
+
+    def use(self, adapters: Sequence[Adapter]) -> None:
+        """Let exactly these be heard; whatever was set before does not matter."""
+        wanted = {adapter.name: adapter for adapter in adapters}
+        for name in wanted.keys() & self._loaded.keys():
+            self._loaded.move_to_end(name)
+        for name, adapter in wanted.items():
+            if name not in self._loaded:
+                self._make_room(keep=set(wanted))
+                self._load(adapter)
+        if wanted:
+            self._pipeline.enable_lora()
+            self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
+        elif self._loaded:
+            self._pipeline.disable_lora()
+
+    def _load(self, adapter: Adapter) -> None:
+        try:
+            self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
+        except Exception as error:
+            self._forget(adapter.name)
+            raise GenerationFailed(f"the adapter {adapter.asked.path} could not be loaded: {error}") from error
+        self._loaded[adapter.name] = None
+
+    def _make_room(self, keep: set[str]) -> None:
+        for name in list(self._loaded):
+            if len(self._loaded) < self._limit:
+                return
+            if name not in keep:
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._loaded.pop(name, None)
+        self._pipeline.delete_adapters(name)
+
+    def _misfit(self, file: Path) -> str:
+        """Why the file is no adapter of this model; empty where it is one."""
+        try:
+            tensors = type(self._pipeline).lora_state_dict(load_file(file))
+        except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            return f"is no adapter in a format that diffusers reads ({type(error).__name__}: {error})"[:300]
+        layers = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
+        if not layers:
+            return "holds no LoRA layers"
+        for layer in sorted(layers):
+            here = self._shapes.get(layer)
+            if here is None:
+                return f"was made for another model: this one has no layer {layer}"
+            down, up = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
+            if down is None or up is None:
+                return f"is not whole: {layer} has only one half"
+            if (up.shape[0], down.shape[1]) != here or up.shape[1] != down.shape[0]:
+                there = f"{up.shape[0]}x{down.shape[1]}"
+                return f"was made for another model: {layer} is {here[0]}x{here[1]} here and {there} there"
+        return ""

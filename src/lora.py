@@ -1,0 +1,168 @@
+"""Where a client's adapter comes from: the hub, an https URL or LORA_DIR -> a safetensors file here, or why not.
+
+Only safetensors: other formats can run code. Knows nothing of torch or of what an adapter fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import errors, hf_hub_download, list_repo_files
+from safetensors import SafetensorError, safe_open
+
+from src.errors import Fault, redact
+from src.job import Job
+from src.pictures import Refused, open_url
+from src.request import Lora, Request
+from src.settings import Settings
+
+_SUFFIX = ".safetensors"
+_FETCH_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's file on this machine, and what was asked of it; `name` is the file's own, whoever asks."""
+
+    name: str
+    file: Path
+    asked: Lora
+    field: str  # of the request, that named it
+
+
+class Library:
+    """Finds adapters, and keeps what it downloads, the latest used, within LORA_CACHE_GB."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._folder = settings.lora_dir
+        self._cache = settings.lora_cache_dir
+        self._most_bytes = int(settings.lora_cache_gb * 1e9)
+        self._token = settings.hf_token.get_secret_value() if settings.hf_token else None
+
+    def load(self, request: Request, job: Job) -> tuple[tuple[Adapter, ...], tuple[Fault, ...]]:
+        """The request's adapters, and the faults of those that cannot be had."""
+        adapters, faults = [], []
+        for field, lora in _wanted(request):
+            try:
+                file = self._find(lora, job)
+                _check_header(file)
+                stat = file.stat()
+                digest = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+                adapters.append(Adapter(f"lora_{digest[:16]}", file, lora, field))
+            except Refused as error:
+                faults.append(Fault(field, redact(str(error))))
+        return tuple(adapters), tuple(faults)
+
+    def _find(self, lora: Lora, job: Job) -> Path:
+        path = lora.path.strip()
+        if path.lower().startswith("https://"):
+            return self._cached(path, job, lambda folder: _fetch(path, folder, self._most_bytes, job.check))
+        if "://" in path:
+            raise Refused("must be a hub id (owner/name), an https URL or a file in LORA_DIR")
+        if file := self._in_folder(path):
+            return file
+        parts = path.split("/")
+        if path.startswith((".", "~")) or len(parts) < 2 or not all(parts):
+            raise Refused(f"there is no such {_SUFFIX} file in LORA_DIR")
+        repo, weight_name = "/".join(parts[:2]), lora.weight_name or "/".join(parts[2:]) or None
+        key = f"{repo} {weight_name} {lora.revision}"
+        return self._cached(key, job, lambda folder: self._download(repo, weight_name, lora, folder))
+
+    def _in_folder(self, path: str) -> Path | None:
+        """The file below LORA_DIR that `path` names; links and dots lead nowhere else."""
+        root = self._folder.resolve()
+        file = (root / path).resolve()
+        if not file.is_relative_to(root) or not file.is_file():
+            return None
+        if file.suffix != _SUFFIX:
+            raise Refused(f"is no {_SUFFIX} file: other formats can run code")
+        return file
+
+    def _download(self, repo: str, weight_name: str | None, lora: Lora, folder: Path) -> Path:
+        try:
+            if weight_name is None:
+                files = list_repo_files(repo, revision=lora.revision, token=self._token)
+                found = [name for name in files if name.endswith(_SUFFIX)]
+                if len(found) != 1:
+                    raise Refused(
+                        f"holds {len(found)} {_SUFFIX} files; say which with weight_name: {', '.join(found[:8])}"
+                    )
+                weight_name = found[0]
+            if not weight_name.endswith(_SUFFIX):
+                raise Refused(f"weight_name must end in {_SUFFIX}: other formats can run code")
+            return Path(hf_hub_download(repo, weight_name, revision=lora.revision, token=self._token, local_dir=folder))
+        except errors.GatedRepoError:
+            raise Refused("is gated, and the worker's HF_TOKEN has no access") from None
+        except errors.RepositoryNotFoundError:
+            raise Refused("there is no such repo on the hub, or the worker may not see it") from None
+        except errors.RevisionNotFoundError:
+            raise Refused(f"the repo has no revision {lora.revision!r}") from None
+        except errors.EntryNotFoundError:
+            raise Refused(f"the repo has no file {weight_name!r}") from None
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise Refused(f"could not be downloaded: {type(error).__name__}") from error
+
+    def _cached(self, key: str, job: Job, get: Callable[[Path], Path]) -> Path:
+        """The file of `key`, from the cache or else by `get`, which puts it into the folder that it is given.
+
+        While it is downloaded other jobs may pass `job`.
+        """
+        folder = self._cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+        known = sorted(folder.rglob(f"*{_SUFFIX}"))
+        if known:
+            os.utime(folder)
+            return known[0]
+        job.step_aside()
+        partial = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.partial")
+        partial.mkdir(parents=True)
+        try:
+            file = get(partial).relative_to(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._trim(keep=folder)
+        return folder / file
+
+    def _trim(self, keep: Path) -> None:
+        """Delete what was not used for longest, until the rest fits."""
+        folders = sorted((f for f in self._cache.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        sizes = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in folders}
+        for folder in folders:
+            if sum(sizes.values()) <= self._most_bytes:
+                return
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)
+                del sizes[folder]
+
+
+def _wanted(request: Request) -> Sequence[tuple[str, Lora]]:
+    """The request's adapters with the field that names each."""
+    loras = [(f"loras.{i}", lora) for i, lora in enumerate(request.loras)]
+    if request.lora_path is not None:
+        loras.insert(0, ("lora_path", Lora(path=request.lora_path, scale=request.lora_scale)))
+    return loras
+
+
+def _fetch(url: str, folder: Path, most_bytes: int, check: Callable[[], None]) -> Path:
+    file = folder / f"adapter{_SUFFIX}"
+    with file.open("wb") as target:
+        for chunk in open_url(url, most_bytes, _FETCH_SECONDS, check):
+            target.write(chunk)
+    return file
+
+
+def _check_header(file: Path) -> None:
+    try:
+        with safe_open(file, "np") as tensors:
+            if not list(tensors.keys()):
+                raise Refused("holds no tensors")
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"is no whole {_SUFFIX} file ({error})"[:200]) from None

@@ -1,0 +1,216 @@
+"""Adapters: where they may come from, which are refused and why, and that no request hears another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from handler import respond
+from src.engine import Engine, load_engine
+from src.job import Job
+from src.settings import ROOT, Settings
+from tests.conftest import opened
+from tests.hub import Hub, Repo
+from training import judge
+
+OUTLINE = ROOT / "models" / "flux-shapes-outline" / "pytorch_lora_weights.safetensors"
+PROMPT = "a large red circle on a blue background"
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load_engine(Settings(model_name="flux-shapes", max_loras=4))
+
+
+@pytest.fixture
+def ask(engine: Engine, tmp_path: Path) -> Ask:
+    """An answer of a worker whose LORA_DIR holds the shipped adapter, and whose cache is empty."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "outline.safetensors").write_bytes(OUTLINE.read_bytes())
+    settings = Settings(lora_dir=folder, lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.01)
+
+    def ask(**fields: Any) -> dict[str, Any]:
+        event = {"input": {"prompt": PROMPT, "seed": 1, **fields}}
+        return respond(event, Job(), lambda: settings, lambda: engine)
+
+    return ask
+
+
+def pixels(response: dict[str, Any]) -> bytes:
+    assert response["status"] == "success", response
+    return opened(response)[0].tobytes()
+
+
+def refused(response: dict[str, Any]) -> dict[str, str]:
+    assert response["error_code"] == "invalid_request", response
+    return {error["field"]: error["message"] for error in response["errors"]}
+
+
+def other_adapter(folder: Path, name: str, seed: int) -> None:
+    """An adapter of random numbers that fits flux-shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        key: torch.randn(weight.shape, generator=generator).to(weight.dtype) * 0.02
+        for key, weight in load_file(OUTLINE).items()
+    }
+    save_file(layers, folder / name)
+
+
+def test_the_shipped_adapter_hollows_shapes_at_1_and_is_absent_at_0(ask: Ask) -> None:
+    plain = pixels(ask())
+    hollow = 0
+    for i, (shape, colour) in enumerate(product(("circle", "square", "diamond"), ("red", "green", "white"))):
+        fields = {"prompt": f"a large {colour} {shape} on a blue background", "seed": i}
+        (picture,) = opened(ask(**fields, lora_path="outline.safetensors", lora_scale=1))
+        named = judge.name_colours(picture)
+        ink = list(judge.COLOURS).index(colour)
+        hollow += judge.centre_colour(picture) == "blue" and bool((named == ink).mean() > 0.03)
+    assert hollow >= 8
+    assert pixels(ask(lora_path="outline.safetensors", lora_scale=0)) == plain
+    assert pixels(ask(lora_path="outline.safetensors", lora_scale=1)) != plain
+    assert pixels(ask()) == plain
+
+
+def test_metadata_and_file_name_the_adapters(ask: Ask) -> None:
+    response = ask(loras=[{"path": "outline.safetensors", "scale": 0.5}])
+    assert response["metadata"]["loras"] == [{"path": "outline.safetensors", "scale": 0.5}]
+    carried = json.loads(opened(response)[0].info["parameters"])["input"]
+    assert carried["loras"] == [{"path": "outline.safetensors", "scale": 0.5}]
+    again = ask(**carried)
+    assert pixels(again) == pixels(response)
+
+
+def test_no_request_hears_another(ask: Ask, tmp_path: Path) -> None:
+    """After random mixtures of adapters, more than memory may hold, a plain request gives a fresh worker's bytes."""
+    folder = tmp_path / "loras"
+    names = [f"{i}.safetensors" for i in range(6)]
+    for i, name in enumerate(names):
+        other_adapter(folder, name, seed=i)
+    rng = random.Random(0)
+    asked: dict[str, bytes] = {}
+    for _ in range(30):
+        chosen = [{"path": name, "scale": rng.choice((-1.0, 0.5, 1.0))} for name in rng.sample(names, rng.randrange(4))]
+        fields = {"loras": chosen, "scheduler": rng.choice(("euler", "unipc")), "num_inference_steps": 2}
+        key = json.dumps(fields)
+        now = pixels(ask(**fields))
+        assert asked.setdefault(key, now) == now
+    fresh = load_engine(Settings(model_name="flux-shapes"))
+    event = {"input": {"prompt": PROMPT, "seed": 1}}
+    assert pixels(ask()) == pixels(respond(event, Job(), Settings, lambda: fresh))
+
+
+def test_two_adapters_at_once_are_neither_of_them(ask: Ask, tmp_path: Path) -> None:
+    other_adapter(tmp_path / "loras", "other.safetensors", seed=9)
+    one, other = ({"path": name, "scale": 1} for name in ("outline.safetensors", "other.safetensors"))
+    made = {pixels(ask(loras=loras)) for loras in ([one], [other], [one, other], [])}
+    assert len(made) == 4
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """Files that are no adapter of flux-shapes: name -> a word of the reason."""
+    good = load_file(OUTLINE)
+    first = next(iter(good))
+    layer = first.rpartition(".lora_")[0]
+    save_file({**good, f"{layer}.lora_A.weight": torch.zeros(8, 64)}, folder / "shapes.safetensors")
+    save_file({name.replace("blocks.0", "blocks.40"): w for name, w in good.items()}, folder / "dev.safetensors")
+    save_file({"down_blocks.0.lora_A.weight": torch.zeros(4, 4)}, folder / "sdxl.safetensors")
+    save_file({"weight": torch.zeros(4, 4)}, folder / "none.safetensors")
+    save_file({name: w for name, w in good.items() if name != first}, folder / "half.safetensors")
+    (folder / "truncated.safetensors").write_bytes(OUTLINE.read_bytes()[:-1000])
+    (folder / "pickle.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "adapter.bin").write_bytes(pickle.dumps({"a": 1}))
+    (folder / "empty.safetensors").write_bytes(b"")
+    return {
+        "shapes.safetensors": "was made for another model", "dev.safetensors": "was made for another model",
+        "sdxl.safetensors": "", "none.safetensors": "holds no LoRA layers", "half.safetensors": "only one half",
+        "truncated.safetensors": "is no whole", "pickle.safetensors": "is no whole", "adapter.bin": "can run code",
+        "empty.safetensors": "is no whole",
+    }  # fmt: skip
+
+
+def test_bad_adapters_are_refused_before_the_device_is_used(ask: Ask, tmp_path: Path) -> None:
+    before = pixels(ask())
+    for name, reason in bad_files(tmp_path / "loras").items():
+        message = refused(ask(lora_path=name))["lora_path"]
+        assert reason in message, (name, message)
+        told = refused(ask(loras=[{"path": "outline.safetensors"}, {"path": name}]))
+        assert list(told) == ["loras.1"]
+    assert pixels(ask()) == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../secret.safetensors", "../../etc/passwd", "link.safetensors", "~/x.safetensors", "file:///etc/passwd",
+     "http://example.com/x.safetensors", "missing.safetensors", "", "a//b"],
+)  # fmt: skip
+def test_there_is_no_way_out_of_the_folder(path: str, ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "secret.safetensors").write_bytes(OUTLINE.read_bytes())
+    os.symlink(tmp_path / "secret.safetensors", tmp_path / "loras" / "link.safetensors")
+    assert "lora_path" in refused(ask(lora_path=path))
+
+
+def test_private_addresses_are_not_asked(ask: Ask) -> None:
+    assert "may not be fetched" in refused(ask(lora_path="https://169.254.169.254/x.safetensors"))["lora_path"]
+
+
+def test_a_scale_needs_its_adapter_and_an_adapter_comes_once(ask: Ask) -> None:
+    assert "without lora_path" in refused(ask(lora_scale=1))["lora_scale"]
+    one = {"path": "outline.safetensors"}
+    assert "more than once" in refused(ask(loras=[one, one]))["loras"]
+    assert "loras" in refused(ask(loras=[{"file": "x"}]))
+
+
+def test_the_hub_is_asked_once_and_the_cache_keeps_within_its_size(ask: Ask, hub: Hub, tmp_path: Path) -> None:
+    for name in ("someone/outline", "someone/other"):
+        folder = tmp_path / "hub" / name
+        folder.mkdir(parents=True)
+        (folder / "style.safetensors").write_bytes(OUTLINE.read_bytes())
+        (folder / "README.md").write_text("a style")
+        hub.repos[name] = Repo(folder)
+    plain, styled = pixels(ask()), pixels(ask(lora_path="someone/outline"))
+    assert plain != styled
+    asked = hub.requests
+    assert pixels(ask(lora_path="someone/outline")) == styled
+    assert hub.requests == asked, "from the cache"
+    assert pixels(ask(lora_path="someone/outline/style.safetensors")) == styled
+    assert pixels(ask(loras=[{"path": "someone/other", "weight_name": "style.safetensors", "scale": 0.7}])) == styled
+    assert "no file 'x.safetensors'" in refused(ask(lora_path="someone/outline/x.safetensors"))["lora_path"]
+    assert "no such repo" in refused(ask(lora_path="someone/nothing"))["lora_path"]
+    files = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) <= 10_000_000
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_kohyas_format_is_read(ask: Ask, tmp_path: Path) -> None:
+    """The same weights under kohya's names give the same picture."""
+    kohya: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(OUTLINE).items():
+        if "single_transformer_blocks" not in name or "proj_out" not in name:
+            continue
+        number = name.split(".")[2]
+        half = "lora_down" if "lora_A" in name else "lora_up"
+        kohya[f"lora_unet_single_blocks_{number}_linear2.{half}.weight"] = weight.float()
+    diffusers_own = {
+        name: w.float() for name, w in load_file(OUTLINE).items()
+        if "single_transformer_blocks" in name and "proj_out" in name
+    }  # fmt: skip
+    save_file(kohya, tmp_path / "loras" / "kohya.safetensors")
+    save_file(diffusers_own, tmp_path / "loras" / "diffusers.safetensors")
+    one, other = (ask(lora_path=f"{name}.safetensors", lora_scale=1) for name in ("kohya", "diffusers"))
+    difference = np.abs(np.asarray(opened(one)[0], float) - np.asarray(opened(other)[0], float)).max()
+    assert difference <= 2
+    assert isinstance(opened(one)[0], Image.Image)
