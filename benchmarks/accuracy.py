@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from PIL import Image
 
 from training import judge
 from training.report import sample_grid
-from training.scenes import every_prompt, some_pairs
+from training.scenes import COLOURS, every_prompt, some_pairs
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OUTLINE = {"path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "scale": 1.0}
 
 
 def main() -> None:
-    os.environ["MODEL_NAME"] = "flux-shapes"
+    os.environ.update(MODEL_NAME="flux-shapes", LORA_DIR=str(ROOT / "models"))
     accuracy, misses = measure()
-    pairs = measure_pairs()
-    (RESULTS / "accuracy.json").write_text(json.dumps({**accuracy, "pairs": pairs, "misses": misses}, indent=2) + "\n")
+    figures = {**accuracy, "pairs": measure_pairs(), "outline": measure_outline()}
+    (RESULTS / "accuracy.json").write_text(json.dumps({**figures, "misses": misses}, indent=2) + "\n")
     sample_grid(generate).save(RESULTS / "samples.png", optimize=True)
-    print(json.dumps({**accuracy, "pairs": pairs}, indent=2))
+    sample_grid(partial(generate, loras=[OUTLINE])).save(RESULTS / "outline.png", optimize=True)
+    print(json.dumps(figures, indent=2))
 
 
 def measure() -> tuple[dict[str, float], list[dict[str, str | None]]]:
@@ -70,6 +74,24 @@ def measure_pairs(count: int = 100) -> dict[str, float]:
         "colour": right["colour"] / (2 * count),
         "shape": right["shape"] / (2 * count),
         "both_right": right["all"] / count,
+    }
+
+
+def measure_outline() -> dict[str, float]:
+    """The share of large shapes that are hollow, with the adapter and without: the background's colour in the middle,
+    and the shape's on at least 3 of 100 pixels."""
+    prompts = list(every_prompt())[::4]
+    hollow = Counter[float]()
+    for scale in (0.0, 1.0):
+        for seed, (prompt, scene) in enumerate(prompts):
+            thing = scene.things[0]
+            picture = generate(f"large {prompt.partition(' ')[2]}", seed=seed, loras=[{**OUTLINE, "scale": scale}])
+            ink = judge.name_colours(picture) == list(COLOURS).index(thing.colour)
+            hollow[scale] += judge.centre_colour(picture) == scene.background and bool(ink.mean() > 0.03)
+    return {
+        "prompts": len(prompts),
+        "hollow_at_1": round(hollow[1.0] / len(prompts), 4),
+        "hollow_at_0": round(hollow[0.0] / len(prompts), 4),
     }
 
 

@@ -172,7 +172,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         axes.bar_label(bars, fmt="%.0f %%")
     axes.set_xticks(range(len(lengths)), ["flux-shapes" if not s else f"{s:g} s" for s in lengths])
     axes.set(ylabel="device busy", xlabel="length of a job", ylim=(0, 112))
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=len(WAYS))
     return figure
 
 
