@@ -111,11 +111,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A diffusers class and what it changes in the configuration of the model's own scheduler."""
+    """A class of diffusers, or of src/engine/schedulers.py, and what it changes in the model's own configuration."""
 
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     flow_match: bool = True  # made for flow models; others borrow their sigmas by `use_flow_sigmas`
+
+    order: int = 1  # calls of the model for each step but the last
 
     @property
     def starts_midway(self) -> bool:
@@ -134,6 +136,8 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
         "euler_karras": Scheduler("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
         "dpmpp_2m": Scheduler("DPMSolverMultistepScheduler", _FLOW_SIGMAS, flow_match=False),
         "unipc": Scheduler("UniPCMultistepScheduler", _FLOW_SIGMAS, flow_match=False),
+        "deis": Scheduler("FlowDEISScheduler", _FLOW_SIGMAS, flow_match=False),
+        "heun": Scheduler("FlowHeunScheduler", order=2),
         "lcm": Scheduler("FlowMatchLCMScheduler"),
     }
 )

@@ -41,7 +41,7 @@ class Plan:
     height: int
     canvas: tuple[int, int]  # width and height that the model draws; the middle of it is delivered
     num_inference_steps: int
-    steps: int  # of them, those that are taken: fewer where the picture starts from another
+    steps: int  # calls of the model: fewer where the picture starts from another, more with some schedulers
     guidance_scale: float
     max_sequence_length: int
     scheduler: str | None  # a row of the catalog; None is the model's own
@@ -109,7 +109,7 @@ def make_plan(
     scheduler = decision.scheduler(mode)
     num_inference_steps = decision.num_inference_steps()
     strength = request.strength if "strength" in pipeline.takes else None
-    steps = decision.steps(num_inference_steps, strength)
+    steps = decision.steps(num_inference_steps, strength, scheduler)
     decision.text(pipeline)
     decision.loras()
     decision.without_effect()
@@ -227,17 +227,19 @@ class _Decision:
             self._fault("scheduler", f"{name} cannot start from a picture; {mode} allows: {', '.join(allowed)}")
         return name
 
-    def steps(self, num_inference_steps: int, strength: float | None) -> int:
-        """The steps that are taken: the last share of them where a picture is the start."""
+    def steps(self, num_inference_steps: int, strength: float | None, scheduler: str | None) -> int:
+        """The calls of the model: of the last share of the steps where a picture is the start."""
+        row = SCHEDULERS.get(scheduler or "")
+        order = row.order if row else 1
         if strength is None:
-            return num_inference_steps
+            return order * num_inference_steps - (order - 1)
         # As diffusers counts them, FluxImg2ImgPipeline.get_timesteps.
         steps = num_inference_steps - int(max(num_inference_steps - num_inference_steps * strength, 0))
         if steps < 1:
             self._fault(
                 "strength", f"times num_inference_steps must be 1 at least, got {strength} x {num_inference_steps}"
             )
-        return steps
+        return order * steps - (order - 1)
 
     def text(self, pipeline: Pipeline) -> None:
         """The prompts' lengths, and a negative prompt that would do nothing."""

@@ -101,10 +101,16 @@ def test_no_request_hears_another(ask: Ask, tmp_path: Path) -> None:
     for i, name in enumerate(names):
         other_adapter(folder, name, seed=i)
     rng = random.Random(0)
+    start = ask(num_inference_steps=2)["images"][0]
+    modes: list[dict[str, Any]] = [
+        {"scheduler": "unipc"}, {"scheduler": "lcm"}, {"scheduler": "euler_beta"}, {"shift": 2.0},
+        {"init_image": start}, {"init_image": start, "mask_image": start, "scheduler": "lcm"},
+        {"negative_prompt": "blue", "true_cfg_scale": 2.0}, {"width": 72},
+    ]  # fmt: skip
     asked: dict[str, bytes] = {}
-    for _ in range(30):
+    for _ in range(100):
         chosen = [{"path": name, "scale": rng.choice((-1.0, 0.5, 1.0))} for name in rng.sample(names, rng.randrange(4))]
-        fields = {"loras": chosen, "scheduler": rng.choice(("euler", "unipc")), "num_inference_steps": 2}
+        fields = {"loras": chosen, "num_inference_steps": 2, **rng.choice(modes)}
         key = json.dumps(fields)
         now = pixels(ask(**fields))
         assert asked.setdefault(key, now) == now

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from src.catalog import SCHEDULERS, Model, Scheduler
+from src.engine import schedulers
 from src.engine.adapters import Adapters
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
 from src.job import OnProgress, Progress
@@ -77,7 +78,8 @@ class Engine:
         watch = _Watch(plan, on_progress, torch.cuda.synchronize if self._on_cuda else lambda: None)
         view = self._view(plan)
         scheduler = self._set_scheduler(view, plan)
-        watch.begin("load_adapters")
+        if plan.adapters:
+            watch.begin("load_adapters")
         self._adapters.use(plan.adapters)
         watch.begin("encode_prompt")
         drawing = _Drawing(view, plan, self._encode(plan), watch)
@@ -150,7 +152,9 @@ class Engine:
         own = dict(self._own_scheduler.config)
         if plan.shift is not None:
             own |= {"shift": plan.shift, "use_dynamic_shifting": False}
-        scheduler = getattr(diffusers, row.class_name).from_config({**own, **row.config})
+        found = getattr(schedulers, row.class_name, None) or getattr(diffusers, row.class_name)
+        scheduler = found.from_config({**own, **row.config})
+        scheduler.register_to_config(use_dynamic_shifting=own["use_dynamic_shifting"])  # Heun's own drops it
         if not row.flow_match:
             # These take a shift from FLUX's pipelines only as exp(mu), where mu lies between base_shift and
             # max_shift; from_config drops both.
@@ -315,7 +319,7 @@ class _Preview:
     def __init__(self, pipeline: Any, plan: Plan) -> None:
         self._pipeline = pipeline
         self._canvas = plan.canvas
-        self._skipped = plan.num_inference_steps - plan.steps
+        self._steps = plan.steps
         self._last: torch.Tensor | None = None
         self._shown = -math.inf
 
@@ -328,7 +332,7 @@ class _Preview:
         sigmas = self._pipeline.scheduler.sigmas
         if last is None or time.monotonic() - self._shown < _SECONDS_BETWEEN_PREVIEWS:
             return None
-        before, now = float(sigmas[self._skipped + step]), float(sigmas[self._skipped + step + 1])
+        before, now = (float(sigmas[step - self._steps + offset]) for offset in (-1, 0))
         if before == now:
             return None
         self._shown = time.monotonic()

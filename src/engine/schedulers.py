@@ -1,0 +1,44 @@
+"""Schedulers of diffusers that need a word to work with FLUX's pipelines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+
+
+class FlowDEISScheduler(diffusers.DEISMultistepScheduler):  # type: ignore[misc]
+    """DEIS whose last step takes the noise away.
+
+    diffusers 0.42 repeats the last sigma, so that the last step goes nowhere; at 0 its logarithm has no value, so the
+    picture keeps a thousandth of noise, less than one of 256 levels.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, mu: float | None = None) -> None:
+        """As DEIS's own, but for the end."""
+        super().set_timesteps(num_inference_steps, device=device, mu=mu)
+        self.sigmas[-1] = 1e-3
+
+
+class FlowHeunScheduler(diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
+    """Heun that takes the sigmas and the shift that FLUX's pipelines hand over; two calls of the model a step."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """`sigmas` fall from 1, one a step; `mu` is the logarithm of the shift where that depends on the size."""
+        if sigmas is None:
+            sigmas = torch.linspace(1, 1 / (num_inference_steps or 1), num_inference_steps or 1).tolist()
+        super().set_timesteps(len(sigmas), device=device)
+        shift = math.exp(mu) if self.config.get("use_dynamic_shifting") and mu is not None else self.config.shift
+        steps = torch.tensor([shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas], dtype=torch.float32)
+        twice = torch.cat([steps[:1], steps[1:].repeat_interleave(2)])
+        self.sigmas = torch.cat([twice, torch.zeros(1)])
+        self.timesteps = (twice * self.config.num_train_timesteps).to(device)
