@@ -10,19 +10,19 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from src.delivery import deliver
 from src.describe import describe, show_plan
-from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
+from src.errors import Cancelled, Fault, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
 from src.logs import job_ended, log
 from src.lora import Library
 from src.pictures import load_pictures
 from src.plan import Plan, make_plan
-from src.request import read_request
+from src.request import Request, read_request
 from src.settings import Settings
 from src.storage import Bucket
 
@@ -81,25 +81,13 @@ def respond(
         include_traceback = settings().include_traceback
         request, faults = read_request(event)
         if request.describe and not faults:
-            response = describe(engine().model, engine().revision, settings())
             job_ended(job, "described", None)
-            return response
-        destination = bucket()
-        pictures, bad_pictures = load_pictures(request, job)
-        adapters, bad_adapters = Library(settings()).load(request, job)
-        misfits = engine().adapter_faults(adapters)
-        plan = make_plan(
-            request,
-            (*faults, *bad_pictures, *bad_adapters, *misfits),
-            engine().model,
-            pictures,
-            adapters,
-            max_pixels=settings().max_pixels,
-            batch_size=settings().batch_size,
-        )
+            return describe(engine().model, engine().revision, settings())
+        plan = _plan(request, faults, job, settings(), engine())
         if request.dry_run:
             job_ended(job, "planned", plan)
             return show_plan(plan)
+        destination = bucket()  # before anything is drawn that could not be delivered
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
             generation,
@@ -124,6 +112,21 @@ def respond(
         return _refuse(failure, job, plan, include_traceback)
     finally:
         del failure  # it holds this frame, and this frame it
+
+
+def _plan(request: Request, faults: Sequence[Fault], job: Job, settings: Settings, engine: Engine) -> Plan:
+    """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
+    pictures, bad_pictures = load_pictures(request, job)
+    adapters, bad_adapters = Library(settings).load(request, job)
+    return make_plan(
+        request,
+        (*faults, *bad_pictures, *bad_adapters, *engine.adapter_faults(adapters)),
+        engine.model,
+        pictures,
+        adapters,
+        max_pixels=settings.max_pixels,
+        batch_size=settings.batch_size,
+    )
 
 
 def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback: bool) -> dict[str, Any]:
