@@ -10,32 +10,44 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-# What a client sends is how it asks for a mode: the pictures of the request, and no others.
-MODES: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "text-to-image": frozenset(),
-        "image-to-image": frozenset({"init_image"}),
-        "inpainting": frozenset({"init_image", "mask_image"}),
-    }
-)
-
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A class of diffusers, and what of a request it can use beside what all can."""
+    """A class of diffusers: the pictures that ask for it, and what else of a request it can use beside what all can."""
 
     class_name: str
+    needs: frozenset[str]
     takes: frozenset[str]
+    strength: float = 0.8  # where the request says none
+    own_sizes: bool = False  # draws one of its trained sizes unless it is told the area
 
 
-def _pipelines(*rows: tuple[str, str, str]) -> Mapping[str, Pipeline]:
-    return MappingProxyType({mode: Pipeline(name, MODES[mode] | set(takes.split())) for mode, name, takes in rows})
+def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
+    return Pipeline(class_name, frozenset(needs.split()), frozenset(takes.split()), **columns)
 
 
-FLUX_1_PIPELINES = _pipelines(
-    ("text-to-image", "FluxPipeline", "negative_prompt true_cfg_scale"),
-    ("image-to-image", "FluxImg2ImgPipeline", "negative_prompt true_cfg_scale strength"),
-    ("inpainting", "FluxInpaintPipeline", "negative_prompt true_cfg_scale strength preserve_unmasked"),
+_CFG = "negative_prompt true_cfg_scale"
+_MASK = "strength preserve_unmasked"
+
+# By mode; the first loads the model.
+FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "text-to-image": _row("FluxPipeline", "", _CFG),
+        "image-to-image": _row("FluxImg2ImgPipeline", "init_image", f"{_CFG} strength"),
+        "inpainting": _row("FluxInpaintPipeline", "init_image mask_image", f"{_CFG} {_MASK}"),
+    }
+)
+KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "text-to-image": _row("FluxKontextPipeline", "", _CFG, own_sizes=True),
+        "editing": _row("FluxKontextPipeline", "init_image", _CFG, own_sizes=True),
+        "inpainting": _row(
+            "FluxKontextInpaintPipeline", "init_image mask_image", f"{_CFG} {_MASK}", strength=1.0, own_sizes=True
+        ),
+    }
+)
+FILL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {"inpainting": _row("FluxFillPipeline", "init_image mask_image", _MASK, strength=1.0)}
 )
 
 
@@ -48,11 +60,12 @@ class Model:
     family: str
     licence: str
     gated: bool = False
-    pipelines: Mapping[str, Pipeline] = field(default_factory=lambda: FLUX_1_PIPELINES)  # by mode; the first loads it
+    pipelines: Mapping[str, Pipeline] = field(default_factory=lambda: FLUX_1_PIPELINES)
     width: int = 1024
     height: int = 1024
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    max_guidance_scale: float = 20
     max_sequence_length: int = 512  # default and limit
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
 
@@ -80,6 +93,26 @@ MODELS: tuple[Model, ...] = (
         guidance_scale=4.5,
     ),
     Model(
+        "FLUX.1-Kontext-dev",
+        "black-forest-labs/FLUX.1-Kontext-dev",
+        "kontext",
+        _DEV_LICENCE,
+        gated=True,
+        pipelines=KONTEXT_PIPELINES,
+        num_inference_steps=28,
+        guidance_scale=2.5,
+    ),
+    Model(
+        "FLUX.1-Fill-dev",
+        "black-forest-labs/FLUX.1-Fill-dev",
+        "fill",
+        _DEV_LICENCE,
+        gated=True,
+        pipelines=FILL_PIPELINES,
+        guidance_scale=30.0,
+        max_guidance_scale=100,
+    ),
+    Model(
         "flux-shapes",
         "models/flux-shapes",
         "schnell",
@@ -105,6 +138,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "dev": Family("FLUX.1-dev", guidance_embeds=True),
         "schnell": Family("FLUX.1-schnell", guidance_embeds=False),
+        "kontext": Family("FLUX.1-Kontext-dev", guidance_embeds=True),
+        "fill": Family("FLUX.1-Fill-dev", guidance_embeds=True),
     }
 )
 
@@ -154,17 +189,20 @@ def find_model(name: str) -> Model | None:
     return None
 
 
-def guess_model(name: str) -> Model:
-    """The row for `name`, or one for an unknown fine-tune by the letters of its name."""
-    return find_model(name) or _fine_tune(name, "schnell" if "schnell" in name.lower() else "dev")
-
-
-def settle_model(name: str, *, guidance_embeds: bool) -> Model:
-    """The row for a model that is loaded: what its configuration shows counts more than its name."""
+def settle_model(name: str, *, class_name: str, guidance_embeds: bool) -> Model:
+    """The row for a model that is loaded: its class and configuration count; where none is like it, its name."""
     model = find_model(name)
-    if model and FAMILIES[model.family].guidance_embeds == guidance_embeds:
+    if model and _fits(model, class_name, guidance_embeds):
         return model
-    return _fine_tune(name, next(key for key, row in FAMILIES.items() if row.guidance_embeds == guidance_embeds))
+    heads = ((family, find_model(row.model)) for family, row in FAMILIES.items())
+    family = next((family for family, head in heads if head and _fits(head, class_name, guidance_embeds)), None)
+    family = family or ("schnell" if "schnell" in name.lower() else "dev")
+    return _fine_tune(name, family)
+
+
+def _fits(model: Model, class_name: str, guidance_embeds: bool) -> bool:
+    loads = next(iter(model.pipelines.values())).class_name
+    return loads == class_name and FAMILIES[model.family].guidance_embeds == guidance_embeds
 
 
 def _fine_tune(name: str, family: str) -> Model:

@@ -11,7 +11,7 @@ from typing import Any
 from src.aliases import ALIASES, NAMED_SIZES
 from src.catalog import FAMILIES, SCHEDULERS, Model
 from src.plan import Plan
-from src.request import PICTURES, Request
+from src.request import Request
 from src.settings import Settings
 
 
@@ -24,8 +24,7 @@ def describe(model: Model, revision: str | None, settings: Settings) -> dict[str
             "model_revision": revision,
             "licence": model.licence,
             "modes": {
-                mode: {"needs": sorted(row.takes & set(PICTURES)), "takes": sorted(row.takes - set(PICTURES))}
-                for mode, row in model.pipelines.items()
+                mode: {"needs": sorted(row.needs), "takes": sorted(row.takes)} for mode, row in model.pipelines.items()
             },
             "defaults": {
                 "width": model.width,

@@ -17,13 +17,14 @@ from typing import Any
 
 from PIL import Image
 
-from src.catalog import FAMILIES, MODES, SCHEDULERS, Model, Pipeline
+from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Pipeline
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 from src.lora import Adapter
 from src.pictures import fit
 from src.request import MAX_SEED, PICTURES, Request, show
 
+_EVERY = tuple(pipeline for model in MODELS for pipeline in model.pipelines.values())
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 
 
@@ -106,11 +107,14 @@ def make_plan(
     decision = _Decision(request, faults, model)
     mode, pipeline = decision.mode()
     width, height = decision.size(pictures.get("init_image"), max_pixels)
-    scheduler = decision.scheduler(mode)
     num_inference_steps = decision.num_inference_steps()
-    strength = request.strength if "strength" in pipeline.takes else None
+    strength = None
+    if "strength" in pipeline.takes:
+        strength = pipeline.strength if request.strength is None else request.strength
+    scheduler = decision.scheduler(mode, strength is not None)
     steps = decision.steps(num_inference_steps, strength, scheduler)
     decision.text(pipeline)
+    decision.guidance()
     decision.loras()
     decision.without_effect()
     if decision.faults:
@@ -163,14 +167,14 @@ class _Decision:
         """The mode that the request's pictures ask for, where the model has it and can use the other fields."""
         request, model = self._request, self._model
         given = {name for name in PICTURES if getattr(request, name) is not None or name in self._wrong}
-        mode = next((name for name, needs in MODES.items() if needs == given), None)
+        mode = next((name for name, row in model.pipelines.items() if row.needs == given), None)
         if mode is None:
-            kinds = "; ".join(f"{name}: {' and '.join(sorted(needs)) or 'no picture'}" for name, needs in MODES.items())
-            self._fault(min(given), f"does not go with {_listed(given - {min(given)})}; allowed: {kinds}")
-        elif mode not in model.pipelines:
-            self._fault(min(given), f"cannot be used by {model.name}, which has no {mode}")
+            kinds = "; ".join(f"{name}: {_listed(row.needs) or 'no picture'}" for name, row in model.pipelines.items())
+            field = min(given, default="init_image")
+            pictures = _listed(given) or "no picture"
+            self._fault(field, f"{model.name} has no mode for {pictures}; allowed: {kinds}")
         pipeline = model.pipelines.get(mode or "") or next(iter(model.pipelines.values()))
-        every = {name for row in model.pipelines.values() for name in row.takes} - set(PICTURES)
+        every = {name for row in _EVERY for name in row.takes}
         for name in sorted((every & request.model_fields_set) - pipeline.takes):
             self._fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
         return mode or "", pipeline
@@ -213,12 +217,12 @@ class _Decision:
             )
         return width, height
 
-    def scheduler(self, mode: str) -> str | None:
-        """The row that the request names."""
+    def scheduler(self, mode: str, midway: bool) -> str | None:
+        """The row that the request names; `midway` is whether it has to start from a picture with noise."""
         name = self._request.scheduler
         if name is None:
             return None
-        allowed = [key for key, row in SCHEDULERS.items() if not MODES.get(mode) or row.starts_midway]
+        allowed = [key for key, row in SCHEDULERS.items() if row.starts_midway or not midway]
         if name not in SCHEDULERS:
             close = difflib.get_close_matches(name.lower(), allowed, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -255,6 +259,12 @@ class _Decision:
                 "negative_prompt",
                 "has no effect while true_cfg_scale is 1; set true_cfg_scale above 1 (4, say) or leave it out",
             )
+
+    def guidance(self) -> None:
+        """What the model was trained with bounds its guidance."""
+        most, asked = self._model.max_guidance_scale, self._request.guidance_scale
+        if asked is not None and asked > most:
+            self._fault("guidance_scale", f"must be at most {most:g} for {self._model.name}, got {asked:g}")
 
     def loras(self) -> None:
         """A scale needs its adapter, and an adapter is asked for once."""
@@ -305,7 +315,7 @@ def _reference(source: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return " and ".join(sorted(names)) or "nothing"
+    return " and ".join(sorted(names))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -115,7 +115,9 @@ class Request(BaseModel):
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
         None, description="an integer from 1 to 100"
     )
-    guidance_scale: Annotated[Number, Field(ge=0, le=20)] | None = Field(None, description="a number from 0 to 20")
+    guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = Field(
+        None, description="a number from 0 to the model's limit (20; Fill 100)"
+    )
     num_images: Annotated[Whole, Field(ge=1, le=4)] = Field(1, description="an integer from 1 to 4")
     seed: Annotated[Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked)] = Field(
         None, description="an integer from 0 to 2^63-1; null or -1 picks one"
@@ -129,8 +131,8 @@ class Request(BaseModel):
     )
     init_image: Picture = Field(None, description=_PICTURE)
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
-    strength: Annotated[Number, Field(ge=0, le=1)] = Field(
-        0.8, description="a number from 0 to 1: how much of init_image may change"
+    strength: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="a number from 0 to 1: how much of init_image may change"
     )
     preserve_unmasked: StrictBool = Field(
         True, description="true or false: outside mask_image the very pixels of init_image come back"

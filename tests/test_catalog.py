@@ -12,16 +12,15 @@ from diffusers.configuration_utils import ConfigMixin
 from src.catalog import (
     FAMILIES,
     MODELS,
-    MODES,
     SCHEDULERS,
     Model,
     Pipeline,
     Scheduler,
     find_model,
-    guess_model,
     settle_model,
 )
 from src.engine import schedulers
+from src.engine.run import _ARGUMENTS
 from src.request import PICTURES, Request
 from src.settings import ROOT
 
@@ -34,11 +33,9 @@ EXTRAS = {  # what a pipeline needs for a request's field
     "negative_prompt": {"negative_prompt_embeds", "negative_pooled_prompt_embeds"},
     "true_cfg_scale": {"true_cfg_scale"},
     "strength": {"strength"},
-    "init_image": {"image"},
-    "mask_image": {"mask_image"},
-    "preserve_unmasked": set[str](),
+    "preserve_unmasked": {"mask_image"},
 }
-PIPELINES = {row.class_name: row for model in MODELS for row in model.pipelines.values()}
+PIPELINES = {f"{model.name} {mode}": row for model in MODELS for mode, row in model.pipelines.items()}
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
@@ -47,9 +44,10 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: P
     arguments = set(inspect.signature(diffusers_own.__call__).parameters)
     assert arguments >= ARGUMENTS
     for field, needs in EXTRAS.items():
-        if needs:
-            assert (field in pipeline.takes) == (needs <= arguments), field
+        assert (field in pipeline.takes) == (needs <= arguments), field
     assert pipeline.takes <= set(EXTRAS)
+    assert arguments >= {_ARGUMENTS[picture] for picture in pipeline.needs}
+    assert ("max_area" in arguments) == ("_auto_resize" in arguments) == pipeline.own_sizes
     assert set(EXTRAS) <= set(Request.model_fields)
     encodes = set(inspect.signature(diffusers_own.encode_prompt).parameters)
     assert encodes >= {"prompt", "prompt_2", "max_sequence_length"}
@@ -58,8 +56,9 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: P
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_mode_of_a_model_is_asked_for_by_its_own_pictures(model: Model) -> None:
-    for mode, pipeline in model.pipelines.items():
-        assert MODES[mode] == pipeline.takes & set(PICTURES)
+    needs = [pipeline.needs for pipeline in model.pipelines.values()]
+    assert len(set(needs)) == len(needs)
+    assert frozenset().union(*needs) <= set(PICTURES)
 
 
 @pytest.mark.parametrize("row", SCHEDULERS.values(), ids=SCHEDULERS)
@@ -93,7 +92,7 @@ def test_every_model_has_defaults_that_it_can_draw(model: Model) -> None:
     ],
 )
 def test_a_name_gives_the_specifications_defaults(name: str, steps: int, guidance: float, length: int) -> None:
-    model = guess_model(name)
+    model = settle_model(name, class_name="FluxPipeline", guidance_embeds="schnell" not in name.lower())
     assert (model.num_inference_steps, model.guidance_scale, model.max_sequence_length) == (steps, guidance, length)
 
 
@@ -105,11 +104,17 @@ def test_a_copy_of_a_known_model_keeps_its_own_place() -> None:
 
 
 def test_a_loaded_fine_tune_goes_by_its_configuration_not_by_its_name() -> None:
-    assert settle_model("someone/schnell-to-dev", guidance_embeds=True).num_inference_steps == 50
-    assert settle_model("someone/tune", guidance_embeds=False).num_inference_steps == 4
-    assert settle_model("someone/tune", guidance_embeds=False).name == "someone/tune"
-    assert settle_model("someone/FLUX.1-schnell", guidance_embeds=True).num_inference_steps == 50
-    assert settle_model("FLUX.1-Krea-dev", guidance_embeds=True).num_inference_steps == 28
+    def settled(name: str, class_name: str = "FluxPipeline", guidance: bool = True) -> Model:
+        return settle_model(name, class_name=class_name, guidance_embeds=guidance)
+
+    assert settled("someone/schnell-to-dev").num_inference_steps == 50
+    assert settled("someone/tune", guidance=False).num_inference_steps == 4
+    assert settled("someone/tune", guidance=False).name == "someone/tune"
+    assert settled("someone/FLUX.1-schnell").num_inference_steps == 50
+    assert settled("FLUX.1-Krea-dev").num_inference_steps == 28
+    assert settled("someone/edits", "FluxKontextPipeline").family == "kontext"
+    assert settled("someone/fills", "FluxFillPipeline").guidance_scale == 30
+    assert settled("someone/strange-schnell", "OtherPipeline").num_inference_steps == 4
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -137,8 +137,8 @@ def test_fewer_steps_are_taken_and_told() -> None:
 
 def test_a_field_that_the_mode_cannot_use_is_named_with_the_mode() -> None:
     assert faults(strength=0.5) == {"strength": "cannot be used by text-to-image on flux-shapes"}
-    told = faults(mask_image=base64_of(MASK))
-    assert told["mask_image"].startswith("does not go with nothing; allowed: text-to-image: no picture; image-to-image")
+    told = faults(mask_image=base64_of(MASK))["mask_image"]
+    assert told.startswith("flux-shapes has no mode for mask_image; allowed: text-to-image: no picture; image-to-image")
     assert (
         "cannot be used by image-to-image"
         in faults(init_image=base64_of(SCENE), preserve_unmasked=False)["preserve_unmasked"]

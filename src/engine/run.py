@@ -201,6 +201,8 @@ class _Drawing:
             "guidance_scale": plan.guidance_scale,
             "max_sequence_length": plan.max_sequence_length,
         }
+        if plan.pipeline.own_sizes:
+            self._arguments |= {"max_area": plan.canvas[0] * plan.canvas[1], "_auto_resize": False}
         if plan.sigmas is not None:
             self._arguments["sigmas"] = list(plan.sigmas)
         for name in ("true_cfg_scale", "strength"):

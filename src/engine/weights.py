@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from src.catalog import MODELS, find_model, guess_model, settle_model
+from src.catalog import MODELS, find_model, settle_model
 from src.engine.run import Engine
 from src.errors import DeviceFailed, ModelUnavailable
 from src.settings import ROOT, Settings
@@ -54,15 +54,16 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     name = settings.model_name
     try:
         source = _find(settings, download)
-        parameters = _check(source.folder)
+        class_name, parameters = _check(source.folder)
         _check_memory(parameters * dtype.itemsize, device)
-        pipeline_class = getattr(diffusers, next(iter(guess_model(name).pipelines.values())).class_name)
-        pipeline = pipeline_class.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        ).to(device)
+        pipeline = (
+            getattr(diffusers, class_name)
+            .from_pretrained(source.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+            .to(device)
+        )
     except Exception as error:
         raise ModelUnavailable(f"{name}: {_why(error, settings)}") from error
-    model = settle_model(name, guidance_embeds=pipeline.transformer.config.guidance_embeds)
+    model = settle_model(name, class_name=class_name, guidance_embeds=pipeline.transformer.config.guidance_embeds)
     return Engine(pipeline, model, source.revision, settings.max_loras)
 
 
@@ -121,13 +122,13 @@ class _Refused(Exception):
     """A reason that is ours and needs no explanation."""
 
 
-def _check(folder: Path) -> int:
-    """The number of its parameters; _Refused unless `folder` holds a whole FLUX pipeline: better now than half-way."""
+def _check(folder: Path) -> tuple[str, int]:
+    """Its class and number of parameters; _Refused unless `folder` holds a whole FLUX pipeline."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise _Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
     class_name = json.loads(index.read_text()).get("_class_name")
-    known = sorted({pipeline.class_name for model in MODELS for pipeline in model.pipelines.values()})
+    known = sorted({next(iter(model.pipelines.values())).class_name for model in MODELS})
     if class_name not in known:
         raise _Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
     missing = [
@@ -146,7 +147,7 @@ def _check(folder: Path) -> int:
                 parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - a handle, no mapping
         except SafetensorError as error:
             raise _Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
-    return parameters
+    return class_name, parameters
 
 
 def _check_memory(needed: int, device: torch.device) -> None:
