@@ -264,7 +264,8 @@ class _Decision:
         """What the model was trained with bounds its guidance."""
         most, asked = self._model.max_guidance_scale, self._request.guidance_scale
         if asked is not None and asked > most:
-            self._fault("guidance_scale", f"must be at most {most:g} for {self._model.name}, got {asked:g}")
+            allowed = f"a number from 0 to {most:g} for {self._model.name}"
+            self._fault("guidance_scale", f"must be less than or equal to {most:g}, got {asked:g}; allowed: {allowed}")
 
     def loras(self) -> None:
         """A scale needs its adapter, and an adapter is asked for once."""

@@ -104,7 +104,7 @@ def test_sigmas_and_shift_are_heard_and_the_next_request_is_as_before() -> None:
 def test_sigmas_that_cannot_be_are_refused() -> None:
     assert "must fall" in faults(sigmas=[0.5, 0.5])["sigmas"]
     assert "one a step, got 2 for 8" in faults(sigmas=[1, 0.5], num_inference_steps=8)["sigmas"]
-    assert "cannot be used by unipc; allowed: euler, lcm" in faults(sigmas=[1, 0.5], scheduler="unipc")["sigmas"]
+    assert "cannot be used by unipc; allowed: euler, heun, lcm" in faults(sigmas=[1, 0.5], scheduler="unipc")["sigmas"]
     assert "sigmas" in faults(sigmas=[2.0])
 
 
