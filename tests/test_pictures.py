@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from src import pictures
 from src.job import Job
-from src.pictures import Refused, decode, fetch_url, fit, load_pictures, read_source
+from src.pictures import Refused, decode, fetch_url, fit, load_pictures, open_url, read_source
 from src.request import read_request
 
 PHOTO = Image.fromarray(data.astronaut()).resize((96, 64))
@@ -201,7 +200,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetching(site: str) -> None:
     assert fetch_url(f"{site}/photo") == file_of(PHOTO)
     for path, reason in (
         ("missing", "HTTP 404"),
@@ -211,9 +210,8 @@ def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(Refused, match=reason):
             fetch_url(f"{site}/{path}")
-    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 0.2)
     with pytest.raises(Refused, match=r"within 0\.2 seconds"):
-        fetch_url(f"{site}/drip")
+        list(open_url(f"{site}/drip", max_bytes=1_000, seconds=0.2, check=lambda: None))
 
 
 def test_all_bad_pictures_of_a_request_are_named_at_once_and_none_is_shown() -> None:
