@@ -73,15 +73,15 @@ def main() -> None:
         import runpod
 
         def plain(event: dict[str, Any]) -> dict[str, Any]:
-            return handler.respond(event, Job.of(event), lambda: settings, lambda: logged)  # type: ignore[arg-type,return-value]
+            return handler.respond(event, Job.of(event), lambda: settings, lambda: logged)
 
         runpod.serverless.start({"handler": plain})
     else:
         from src import logs, serving
 
         logs.configure(settings)
-        answer = partial(handler.respond, settings=lambda: settings, engine=lambda: logged)  # type: ignore[arg-type]
-        sys.exit(serving.serve(answer, settings, lambda: logged, lambda: None))  # type: ignore[arg-type,return-value]
+        answer = partial(handler.respond, settings=lambda: settings, engine=lambda: logged)
+        sys.exit(serving.serve(answer, settings, lambda: logged, lambda: None))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
 
 
 def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """`received` under the fields' own names; a faults where two names of one field disagree."""
+    """`received` under the fields' own names; a fault where two names of one field disagree."""
     fields = {name: value for name, value in received.items() if name not in ALIASES and name not in _SIZES}
     faults: list[Fault] = []
 

@@ -29,7 +29,7 @@ def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
 _CFG = "negative_prompt true_cfg_scale"
 _MASK = "strength preserve_unmasked"
 
-# By mode; the first loads the model.
+# By mode; the first is the base, which loads the model.
 FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     {
         "text-to-image": _row("FluxPipeline", "", _CFG),
@@ -68,6 +68,11 @@ class Model:
     max_guidance_scale: float = 20
     max_sequence_length: int = 512  # default and limit
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
+
+    @property
+    def base(self) -> Pipeline:
+        """The pipeline that loads it; its others are views of that one."""
+        return next(iter(self.pipelines.values()))
 
 
 _DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
@@ -201,8 +206,7 @@ def settle_model(name: str, *, class_name: str, guidance_embeds: bool) -> Model:
 
 
 def _fits(model: Model, class_name: str, guidance_embeds: bool) -> bool:
-    loads = next(iter(model.pipelines.values())).class_name
-    return loads == class_name and FAMILIES[model.family].guidance_embeds == guidance_embeds
+    return model.base.class_name == class_name and FAMILIES[model.family].guidance_embeds == guidance_embeds
 
 
 def _fine_tune(name: str, family: str) -> Model:

@@ -173,7 +173,7 @@ class _Decision:
             field = min(given, default="init_image")
             pictures = _listed(given) or "no picture"
             self._fault(field, f"{model.name} has no mode for {pictures}; allowed: {kinds}")
-        pipeline = model.pipelines.get(mode or "") or next(iter(model.pipelines.values()))
+        pipeline = model.pipelines.get(mode or "") or model.base
         every = {name for row in _EVERY for name in row.takes}
         for name in sorted((every & request.model_fields_set) - pipeline.takes):
             self._fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import runpod
+from PIL import Image
 from runpod.serverless.modules.rp_logger import RunPodLogger
 from runpod.serverless.modules.rp_scale import JobScaler
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
@@ -31,7 +32,7 @@ from src.job import Job, Progress
 from src.logs import SDK_LEVELS
 from src.plan import make_plan
 from src.prefetch import Prefetch
-from src.request import read_request
+from src.request import PICTURES, read_request
 from src.settings import MAX_PREFETCH, Settings
 from src.storage import Bucket
 
@@ -134,9 +135,12 @@ class Worker:
         model = engine.model
         sizes = self._settings.warmup_sizes
         for width, height in ((model.width, model.height),) if sizes is None else sizes:
-            fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height}
+            needs = dict.fromkeys(model.base.needs, "warm-up")  # Fill draws nothing without its pictures
+            pictures = {name: Image.new(PICTURES[name], (width, height), "white") for name in needs}
+            fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height, **needs}
             try:
-                plan = make_plan(*read_request({"input": fields}), model, max_pixels=self._settings.max_pixels)
+                request, faults = read_request({"input": fields})
+                plan = make_plan(request, faults, model, pictures, max_pixels=self._settings.max_pixels)
             except InvalidRequest as error:
                 raise InvalidSettings(f"WARMUP_SIZES: {error}") from error
             log.debug("warming up with %dx%d", width, height)

@@ -17,6 +17,7 @@ from handler import respond
 from src.catalog import FAMILIES, Model, find_model
 from src.engine import Engine, load_engine
 from src.job import Job
+from src.serving import Worker
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 
@@ -37,7 +38,7 @@ def small(family: str, folder: Path) -> Path:
             "guidance_embeds": FAMILIES[family].guidance_embeds,
         }
     )
-    class_name = next(iter(head.pipelines.values())).class_name
+    class_name = head.base.class_name
     parts = {
         name: getattr(shapes, name)
         for name in ("scheduler", "vae", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
@@ -98,6 +99,13 @@ def test_every_mode_draws_what_was_sent_in_its_exact_size_and_the_same_again(eng
                 outside = np.asarray(MASK) < 128
                 assert np.array_equal(np.asarray(picture)[outside], np.asarray(PICTURE)[outside])
     assert len({images[0] for images in first.values()}) == len(first)
+
+
+def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    worker = Worker(pytest.fail, Settings(warmup_sizes=((64, 64),)))
+    worker.warm_up(held)
+    worker.close()
 
 
 def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Engine]) -> None:

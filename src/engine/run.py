@@ -52,7 +52,7 @@ class Engine:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
-        self._views = {next(iter(model.pipelines.values())).class_name: pipeline}
+        self._views = {model.base.class_name: pipeline}
         self._alone = threading.Lock()
         self._adapters = Adapters(pipeline, max_loras)
         self._own_scheduler = pipeline.scheduler

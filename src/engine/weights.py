@@ -128,7 +128,7 @@ def _check(folder: Path) -> tuple[str, int]:
     if not index.is_file():
         raise _Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
     class_name = json.loads(index.read_text()).get("_class_name")
-    known = sorted({next(iter(model.pipelines.values())).class_name for model in MODELS})
+    known = sorted({model.base.class_name for model in MODELS})
     if class_name not in known:
         raise _Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
     missing = [
