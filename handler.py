@@ -87,6 +87,7 @@ def respond(
         if request.dry_run:
             job_ended(job, "planned", plan)
             return show_plan(plan)
+        engine().fetch(plan, job.step_aside)
         destination = bucket()  # before anything is drawn that could not be delivered
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
@@ -126,6 +127,7 @@ def _plan(request: Request, faults: Sequence[Fault], job: Job, settings: Setting
         adapters,
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
+        controlnets=settings.controlnets,
     )
 
 

@@ -1,11 +1,11 @@
-"""The tables: models, modes and schedulers. Pure data and look-ups by name; a new row is a new feature.
+"""The tables: models, modes, ControlNets and schedulers. Pure data and look-ups by name; a new row is a new feature.
 
 Nothing here knows of torch: pipelines and schedulers stand as the names that diffusers gives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +20,20 @@ class Pipeline:
     takes: frozenset[str]
     strength: float = 0.8  # where the request says none
     own_sizes: bool = False  # draws one of its trained sizes unless it is told the area
+    controlnet: bool = False  # hears control pictures through networks beside the model
+    references: int = 0  # how many init_images it reads as they are; others start from one, fitted to the size
+    max_pixels: int | None = None  # what it draws at most
 
 
 def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
     return Pipeline(class_name, frozenset(needs.split()), frozenset(takes.split()), **columns)
 
 
-_CFG = "negative_prompt true_cfg_scale"
+_TEXT = "prompt_2 image_prompt image_prompt_scale preview"  # what all of FLUX.1 can
+_CFG = f"negative_prompt true_cfg_scale {_TEXT}"
 _MASK = "strength preserve_unmasked"
+_CONTROL = "control_type preprocess"
+_NET = f"{_CONTROL} controlnet_conditioning_scale control_guidance_start control_guidance_end"
 
 # By mode; the first is the base, which loads the model.
 FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
@@ -35,6 +41,27 @@ FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
         "text-to-image": _row("FluxPipeline", "", _CFG),
         "image-to-image": _row("FluxImg2ImgPipeline", "init_image", f"{_CFG} strength"),
         "inpainting": _row("FluxInpaintPipeline", "init_image mask_image", f"{_CFG} {_MASK}"),
+        "controlnet": _row("FluxControlNetPipeline", "control_image", f"{_CFG} {_NET}", controlnet=True),
+        "controlnet-image-to-image": _row(
+            "FluxControlNetImg2ImgPipeline", "init_image control_image", f"{_TEXT} strength {_NET}", controlnet=True
+        ),
+        "controlnet-inpainting": _row(
+            "FluxControlNetInpaintPipeline",
+            "init_image mask_image control_image",
+            f"{_TEXT} {_MASK} {_NET}",
+            controlnet=True,
+        ),
+    }
+)
+CONTROL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "control": _row("FluxControlPipeline", "control_image", f"{_TEXT} {_CONTROL}"),
+        "control-image-to-image": _row(
+            "FluxControlImg2ImgPipeline", "init_image control_image", f"{_TEXT} strength {_CONTROL}"
+        ),
+        "control-inpainting": _row(
+            "FluxControlInpaintPipeline", "init_image mask_image control_image", f"{_TEXT} {_MASK} {_CONTROL}"
+        ),
     }
 )
 KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
@@ -47,7 +74,26 @@ KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     }
 )
 FILL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
-    {"inpainting": _row("FluxFillPipeline", "init_image mask_image", _MASK, strength=1.0)}
+    {"inpainting": _row("FluxFillPipeline", "init_image mask_image", f"{_TEXT} {_MASK}", strength=1.0)}
+)
+
+_KLEIN_PIXELS = 1024 * 1024  # its inpainting shrinks what is larger
+FLUX_2_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "text-to-image": _row("Flux2Pipeline", "", ""),
+        "editing": _row("Flux2Pipeline", "init_image", "", references=10),
+    }
+)
+KLEIN_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {
+        "text-to-image": _row("Flux2KleinPipeline", "", ""),
+        "editing": _row("Flux2KleinPipeline", "init_image", "", references=10),
+        "inpainting": _row("Flux2KleinInpaintPipeline", "init_image mask_image", _MASK, max_pixels=_KLEIN_PIXELS),
+    }
+)
+# Not distilled: guidance_scale is classifier-free guidance, away from the negative prompt.
+KLEIN_BASE_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+    {mode: replace(row, takes=row.takes | {"negative_prompt"}) for mode, row in KLEIN_PIPELINES.items()}
 )
 
 
@@ -68,6 +114,8 @@ class Model:
     max_guidance_scale: float = 20
     max_sequence_length: int = 512  # default and limit
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
+    architecture: str = "FLUX.1"  # what ControlNets and Redux are made for
+    control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
 
     @property
     def base(self) -> Pipeline:
@@ -75,48 +123,88 @@ class Model:
         return next(iter(self.pipelines.values()))
 
 
-_DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
+def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
+    return Model(name, f"black-forest-labs/{name}", family, licence, **columns)
+
+
+_DEV = "FLUX.1 [dev] Non-Commercial License"
+_NON_COMMERCIAL = "FLUX Non-Commercial License"
+_KLEIN: Mapping[str, Any] = {
+    "pipelines": KLEIN_PIPELINES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
+}  # fmt: skip
+_KLEIN_BASE: Mapping[str, Any] = {
+    "pipelines": KLEIN_BASE_PIPELINES, "guidance_scale": 4.0, "architecture": "FLUX.2-klein",
+}  # fmt: skip
 
 MODELS: tuple[Model, ...] = (
-    Model("FLUX.1-dev", "black-forest-labs/FLUX.1-dev", "dev", _DEV_LICENCE, gated=True),
-    Model(
+    _flux("FLUX.1-dev", "dev", _DEV, gated=True),
+    _flux(
         "FLUX.1-schnell",
-        "black-forest-labs/FLUX.1-schnell",
         "schnell",
         "Apache-2.0",
         num_inference_steps=4,
         guidance_scale=3.5,
         max_sequence_length=256,
     ),
-    Model(
+    _flux(
         "FLUX.1-Krea-dev",
-        "black-forest-labs/FLUX.1-Krea-dev",
         "dev",
-        _DEV_LICENCE,
+        _DEV,
         gated=True,
         num_inference_steps=28,
         guidance_scale=4.5,
     ),
-    Model(
+    _flux(
         "FLUX.1-Kontext-dev",
-        "black-forest-labs/FLUX.1-Kontext-dev",
         "kontext",
-        _DEV_LICENCE,
+        _DEV,
         gated=True,
         pipelines=KONTEXT_PIPELINES,
         num_inference_steps=28,
         guidance_scale=2.5,
     ),
-    Model(
+    _flux(
         "FLUX.1-Fill-dev",
-        "black-forest-labs/FLUX.1-Fill-dev",
         "fill",
-        _DEV_LICENCE,
+        _DEV,
         gated=True,
         pipelines=FILL_PIPELINES,
         guidance_scale=30.0,
         max_guidance_scale=100,
     ),
+    _flux(
+        "FLUX.1-Canny-dev",
+        "control",
+        _DEV,
+        gated=True,
+        pipelines=CONTROL_PIPELINES,
+        guidance_scale=30.0,
+        max_guidance_scale=100,
+        control_type="canny",
+    ),
+    _flux(
+        "FLUX.1-Depth-dev",
+        "control",
+        _DEV,
+        gated=True,
+        pipelines=CONTROL_PIPELINES,
+        guidance_scale=10.0,
+        max_guidance_scale=100,
+        control_type="depth",
+    ),
+    _flux(
+        "FLUX.2-dev",
+        "flux.2-dev",
+        _NON_COMMERCIAL,
+        gated=True,
+        pipelines=FLUX_2_PIPELINES,
+        guidance_scale=4.0,
+        architecture="FLUX.2-dev",
+    ),
+    _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", **_KLEIN),
+    _flux("FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, **_KLEIN),
+    _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", **_KLEIN_BASE),
+    _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, **_KLEIN_BASE),
     Model(
         "flux-shapes",
         "models/flux-shapes",
@@ -127,6 +215,7 @@ MODELS: tuple[Model, ...] = (
         num_inference_steps=8,
         guidance_scale=3.5,
         max_sequence_length=32,
+        architecture="flux-shapes",
     ),
 )
 
@@ -136,16 +225,62 @@ class Family:
     """Models of one architecture and recipe: a fine-tune without a row takes the defaults of `model`."""
 
     model: str
-    guidance_embeds: bool  # as the transformer's configuration says; without it guidance_scale has no effect
+    guided: bool  # whether guidance_scale has an effect, as the loaded model's configuration says
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "dev": Family("FLUX.1-dev", guidance_embeds=True),
-        "schnell": Family("FLUX.1-schnell", guidance_embeds=False),
-        "kontext": Family("FLUX.1-Kontext-dev", guidance_embeds=True),
-        "fill": Family("FLUX.1-Fill-dev", guidance_embeds=True),
+        "dev": Family("FLUX.1-dev", guided=True),
+        "schnell": Family("FLUX.1-schnell", guided=False),
+        "kontext": Family("FLUX.1-Kontext-dev", guided=True),
+        "fill": Family("FLUX.1-Fill-dev", guided=True),
+        "control": Family("FLUX.1-Canny-dev", guided=True),
+        "flux.2-dev": Family("FLUX.2-dev", guided=True),
+        "klein": Family("FLUX.2-klein-4B", guided=False),
+        "klein-base": Family("FLUX.2-klein-base-4B", guided=True),
     }
+)
+
+
+@dataclass(frozen=True)
+class ControlNet:
+    """A network that hears control pictures; `repo` as a model's."""
+
+    name: str
+    repo: str
+    types: Mapping[str, int | None]  # what its picture may be, and the number of that in a union network
+    conditioning_scale: float = 0.7  # as its card recommends
+    guidance_end: float = 1.0
+    architecture: str = "FLUX.1"
+    licence: str = _DEV
+
+
+_UNION = MappingProxyType({"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low quality": 6})
+
+# Of those that hear a type, the first counts, unless CONTROLNETS names another. Their cards on the hub say the types,
+# numbers and scales. XLabs' networks are missing: diffusers' image-to-image and inpainting cannot feed them.
+CONTROLNETS: tuple[ControlNet, ...] = (
+    ControlNet("Union-Pro", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro", _UNION, conditioning_scale=0.5),
+    ControlNet(
+        "Union-Pro-2.0",
+        "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
+        dict.fromkeys(("canny", "soft edge", "depth", "pose", "gray")),
+        guidance_end=0.8,
+    ),
+    ControlNet("Union", "InstantX/FLUX.1-dev-Controlnet-Union", _UNION, conditioning_scale=0.5),
+    ControlNet("Canny", "InstantX/FLUX.1-dev-Controlnet-Canny", {"canny": None}, conditioning_scale=0.6),
+    ControlNet("Depth", "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", {"depth": None}, conditioning_scale=0.6),
+    ControlNet("Jasper-Depth", "jasperai/Flux.1-dev-Controlnet-Depth", {"depth": None}, conditioning_scale=0.6),
+    ControlNet("Normals", "jasperai/Flux.1-dev-Controlnet-Surface-Normals", {"normals": None}, conditioning_scale=0.6),
+    ControlNet("Upscaler", "jasperai/Flux.1-dev-Controlnet-Upscaler", {"low resolution": None}, conditioning_scale=0.6),
+    ControlNet(
+        "flux-shapes-canny",
+        "models/flux-shapes-canny",
+        {"canny": None},
+        conditioning_scale=1.0,
+        architecture="flux-shapes",
+        licence="MIT",
+    ),
 )
 
 
@@ -183,6 +318,17 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
 )
 
 
+def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[ControlNet, ...]:
+    """Those that fit `model`, the `preferred` ones first, by their names or repos in any case."""
+    fitting = [row for row in CONTROLNETS if row.architecture == model.architecture]
+    wanted = [name.lower() for name in preferred]
+
+    def rank(row: ControlNet) -> int:
+        return min((wanted.index(name.lower()) for name in (row.name, row.repo) if name.lower() in wanted), default=99)
+
+    return tuple(sorted(fitting, key=rank))
+
+
 def find_model(name: str) -> Model | None:
     """The row whose name or repo `name` is, in any case; a folder or a copy counts by the last part of its name."""
     wanted = name.rstrip("/")
@@ -194,19 +340,19 @@ def find_model(name: str) -> Model | None:
     return None
 
 
-def settle_model(name: str, *, class_name: str, guidance_embeds: bool) -> Model:
+def settle_model(name: str, *, class_name: str, guided: bool) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name."""
     model = find_model(name)
-    if model and _fits(model, class_name, guidance_embeds):
+    if model and _fits(model, class_name, guided):
         return model
     heads = ((family, find_model(row.model)) for family, row in FAMILIES.items())
-    family = next((family for family, head in heads if head and _fits(head, class_name, guidance_embeds)), None)
+    family = next((family for family, head in heads if head and _fits(head, class_name, guided)), None)
     family = family or ("schnell" if "schnell" in name.lower() else "dev")
     return _fine_tune(name, family)
 
 
-def _fits(model: Model, class_name: str, guidance_embeds: bool) -> bool:
-    return model.base.class_name == class_name and FAMILIES[model.family].guidance_embeds == guidance_embeds
+def _fits(model: Model, class_name: str, guided: bool) -> bool:
+    return model.base.class_name == class_name and FAMILIES[model.family].guided == guided
 
 
 def _fine_tune(name: str, family: str) -> Model:

@@ -87,7 +87,7 @@ def deliver(
 
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
         def one(i: int) -> bytes:
-            parameters = {"input": plan.parameters(plan.seeds[i]), **made_by}
+            parameters = {"input": plan.parameters(i), **made_by}
             picture = generation.pictures[i]
             return encode_image(picture, coding.format, coding.quality, parameters, lossless=coding.lossless)
 
@@ -140,7 +140,7 @@ def deliver(
 def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
     return {
         "mode": plan.mode,
-        "prompt": plan.prompt,
+        "prompt": plan.prompts[0] if len(set(plan.prompts)) == 1 else list(plan.prompts),
         "prompt_2": plan.prompt_2,
         "negative_prompt": plan.negative_prompt,
         "true_cfg_scale": plan.true_cfg_scale,
@@ -158,6 +158,10 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "output_quality": plan.output_quality,
         "scheduler": generation.scheduler,
         "loras": [{"path": adapter.asked.path, "scale": adapter.asked.scale} for adapter in plan.adapters],
+        "controls": [
+            {"type": control.type, "controlnet": control.net.name if control.net else None, "scale": control.scale}
+            for control in plan.controls
+        ],
         "inference_time": round(sum(generation.timings.values()), 4),
         "peak_memory": generation.peak_memory,
     }

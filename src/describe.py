@@ -30,7 +30,7 @@ def describe(model: Model, revision: str | None, settings: Settings) -> dict[str
                 "width": model.width,
                 "height": model.height,
                 "num_inference_steps": model.num_inference_steps,
-                "guidance_scale": model.guidance_scale if FAMILIES[model.family].guidance_embeds else None,
+                "guidance_scale": model.guidance_scale if FAMILIES[model.family].guided else None,
                 "max_sequence_length": model.max_sequence_length,
             },
             "limits": {

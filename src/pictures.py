@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +24,7 @@ from src.job import Job
 from src.request import PICTURES, Request
 
 Fetch = Callable[[str], bytes]
+Pictures = Mapping[str, tuple[Image.Image, ...]]  # by what they are for, a key of PICTURES, in the request's order
 
 MAX_BYTES = 20_000_000  # what /runsync carries
 MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
@@ -40,24 +42,22 @@ class Refused(Exception):
     """Why a picture cannot be used."""
 
 
-def load_pictures(
-    request: Request, job: Job, fetch: Fetch | None = None
-) -> tuple[dict[str, Image.Image], tuple[Fault, ...]]:
-    """The request's pictures by field, masks as L and others as RGB, and the faults of those that cannot be used.
+def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> tuple[Pictures, tuple[Fault, ...]]:
+    """The request's pictures, masks as L and others as RGB, and the faults of those that cannot be used.
 
     While pictures are fetched other jobs may pass `job`, and its end ends the fetching.
     """
-    sources = {field: source for field in PICTURES if (source := getattr(request, field))}
-    if any(_is_url(source) for source in sources.values()):
+    sources = request.sources()
+    if any(_is_url(source) for *_, source in sources):
         job.step_aside()
-    pictures, faults = {}, []
-    for field, mode in PICTURES.items():
-        if field in sources:
-            try:
-                file = read_source(sources[field], fetch or partial(fetch_url, check=job.check))
-                pictures[field] = decode(file, mode)
-            except Refused as error:
-                faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
+    pictures: dict[str, tuple[Image.Image, ...]] = {}
+    faults = []
+    for kind, field, source in sources:
+        try:
+            file = read_source(source, fetch or partial(fetch_url, check=job.check))
+            pictures[kind] = (*pictures.get(kind, ()), decode(file, PICTURES[kind]))
+        except Refused as error:
+            faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
     return pictures, tuple(faults)
 
 
@@ -150,6 +150,17 @@ def fit(picture: Image.Image, size: tuple[int, int], canvas: tuple[int, int]) ->
     pixels = np.asarray(covered)
     around = ((top, bottom), (left, right), (0, 0))[: pixels.ndim]
     return Image.fromarray(np.pad(pixels, around, mode="edge"))
+
+
+def canny_edges(picture: Image.Image) -> Image.Image:
+    """White edges on black, with the thresholds that FLUX's ControlNets and Canny-dev were shown: 100 and 200."""
+    import cv2
+
+    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("L")), 100, 200)).convert("RGB")
+
+
+# What `preprocess` can make of a plain picture, by control type.
+PREPROCESSORS: Mapping[str, Callable[[Image.Image], Image.Image]] = MappingProxyType({"canny": canny_edges})
 
 
 def _flat(picture: Image.Image, mode: str) -> Image.Image:

@@ -8,24 +8,25 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
-import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from PIL import Image
-
 from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Pipeline
+from src.controls import PlannedControl, decide_controls
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 from src.lora import Adapter
-from src.pictures import fit
+from src.pictures import PREPROCESSORS, Pictures, fit
 from src.request import MAX_SEED, PICTURES, Request, show
+from src.sizes import canvas, decide_size
 
 _EVERY = tuple(pipeline for model in MODELS for pipeline in model.pipelines.values())
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
+_LISTS = (("init_image", "init_images"), ("control_image", "controls"))  # what a field of several holds
+_MIN_REFERENCE, _MAX_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Plan:
 
     mode: str
     pipeline: Pipeline
-    prompt: str
+    prompts: tuple[str, ...]  # one a picture
     prompt_2: str | None
     negative_prompt: str | None
     true_cfg_scale: float
@@ -53,33 +54,39 @@ class Plan:
     output_format: str
     output_quality: int
     preview: bool = False
-    pictures: Mapping[str, Image.Image] = field(default_factory=dict)  # by request field, of the canvas' size
-    references: Mapping[str, str] = field(default_factory=dict)  # what a file says of them: a URL or a digest
+    pictures: Pictures = field(default_factory=dict)  # of the canvas' size, but for references and image_prompt
+    references: Mapping[str, Any] = field(default_factory=dict)  # the fields that a file says of them
     adapters: tuple[Adapter, ...] = ()
+    controls: tuple[PlannedControl, ...] = ()  # one a control picture
+    image_prompt_scale: float = 1.0
     strength: float | None = None
     preserve_unmasked: bool = False
     warnings: tuple[str, ...] = ()
 
-    def batches(self) -> Iterator[tuple[int, ...]]:
-        """The seeds of the pictures that are denoised together."""
-        for first in range(0, len(self.seeds), self.batch_size):
-            yield self.seeds[first : first + self.batch_size]
+    def batches(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The seeds of the pictures that are denoised together, with their prompt."""
+        for prompt, numbers in itertools.groupby(range(len(self.seeds)), key=lambda i: self.prompts[i]):
+            seeds = [self.seeds[i] for i in numbers]
+            for first in range(0, len(seeds), self.batch_size):
+                yield prompt, tuple(seeds[first : first + self.batch_size])
 
-    def parameters(self, seed: int) -> dict[str, Any]:
-        """The request that makes the one picture of `seed` again."""
+    def parameters(self, i: int) -> dict[str, Any]:
+        """The request that makes picture `i` again."""
         request: dict[str, Any] = {
-            "prompt": self.prompt,
+            "prompt": self.prompts[i],
             "width": self.width,
             "height": self.height,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "max_sequence_length": self.max_sequence_length,
-            "seed": seed,
+            "seed": self.seeds[i],
             "output_format": self.output_format,
             "output_quality": self.output_quality,
         }
         if self.negative_prompt is not None:
-            request |= {"negative_prompt": self.negative_prompt, "true_cfg_scale": self.true_cfg_scale}
+            request["negative_prompt"] = self.negative_prompt
+            if "true_cfg_scale" in self.pipeline.takes:
+                request["true_cfg_scale"] = self.true_cfg_scale
         for name in ("prompt_2", "scheduler", "sigmas", "shift", "strength"):
             if (value := getattr(self, name)) is not None:
                 request[name] = value
@@ -87,6 +94,8 @@ class Plan:
             request["loras"] = [adapter.asked.model_dump(exclude_none=True) for adapter in self.adapters]
         if "mask_image" in self.pictures:
             request["preserve_unmasked"] = self.preserve_unmasked
+        if "image_prompt" in self.pictures:
+            request["image_prompt_scale"] = self.image_prompt_scale
         return request | dict(self.references)
 
 
@@ -94,59 +103,67 @@ def make_plan(
     request: Request,
     faults: Sequence[Fault],
     model: Model,
-    pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+    pictures: Pictures = MappingProxyType({}),
     adapters: Sequence[Adapter] = (),
     *,
     max_pixels: int,
     batch_size: int = 1,
+    controlnets: Sequence[str] = (),
 ) -> Plan:
     """Decide everything that `request` left open; `pictures` are those that its fields hold.
+
+    Of several ControlNets that hear the same, those named in `controlnets` are preferred.
 
     Raises InvalidRequest with the `faults` that reading it found and those that only the model's row shows.
     """
     decision = _Decision(request, faults, model)
     mode, pipeline = decision.mode()
-    width, height = decision.size(pictures.get("init_image"), max_pixels)
+    size = decision.size(pipeline, pictures, max_pixels)
     num_inference_steps = decision.num_inference_steps()
     strength = None
     if "strength" in pipeline.takes:
         strength = pipeline.strength if request.strength is None else request.strength
     scheduler = decision.scheduler(mode, strength is not None)
     steps = decision.steps(num_inference_steps, strength, scheduler)
-    decision.text(pipeline)
-    decision.guidance()
+    prompts = decision.prompts()
+    guidance_scale = decision.guidance()
+    negative_prompt = decision.negative_prompt(pipeline, guidance_scale)
+    controls = decision.controls(pipeline, controlnets)
+    decision.references(pipeline, pictures)
     decision.loras()
     decision.without_effect()
     if decision.faults:
         raise InvalidRequest(decision.faults)
 
     first = secrets.randbelow(_PICKED_SEEDS) if request.seed is None else request.seed
-    canvas = (_round_up(width, model.side_multiple), _round_up(height, model.side_multiple))
+    drawn = canvas(size, model.side_multiple)
     return Plan(
         mode=mode,
         pipeline=pipeline,
-        prompt=request.prompt,
+        prompts=prompts,
         prompt_2=request.prompt_2,
-        negative_prompt=(request.negative_prompt or "") if request.true_cfg_scale > 1 else None,
+        negative_prompt=negative_prompt,
         true_cfg_scale=request.true_cfg_scale,
-        width=width,
-        height=height,
-        canvas=canvas,
+        width=size[0],
+        height=size[1],
+        canvas=drawn,
         num_inference_steps=num_inference_steps,
         steps=steps,
-        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        guidance_scale=guidance_scale,
         max_sequence_length=request.max_sequence_length or model.max_sequence_length,
         scheduler=scheduler,
         sigmas=request.sigmas,
         shift=request.shift,
-        seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(request.num_images)),
-        batch_size=batch_size,
+        seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(len(prompts))),
+        batch_size=1 if pipeline.controlnet else batch_size,  # diffusers' inpainting tells a union one type a call
         output_format=request.output_format,
         output_quality=request.output_quality,
         preview=request.preview,
-        pictures={name: fit(picture, (width, height), canvas) for name, picture in pictures.items()},
-        references={name: _reference(getattr(request, name)) for name in pictures},
+        pictures=_prepared(pictures, pipeline, controls, size, drawn),
+        references=_references(request, controls),
         adapters=tuple(adapters),
+        controls=controls,
+        image_prompt_scale=1.0 if request.image_prompt_scale is None else request.image_prompt_scale,
         strength=strength,
         preserve_unmasked="preserve_unmasked" in pipeline.takes and request.preserve_unmasked,
         warnings=tuple(decision.warnings),
@@ -166,7 +183,9 @@ class _Decision:
     def mode(self) -> tuple[str, Pipeline]:
         """The mode that the request's pictures ask for, where the model has it and can use the other fields."""
         request, model = self._request, self._model
-        given = {name for name in PICTURES if getattr(request, name) is not None or name in self._wrong}
+        given = {kind for kind, *_ in request.sources()}
+        given |= {kind for kind, field in (*zip(PICTURES, PICTURES, strict=True), *_LISTS) if field in self._wrong}
+        given.discard("image_prompt")  # it is read, as the prompt is, in every mode that can
         mode = next((name for name, row in model.pipelines.items() if row.needs == given), None)
         if mode is None:
             kinds = "; ".join(f"{name}: {_listed(row.needs) or 'no picture'}" for name, row in model.pipelines.items())
@@ -195,25 +214,16 @@ class _Decision:
             self._fault("sigmas", f"cannot be used by {request.scheduler}; allowed: {', '.join(allowed)}")
         return count
 
-    def size(self, picture: Image.Image | None, max_pixels: int) -> tuple[int, int]:
+    def size(self, pipeline: Pipeline, pictures: Pictures, max_pixels: int) -> tuple[int, int]:
         """Width and height; a picture gives those that the request leaves open."""
-        request, model = self._request, self._model
-        if request.aspect_ratio or request.megapixels:
-            for name in ("width", "height"):
-                if getattr(request, name) is not None:
-                    self._fault(name, "cannot be given beside aspect_ratio or megapixels, which say it too")
-            shape = picture.size if picture else (model.width, model.height)
-            across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else shape
-            pixels = (request.megapixels or model.width * model.height / 1e6) * 1e6
-            width, height = _sides(math.sqrt(pixels * across / down), math.sqrt(pixels * down / across))
-        elif picture is None:
-            width, height = request.width or model.width, request.height or model.height
-        else:
-            width, height = _size_from(picture.size, request.width, request.height, model.width * model.height)
-        if width * height > max_pixels and not self._wrong & {"width", "height"}:
+        given = [*pictures.get("init_image", ()), *pictures.get("control_image", ())]
+        own = (self._model.width, self._model.height)
+        (width, height), faults = decide_size(self._request, own, given[0].size if given else None)
+        self.faults += faults
+        most = min(max_pixels, pipeline.max_pixels or max_pixels)
+        if width * height > most and not self._wrong & {"width", "height"}:
             self._fault(
-                "width",
-                f"times height must be at most {max_pixels:,} pixels, got {width}x{height} = {width * height:,}",
+                "width", f"times height must be at most {most:,} pixels, got {width}x{height} = {width * height:,}"
             )
         return width, height
 
@@ -245,27 +255,68 @@ class _Decision:
             )
         return order * steps - (order - 1)
 
-    def text(self, pipeline: Pipeline) -> None:
-        """The prompts' lengths, and a negative prompt that would do nothing."""
+    def prompts(self) -> tuple[str, ...]:
+        """One a picture."""
         request, limit = self._request, self._model.max_sequence_length
         if (request.max_sequence_length or 1) > limit:
             self._fault(
                 "max_sequence_length",
                 f"must be an integer from 1 to {limit} for {self._model.name}, got {show(request.max_sequence_length)}",
             )
-        unheard = request.true_cfg_scale == 1 and "true_cfg_scale" not in self._wrong
-        if unheard and "negative_prompt" in pipeline.takes and (request.negative_prompt or "").strip():
-            self._fault(
-                "negative_prompt",
-                "has no effect while true_cfg_scale is 1; set true_cfg_scale above 1 (4, say) or leave it out",
-            )
+        if len(request.prompt) == 1:
+            return request.prompt * request.num_images
+        if "num_images" in request.model_fields_set and request.num_images != len(request.prompt):
+            self._fault("num_images", f"must be {len(request.prompt)}, one a prompt, got {request.num_images}")
+        return request.prompt
 
-    def guidance(self) -> None:
+    def guidance(self) -> float:
         """What the model was trained with bounds its guidance."""
         most, asked = self._model.max_guidance_scale, self._request.guidance_scale
-        if asked is not None and asked > most:
+        if asked is None:
+            return self._model.guidance_scale
+        if asked > most:
             allowed = f"a number from 0 to {most:g} for {self._model.name}"
             self._fault("guidance_scale", f"must be less than or equal to {most:g}, got {asked:g}; allowed: {allowed}")
+        return asked
+
+    def negative_prompt(self, pipeline: Pipeline, guidance_scale: float) -> str | None:
+        """What is steered away from, where anything is: the empty prompt unless the request says more."""
+        request = self._request
+        if "negative_prompt" not in pipeline.takes:
+            return None
+        name = "true_cfg_scale" if "true_cfg_scale" in pipeline.takes else "guidance_scale"
+        scale = request.true_cfg_scale if name == "true_cfg_scale" else guidance_scale
+        if scale > 1:
+            return request.negative_prompt or ""
+        if name not in self._wrong and (request.negative_prompt or "").strip():
+            self._fault(
+                "negative_prompt",
+                f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out",
+            )
+        return None
+
+    def controls(self, pipeline: Pipeline, preferred: Sequence[str]) -> tuple[PlannedControl, ...]:
+        """Who hears each control picture."""
+        if "control_image" not in pipeline.needs:
+            return ()
+        controls, faults = decide_controls(self._request, self._model, pipeline, preferred)
+        self.faults += faults
+        return controls
+
+    def references(self, pipeline: Pipeline, pictures: Pictures) -> None:
+        """How many pictures the mode starts from, and of what shape those are that it reads as they are."""
+        fields = [field for kind, field, _ in self._request.sources() if kind == "init_image"]
+        most = max(pipeline.references, 1)
+        if len(fields) > most:
+            self._fault("init_images", f"{self._model.name} takes {most} at most here, got {len(fields)}")
+        if pipeline.references:
+            for field, picture in zip(fields, pictures.get("init_image", ()), strict=False):
+                if min(picture.size) < _MIN_REFERENCE or max(picture.size) > _MAX_ASPECT * min(picture.size):
+                    self._fault(
+                        field,
+                        f"must have {_MIN_REFERENCE} pixels a side at least and be at most {_MAX_ASPECT} times as long "
+                        f"as wide for {self._model.name}, got {picture.width}x{picture.height}",
+                    )
 
     def loras(self) -> None:
         """A scale needs its adapter, and an adapter is asked for once."""
@@ -277,10 +328,12 @@ class _Decision:
             self._fault("loras", f"names {show(path)} more than once")
 
     def without_effect(self) -> None:
-        """Warn of what changes nothing and hurts nobody."""
+        """Warn of what changes nothing and hurts nobody, and refuse what belongs to a picture that is missing."""
         request, model = self._request, self._model
-        if request.guidance_scale is not None and not FAMILIES[model.family].guidance_embeds:
+        if request.guidance_scale is not None and not FAMILIES[model.family].guided:
             self.warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
+        if "image_prompt_scale" in request.model_fields_set and request.image_prompt is None:
+            self._fault("image_prompt_scale", "has no effect without image_prompt")
         if "output_quality" in request.model_fields_set and not FORMATS[request.output_format].quality:
             self.warnings.append(f"output_quality has no effect on {request.output_format}")
 
@@ -288,24 +341,47 @@ class _Decision:
         self.faults.append(Fault(field, message))
 
 
-def _size_from(picture: tuple[int, int], width: int | None, height: int | None, most: int) -> tuple[int, int]:
-    """The picture's own size, or one of its shape with at most so many pixels; what is given stays."""
-    shape = picture[0] / picture[1]
-    if width and height:
-        return width, height
-    if width or height:
-        wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
-    else:
-        scale = min(1.0, math.sqrt(most / (picture[0] * picture[1])))
-        wanted = (picture[0] * scale, picture[1] * scale)
-    w, h = _sides(*wanted)
-    return width or w, height or h
+def _prepared(
+    pictures: Pictures,
+    pipeline: Pipeline,
+    controls: Sequence[PlannedControl],
+    size: tuple[int, int],
+    drawn: tuple[int, int],
+) -> Pictures:
+    """The pictures as the model reads them: cut to `size` and padded to what is `drawn`, and edges where asked for."""
+    prepared = {}
+    for kind, several in pictures.items():
+        as_they_are = kind == "image_prompt" or (kind == "init_image" and pipeline.references)
+        prepared[kind] = several if as_they_are else tuple(fit(picture, size, drawn) for picture in several)
+    if controls:
+        prepared["control_image"] = tuple(
+            PREPROCESSORS[control.type](picture) if control.asked.preprocess else picture
+            for control, picture in zip(controls, prepared["control_image"], strict=True)
+        )
+    return prepared
 
 
-def _sides(width: float, height: float) -> tuple[int, int]:
-    """The nearest that a request may ask for."""
-    w, h = (min(max(round(side / 8) * 8, 64), 2048) for side in (width, height))
-    return w, h
+def _references(request: Request, controls: Sequence[PlannedControl]) -> dict[str, Any]:
+    """The fields that held pictures, as a file may say them."""
+    told: dict[str, Any] = {}
+    for kind, name, source in request.sources():
+        if name.startswith("init_images"):
+            told.setdefault("init_images", []).append(_reference(source))
+        elif kind != "control_image":
+            told[name] = _reference(source)
+    if controls:
+        told["controls"] = [
+            {
+                "image": _reference(control.asked.image),
+                "type": control.type,
+                "scale": control.scale,
+                "start": control.start,
+                "end": control.end,
+                "preprocess": control.asked.preprocess,
+            }
+            for control in controls
+        ]
+    return told
 
 
 def _reference(source: str) -> str:
@@ -317,7 +393,3 @@ def _reference(source: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return " and ".join(sorted(names))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -32,8 +32,11 @@ from src.images import FORMATS
 
 MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
 MAX_SEED = 2**63 - 1
-# The fields that hold pictures, and how those are read: in colour, or as a mask.
-PICTURES: Mapping[str, str] = MappingProxyType({"init_image": "RGB", "mask_image": "L"})
+# What a request's pictures are for, and how they are read: in colour, or as a mask.
+PICTURES: Mapping[str, str] = MappingProxyType(
+    {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
+)
+MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
 _MAX_UNKNOWN = 20  # an answer must stay small whatever was sent
 _ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
 
@@ -57,6 +60,10 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
     return text
+
+
+def _one_or_several(value: object) -> object:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _picked(value: object) -> object:
@@ -88,6 +95,19 @@ class Lora(BaseModel):
     revision: StrictStr | None = None
 
 
+class Control(BaseModel):
+    """One picture that says where things are; None means what the ControlNet's row says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: StrictStr
+    type: StrictStr | None = None
+    scale: Annotated[Number, Field(ge=0, le=2)] | None = None
+    start: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    end: Annotated[Number, Field(ge=0, le=1)] | None = None
+    preprocess: StrictBool = False
+
+
 _LORA = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 
 
@@ -96,7 +116,11 @@ class Request(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(description=_ALLOWED_PROMPT)
+    prompt: Annotated[
+        tuple[Annotated[Text, AfterValidator(_not_blank)], ...],
+        BeforeValidator(_one_or_several),
+        Field(min_length=1, max_length=4),
+    ] = Field(description=f"{_ALLOWED_PROMPT}; or a list of 2 to 4, one a picture")
     prompt_2: Text | None = Field(
         None, description=f"text of at most {MAX_PROMPT_CHARACTERS:,} characters for T5, where prompt is for CLIP alone"
     )
@@ -130,12 +154,36 @@ class Request(BaseModel):
         None, description="an integer from 1 to the model's limit"
     )
     init_image: Picture = Field(None, description=_PICTURE)
+    init_images: Annotated[tuple[StrictStr, ...], Field(max_length=MAX_PICTURES)] = Field(
+        (), description=f"a list of such pictures, for models that take several: at most {MAX_PICTURES}"
+    )
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
     strength: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="a number from 0 to 1: how much of init_image may change"
     )
     preserve_unmasked: StrictBool = Field(
         True, description="true or false: outside mask_image the very pixels of init_image come back"
+    )
+    control_image: Picture = Field(None, description=f"{_PICTURE}, which says where things are")
+    control_type: StrictStr | None = Field(None, description="what control_image is: canny, depth, pose ...")
+    controlnet_conditioning_scale: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="a number from 0 to 2: how much control_image is heard"
+    )
+    control_guidance_start: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.0, description="a number from 0 to 1: the share of the steps before control_image is heard"
+    )
+    control_guidance_end: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="a number from 0 to 1: the share of the steps after which control_image is not heard any more"
+    )
+    preprocess: StrictBool = Field(
+        False, description="true or false: true makes canny edges from control_image, which is then a plain picture"
+    )
+    controls: Annotated[tuple[Control, ...], Field(max_length=4)] = Field(
+        (), description="at most 4 of {image, type, scale, start, end, preprocess}, each as control_image"
+    )
+    image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
+    image_prompt_scale: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="a number from 0 to 2: how much image_prompt is heard"
     )
     lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=_LORA)
     lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
@@ -154,6 +202,28 @@ class Request(BaseModel):
     preview: StrictBool = Field(
         False, description="true or false; true adds a small JPEG of the picture so far to the progress"
     )
+
+    def all_controls(self) -> tuple[tuple[str, Control], ...]:
+        """The fields' own control and those of `controls`, each with the field that a fault names."""
+        controls = [(f"controls.{i}", control) for i, control in enumerate(self.controls)]
+        if self.control_image is not None:
+            own = Control(
+                image=self.control_image,
+                type=self.control_type,
+                scale=self.controlnet_conditioning_scale,
+                start=self.control_guidance_start,
+                end=self.control_guidance_end,
+                preprocess=self.preprocess,
+            )
+            controls.insert(0, ("control_image", own))
+        return tuple(controls)
+
+    def sources(self) -> tuple[tuple[str, str, str], ...]:
+        """Every picture as (what it is for, a key of PICTURES; the field that holds it; base64, data URI or URL)."""
+        own = [(kind, kind, getattr(self, kind)) for kind in PICTURES if kind != "control_image"]
+        init_images = [("init_image", f"init_images.{i}", source) for i, source in enumerate(self.init_images)]
+        controls = [("control_image", field, control.image) for field, control in self.all_controls()]
+        return tuple(found for found in (*own, *init_images, *controls) if found[2] is not None)
 
 
 def show(value: object) -> str:

@@ -136,7 +136,7 @@ class Worker:
         sizes = self._settings.warmup_sizes
         for width, height in ((model.width, model.height),) if sizes is None else sizes:
             needs = dict.fromkeys(model.base.needs, "warm-up")  # Fill draws nothing without its pictures
-            pictures = {name: Image.new(PICTURES[name], (width, height), "white") for name in needs}
+            pictures = {name: (Image.new(PICTURES[name], (width, height), "white"),) for name in needs}
             fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height, **needs}
             try:
                 request, faults = read_request({"input": fields})

@@ -22,6 +22,11 @@ def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
+def _names(value: object) -> object:
+    """Read "one, two" as a list."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
 def _sizes(value: object) -> object:
     """Read "512x512,1024x768" as numbers, and "none" as no size at all."""
     if not isinstance(value, str):
@@ -45,6 +50,12 @@ class Settings(BaseModel):
     model_name: str = Field("FLUX.1-dev", description="a row of the catalog, a hub id or a local folder")
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
     hf_token: SecretStr | None = Field(None, description="Hugging Face access token; gated models need one")
+    controlnets: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (), description="ControlNets to load at the start and to prefer, by name; others load when first asked for"
+    )
+    redux_model: str = Field(
+        "black-forest-labs/FLUX.1-Redux-dev", description="what reads image_prompt: a hub id or a local folder"
+    )
     lora_dir: Path = Field(Path("/runpod-volume/loras"), description="the only folder whose adapters may be used")
     lora_cache_dir: Path = Field(Path("/tmp/loras"), description="where downloaded adapters are kept")  # noqa: S108
     lora_cache_gb: float = Field(20, gt=0, description="of LORA_CACHE_DIR; the least recently used goes first")

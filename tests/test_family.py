@@ -4,53 +4,34 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 from handler import respond
-from src.catalog import FAMILIES, Model, find_model
+from src.catalog import CONTROLNETS, FAMILIES, MODELS
 from src.engine import Engine, load_engine
 from src.job import Job
+from src.request import PICTURES
 from src.serving import Worker
-from src.settings import ROOT, Settings
+from src.settings import Settings
 from tests.conftest import opened
-
-
-def small(family: str, folder: Path) -> Path:
-    """flux-shapes' parts around a small random transformer of the family's shape, in the family's pipeline."""
-    head = find_model(FAMILIES[family].model)
-    assert head is not None
-    shapes = diffusers.FluxPipeline.from_pretrained(ROOT / "models" / "flux-shapes", dtype=torch.float32)
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel.from_config(
-        {
-            **shapes.transformer.config,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "in_channels": 384 if family == "fill" else 64,  # Fill reads the masked picture and the mask too
-            "out_channels": 64,
-            "guidance_embeds": FAMILIES[family].guidance_embeds,
-        }
-    )
-    class_name = head.base.class_name
-    parts = {
-        name: getattr(shapes, name)
-        for name in ("scheduler", "vae", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-    }
-    getattr(diffusers, class_name)(transformer=transformer, **parts).save_pretrained(folder)
-    return folder
+from tests.hub import Hub, Repo
+from tests.small_models import controlnet, head, redux, small
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Engine]:
-    folder = small(request.param, tmp_path_factory.mktemp(request.param) / "tune")
-    return request.param, load_engine(Settings(model_name=str(folder)))
+def engine(request: pytest.FixtureRequest, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Engine]:
+    family = request.param
+    folder = tmp_path_factory.mktemp(family)
+    modes = {"Union-Pro": 7, "Union-Pro-2.0": None}
+    for net in CONTROLNETS:
+        if net.name in modes:
+            hub.repos[net.repo] = Repo(controlnet(folder / net.name, modes[net.name]))
+    settings = Settings(model_name=str(small(family, folder / "tune")), redux_model=str(redux(folder / "redux")))
+    return family, load_engine(settings)
 
 
 def base64_of(picture: Image.Image) -> str:
@@ -62,12 +43,34 @@ def base64_of(picture: Image.Image) -> str:
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 136, 3), dtype=np.uint8))
 MASK = Image.new("L", PICTURE.size)
 ImageDraw.Draw(MASK).rectangle((40, 30, 90, 80), fill=255)
-SENT = {"init_image": base64_of(PICTURE), "mask_image": base64_of(MASK)}
+SENT = {"init_image": base64_of(PICTURE), "mask_image": base64_of(MASK), "control_image": base64_of(PICTURE)}
+
+
+def sent_to(held: Engine, mode: str) -> dict[str, Any]:
+    """The pictures that `mode` needs, and what has to be said of them."""
+    needs = held.model.pipelines[mode].needs
+    said = {"control_type": held.model.control_type or "canny"} if "control_image" in needs else {}
+    return {name: SENT[name] for name in sorted(needs)} | said
 
 
 def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
-    fields = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "max_sequence_length": 16, **fields}
+    small = {"width": 136, "height": 104, "num_inference_steps": 2, "max_sequence_length": 16}
+    fields = {"prompt": "a red circle", "seed": 1, **small, **fields}
     return respond({"input": fields}, Job(), Settings, lambda: engine)
+
+
+def drawn(engine: Engine, **fields: Any) -> list[bytes]:
+    """The pixels; a file also holds its request."""
+    response = ask(engine, **fields)
+    assert response["status"] == "success", response
+    assert {picture.size for picture in opened(response)} == {PICTURE.size}
+    return [picture.convert("RGB").tobytes() for picture in opened(response)]
+
+
+def everywhere(held: Engine, mode: str) -> dict[str, Any]:
+    """What `mode` needs, where all that it draws is to be seen."""
+    row = held.model.pipelines[mode]
+    return sent_to(held, mode) | ({"preserve_unmasked": False} if "mask_image" in row.needs else {})
 
 
 def test_the_family_is_read_from_the_files(engine: tuple[str, Engine]) -> None:
@@ -76,29 +79,22 @@ def test_the_family_is_read_from_the_files(engine: tuple[str, Engine]) -> None:
     assert held.model.pipelines == head(family).pipelines
 
 
-def head(family: str) -> Model:
-    found = find_model(FAMILIES[family].model)
-    assert found is not None
-    return found
-
-
 def test_every_mode_draws_what_was_sent_in_its_exact_size_and_the_same_again(engine: tuple[str, Engine]) -> None:
     _, held = engine
     first = {}
     for _ in range(2):
-        for mode, row in held.model.pipelines.items():
-            sent = {name: SENT[name] for name in row.needs}
-            size = {} if sent else {"width": 136, "height": 104}
-            response = ask(held, **sent, **size)
+        for mode in held.model.pipelines:
+            sent = sent_to(held, mode)
+            response = ask(held, **sent, width=None, height=None) if sent else ask(held)
             assert response["status"] == "success", response
             (picture,) = opened(response)
-            assert picture.size == (136, 104)
+            assert picture.size == PICTURE.size
             assert response["metadata"]["mode"] == mode
             assert first.setdefault(mode, response["images"]) == response["images"]
             if "mask_image" in sent:
                 outside = np.asarray(MASK) < 128
                 assert np.array_equal(np.asarray(picture)[outside], np.asarray(PICTURE)[outside])
-    assert len({images[0] for images in first.values()}) == len(first)
+    assert len({tuple(drawn(held, **everywhere(held, mode))) for mode in first}) == len(first)
 
 
 def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:
@@ -108,16 +104,107 @@ def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:
     worker.close()
 
 
+def test_a_list_of_prompts_is_a_picture_each_as_if_asked_for_alone(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    fields = everywhere(held, next(iter(held.model.pipelines)))
+    several = drawn(held, **{**fields, "prompt": ["a red circle", "a blue square"]})
+    assert several == [*drawn(held, **fields), *drawn(held, **{**fields, "prompt": "a blue square", "seed": 2})]
+    assert several[1] != drawn(held, **{**fields, "seed": 2})[0]
+
+
+def test_a_picture_as_prompt_is_heard_in_every_mode_that_takes_one(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    for mode, row in held.model.pipelines.items():
+        fields = everywhere(held, mode)
+        if "image_prompt" not in row.takes:
+            refused = ask(held, **fields, image_prompt=SENT["init_image"])
+            assert refused["errors"][0]["message"] == f"cannot be used by {mode} on {held.model.name}"
+            continue
+        told = ask(held, **fields, image_prompt=SENT["init_image"])
+        assert told["metadata"]["mode"] == mode
+        told = drawn(held, **fields, image_prompt=SENT["init_image"])
+        quiet = drawn(held, **fields, image_prompt=SENT["init_image"], image_prompt_scale=0.5)
+        assert len({*told, *quiet, *drawn(held, **fields)}) == 3
+
+
 def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Engine]) -> None:
-    family, held = engine
+    _, held = engine
     modes = {row.needs for row in held.model.pipelines.values()}
-    for names in ((), ("init_image",), ("mask_image",), ("init_image", "mask_image")):
+    kinds = sorted(set(PICTURES) - {"image_prompt"})
+    for chosen in range(2 ** len(kinds)):
+        names = [name for i, name in enumerate(kinds) if chosen >> i & 1]
         if frozenset(names) not in modes:
             refused = ask(held, **{name: SENT[name] for name in names})
             assert refused["error_code"] == "invalid_request"
             assert f"{held.model.name} has no mode for" in refused["errors"][0]["message"]
-    if family == "fill":
-        assert "cannot be used by inpainting" in ask(held, **SENT, true_cfg_scale=2)["error"]
-        assert ask(held, **SENT, guidance_scale=60)["status"] == "success"
+    every = {name for model in MODELS for row in model.pipelines.values() for name in row.takes}
+    base, row = next(iter(held.model.pipelines.items()))
+    for name in every - row.takes:
+        value = {"preserve_unmasked": False, "preprocess": True, "preview": True, "prompt_2": "red"}.get(name, 1)
+        refused = ask(held, **sent_to(held, base), **{name: value})
+        assert name in {fault["field"] for fault in refused["errors"]}, refused
+    if held.model.max_guidance_scale > 20:
+        assert ask(held, **sent_to(held, base), guidance_scale=60)["status"] == "success"
     else:
-        assert "must be less than or equal to 20, got 60" in ask(held, guidance_scale=60)["error"]
+        assert (
+            "must be less than or equal to 20, got 60" in ask(held, **sent_to(held, base), guidance_scale=60)["error"]
+        )
+
+
+def test_guidance_counts_where_the_row_says_so(engine: tuple[str, Engine]) -> None:
+    family, held = engine
+    fields = everywhere(held, next(iter(held.model.pipelines)))
+    changes = drawn(held, **fields, guidance_scale=2) != drawn(held, **fields, guidance_scale=9)
+    assert changes == FAMILIES[family].guided
+    warnings = ask(held, **fields, guidance_scale=2)["metadata"]["warnings"]
+    assert any("guidance_scale has no effect" in warning for warning in warnings) != FAMILIES[family].guided
+
+
+def test_several_references_are_read_and_odd_ones_refused(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    if "editing" not in held.model.pipelines:
+        return
+    row = held.model.pipelines["editing"]
+    pair = [SENT["init_image"], base64_of(PICTURE.rotate(90))]
+    if not row.references:
+        assert ask(held, init_images=pair)["errors"][0]["message"] == f"{held.model.name} takes 1 at most here, got 2"
+        return
+    one = drawn(held, init_images=pair[:1])
+    assert one == drawn(held, init_image=pair[0])
+    assert len({*one, *drawn(held, init_images=pair), *drawn(held, init_images=pair[::-1])}) == 3
+    flat = ask(held, init_images=[SENT["init_image"], base64_of(PICTURE.resize((1000, 70)))])
+    assert flat["errors"][0]["field"] == "init_images.1"
+    assert "at most 8 times as long" in flat["error"]
+    many = ask(held, init_images=[SENT["init_image"]] * (row.references + 1))
+    assert many["error_code"] == "invalid_request"
+
+
+def test_a_negative_prompt_counts_where_the_row_says_so(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    for mode, row in held.model.pipelines.items():
+        if "negative_prompt" in row.takes:
+            scale = {"true_cfg_scale": 3} if "true_cfg_scale" in row.takes else {"guidance_scale": 3}
+            fields = everywhere(held, mode) | scale
+            assert drawn(held, **fields) != drawn(held, **fields, negative_prompt="a blue square")
+
+
+def test_every_controlnet_type_is_heard_as_itself(engine: tuple[str, Engine]) -> None:
+    """Union-Pro has a number for each type; two at once are heard both, and each at its share of the steps."""
+    _, held = engine
+    types = ("canny", "tile", "depth", "blur", "pose", "gray", "low_quality", "soft edge")
+    for mode, row in held.model.pipelines.items():
+        if not row.controlnet:
+            continue
+        fields = everywhere(held, mode)
+        del fields["control_type"]
+        each = [drawn(held, **fields, control_type=kind)[0] for kind in types]
+        assert len(set(each)) == len(types)
+        fields["controls"] = [{"image": fields.pop("control_image"), "type": "canny"}]
+        assert drawn(held, **fields)[0] == each[0]
+        fields["controls"].append({"image": base64_of(PICTURE.rotate(180)), "type": "depth", "scale": 0.3})
+        both = drawn(held, **fields)
+        assert both[0] not in each
+        fields["controls"][1]["start"] = 0.5
+        assert drawn(held, **fields) != both
+        mixed = {**fields, "controls": [fields["controls"][0], {**fields["controls"][1], "type": "soft edge"}]}
+        assert drawn(held, **mixed) != both

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +22,19 @@ from PIL import Image
 from src.catalog import SCHEDULERS, Model, Scheduler
 from src.engine import schedulers
 from src.engine.adapters import Adapters
+from src.engine.controlnets import ControlNets
+from src.engine.files import Files
+from src.engine.redux import Redux
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
 from src.job import OnProgress, Progress
 from src.lora import Adapter
 from src.plan import Plan
+from src.settings import Settings
 
 # How a full host, a full card and cuBLAS say it where torch has no class for it.
 _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
-_ARGUMENTS = {"init_image": "image", "mask_image": "mask_image"}  # request field -> pipeline argument
+# Request field -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
+_ARGUMENTS = {"init_image": "image", "mask_image": "mask_image", "control_image": "control_image"}
 _SECONDS_BETWEEN_PREVIEWS = 1.0
 _PREVIEW_LATENTS = 32  # the longer side: 256 pixels
 
@@ -48,13 +53,16 @@ class Generation:
 class Engine:
     """A pipeline of the family in `model`'s row, and the only one who calls it; one plan at a time."""
 
-    def __init__(self, pipeline: Any, model: Model, revision: str | None, max_loras: int = 8) -> None:
+    def __init__(self, pipeline: Any, model: Model, revision: str | None, files: Files | None = None) -> None:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
         self._views = {model.base.class_name: pipeline}
         self._alone = threading.Lock()
-        self._adapters = Adapters(pipeline, max_loras)
+        files = files or Files(Settings())
+        self._adapters = Adapters(pipeline, files.settings.max_loras)
+        self._controlnets = ControlNets(pipeline, model, files)
+        self._redux = Redux(pipeline, files)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -78,12 +86,17 @@ class Engine:
         watch = _Watch(plan, on_progress, torch.cuda.synchronize if self._on_cuda else lambda: None)
         view = self._view(plan)
         scheduler = self._set_scheduler(view, plan)
+        arguments: dict[str, Any] = {}
         if plan.adapters:
             watch.begin("load_adapters")
         self._adapters.use(plan.adapters)
+        if plan.pipeline.controlnet:
+            watch.begin("load_controlnets")
+            view.controlnet, arguments = self._controlnets.use(plan.controls)
         watch.begin("encode_prompt")
-        drawing = _Drawing(view, plan, self._encode(plan), watch)
-        pictures = [picture for seeds in plan.batches() for picture in drawing.draw(seeds)]
+        prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+        drawing = _Drawing(view, plan, arguments, watch)
+        pictures = [picture for prompt, seeds in plan.batches() for picture in drawing.draw(seeds, prompts[prompt])]
         watch.end()
         return Generation(
             pictures=tuple(_finished(picture, plan) for picture in pictures),
@@ -96,6 +109,19 @@ class Engine:
     def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
         """Why adapters do not fit this model; takes no time of the device."""
         return self._adapters.faults(adapters)
+
+    def load_controlnets(self, names: Sequence[str]) -> None:
+        """Load these at the start, and keep them."""
+        self._controlnets.load(names)
+
+    def fetch(self, plan: Plan, before_download: Callable[[], None] = lambda: None) -> None:
+        """See that all that only this plan needs is on this machine and made for this model; takes no device time.
+
+        Raises ModelUnavailable with the reason where it is not.
+        """
+        self._controlnets.fetch(plan.controls, before_download)
+        if "image_prompt" in plan.pictures:
+            self._redux.fetch(before_download)
 
     def warm_up(self, plan: Plan, steps: int) -> float:
         """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
@@ -113,34 +139,42 @@ class Engine:
             self._pipeline.maybe_free_model_hooks()
             raise
 
-    def _encode(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """The prompts' embeddings; memory that is short is freed once."""
+    def _encode(self, plan: Plan, prompt: str) -> dict[str, torch.Tensor]:
+        """The prompt's embeddings; memory that is short is freed once."""
         try:
-            return self._embeddings(plan)
+            return self._embeddings(plan, prompt)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
             _free_memory(error)
-        return self._embeddings(plan)
+        return self._embeddings(plan, prompt)
 
-    def _embeddings(self, plan: Plan) -> dict[str, torch.Tensor]:
-        """The prompts' embeddings under the names of the pipeline's arguments."""
-        texts = {"": (plan.prompt, plan.prompt_2)}
+    def _embeddings(self, plan: Plan, prompt: str) -> dict[str, torch.Tensor]:
+        """The embeddings of the prompt and of what is steered away from, under the pipeline's arguments' names."""
+        arguments = self._read("", plan, prompt, plan.prompt_2)
         if plan.negative_prompt is not None:
-            texts["negative_"] = (plan.negative_prompt, None)
-        arguments: dict[str, torch.Tensor] = {}
-        for prefix, (prompt, prompt_2) in texts.items():
-            embeds, pooled, _ = self._pipeline.encode_prompt(
-                prompt=prompt, prompt_2=prompt_2, max_sequence_length=plan.max_sequence_length
-            )
-            arguments |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
+            arguments |= self._read("negative_", plan, plan.negative_prompt, None)
+        for picture in plan.pictures.get("image_prompt", ()):
+            seen = self._redux.read(picture, plan.image_prompt_scale)
+            arguments["prompt_embeds"] = torch.cat([arguments["prompt_embeds"], seen], dim=1)
+        return arguments
+
+    def _read(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> dict[str, torch.Tensor]:
+        second = {"prompt_2": prompt_2} if "prompt_2" in plan.pipeline.takes else {}
+        embeds, *pooled, _ = self._pipeline.encode_prompt(
+            prompt=prompt, **second, max_sequence_length=plan.max_sequence_length
+        )
+        arguments = {f"{prefix}prompt_embeds": embeds}
+        if pooled:  # FLUX.2 has none
+            arguments[f"{prefix}pooled_prompt_embeds"] = pooled[0]
         return arguments
 
     def _view(self, plan: Plan) -> Any:
         """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
         name = plan.pipeline.class_name
         if name not in self._views:
-            view = getattr(diffusers, name).from_pipe(self._pipeline, torch_dtype=self._pipeline.dtype)
+            networks = {"controlnet": None} if plan.pipeline.controlnet else {}  # set for each plan
+            view = getattr(diffusers, name).from_pipe(self._pipeline, torch_dtype=self._pipeline.dtype, **networks)
             view.set_progress_bar_config(disable=True)
             self._views[name] = view
         return self._views[name]
@@ -168,15 +202,17 @@ class Engine:
 
     def _truncation(self, plan: Plan) -> tuple[str, ...]:
         limit = plan.max_sequence_length
-        texts = {
-            ("prompt_2" if plan.prompt_2 else "prompt"): plan.prompt_2 or plan.prompt,
-            "negative_prompt": plan.negative_prompt or "",
-        }
-        counts = {name: len(self._pipeline.tokenizer_2(text).input_ids) for name, text in texts.items()}
+        tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2-dev's reads pictures too
+        texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
+        if plan.prompt_2:
+            texts = [("prompt_2", plan.prompt_2)]
+        counts = [
+            (name, len(tokenizer(text).input_ids))
+            for name, text in (*texts, ("negative_prompt", plan.negative_prompt or ""))
+        ]
         return tuple(
-            f"{name} has {count} tokens and the model read the first {limit}"
-            for name, count in counts.items()
-            if count > limit
+            f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
         )
 
     @property
@@ -187,14 +223,18 @@ class Engine:
 class _Drawing:
     """Turns seeds into pictures of one plan, together as long as there is memory for that."""
 
-    def __init__(self, view: Any, plan: Plan, prompt: dict[str, torch.Tensor], watch: _Watch) -> None:
+    def __init__(self, view: Any, plan: Plan, arguments: Mapping[str, Any], watch: _Watch) -> None:
         self._view = view
         self._plan = plan
         self._watch = watch
         self._thrift = _Thrift(view)
         self._arguments: dict[str, Any] = {
-            **prompt,
-            **{_ARGUMENTS[name]: picture for name, picture in plan.pictures.items()},
+            **arguments,
+            **{
+                _ARGUMENTS[name]: list(pictures) if self._takes_several(name) else pictures[0]
+                for name, pictures in plan.pictures.items()
+                if name in _ARGUMENTS
+            },
             "width": plan.canvas[0],
             "height": plan.canvas[1],
             "num_inference_steps": plan.num_inference_steps,
@@ -213,21 +253,25 @@ class _Drawing:
     def warnings(self) -> list[str]:
         return self._thrift.warnings
 
-    def draw(self, seeds: tuple[int, ...]) -> list[Image.Image]:
-        """Denoise and decode the pictures of `seeds`."""
+    def _takes_several(self, name: str) -> bool:
+        row = self._plan.pipeline
+        return (name == "control_image" and row.controlnet) or (name == "init_image" and row.references > 0)
+
+    def draw(self, seeds: tuple[int, ...], prompt: Mapping[str, torch.Tensor]) -> list[Image.Image]:
+        """Denoise and decode the pictures of `seeds`, all of the one `prompt`."""
         step = self._watch.steps_done
         while True:
             try:
-                return self._call(seeds)
+                return self._call(seeds, prompt)
             except Exception as error:
                 if not _is_out_of_memory(error) or not self._thrift.try_harder(self._watch.phase, len(seeds)):
                     raise
                 _free_memory(error)
             self._watch.steps_done = step
             if self._thrift.one_by_one and len(seeds) > 1:
-                return [picture for seed in seeds for picture in self.draw((seed,))]
+                return [picture for seed in seeds for picture in self.draw((seed,), prompt)]
 
-    def _call(self, seeds: tuple[int, ...]) -> list[Image.Image]:
+    def _call(self, seeds: tuple[int, ...], prompt: Mapping[str, torch.Tensor]) -> list[Image.Image]:
         plan, watch = self._plan, self._watch
         preview = _Preview(self._view, plan) if plan.preview else None
 
@@ -245,15 +289,29 @@ class _Drawing:
 
         watch.begin("denoise")
         torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
+        # On the CPU, so that a seed means the same picture on every card.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         result = self._view(
             **self._arguments,
+            **prompt,
+            **self._start(generators, prompt["prompt_embeds"]),
             num_images_per_prompt=len(seeds),
-            # On the CPU, so that a seed means the same picture on every card.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=generators,
             callback_on_step_end=on_step_end,
             callback_on_step_end_tensor_inputs=["latents"],
         )
         return list(result.images)
+
+    def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The noise that a seed means without its control pictures: encoding those draws from the generator first."""
+        if not self._plan.pipeline.controlnet or "init_image" in self._plan.pictures:
+            return {}
+        width, height = self._plan.canvas
+        channels = self._view.transformer.config.in_channels // 4
+        noise, _ = self._view.prepare_latents(
+            len(generators), channels, height, width, like.dtype, like.device, generators
+        )
+        return {"latents": noise}
 
 
 class _Watch:
@@ -352,8 +410,8 @@ class _Preview:
 def _finished(picture: Image.Image, plan: Plan) -> Image.Image:
     """The canvas' middle; outside a mask the very pixels that were sent."""
     if plan.preserve_unmasked:
-        mask = plan.pictures["mask_image"].point(lambda level: 255 if level >= 128 else 0)  # as diffusers rounds it
-        picture = Image.composite(picture, plan.pictures["init_image"], mask)
+        mask = plan.pictures["mask_image"][0].point(lambda level: 255 if level >= 128 else 0)  # as diffusers rounds it
+        picture = Image.composite(picture, plan.pictures["init_image"][0], mask)
     return _middle(picture, plan.width, plan.height)
 
 

@@ -1,0 +1,67 @@
+"""Which network hears each control picture of a request, as what and how much.
+
+Pure decisions: pictures and weights are somebody else's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from src.catalog import ControlNet, Model, Pipeline, controlnets_for
+from src.errors import Fault
+from src.pictures import PREPROCESSORS
+from src.request import Control, Request, show
+
+
+@dataclass(frozen=True)
+class PlannedControl:
+    """One control picture; `net` is None where the model itself hears it."""
+
+    asked: Control
+    type: str
+    net: ControlNet | None
+    mode: int | None  # what a union network calls the type
+    scale: float
+    start: float
+    end: float
+
+
+def decide_controls(
+    request: Request, model: Model, pipeline: Pipeline, preferred: Sequence[str]
+) -> tuple[tuple[PlannedControl, ...], list[Fault]]:
+    """The request's controls in their order, and what is wrong of them."""
+    faults: list[Fault] = []
+    decided = []
+    nets = controlnets_for(model, preferred) if pipeline.controlnet else ()
+    types = list(dict.fromkeys(type for net in nets for type in net.types)) or [model.control_type or ""]
+    for field, control in request.all_controls():
+        own = field == "control_image"  # whose options are fields of the request, not of an entry of `controls`
+        kind = (control.type or (types[0] if len(types) == 1 else "")).lower().replace("_", " ").replace("-", " ")
+        named = "control_type" if own else f"{field}.type"
+        if not kind:
+            faults.append(Fault(named, f"is required with {field}; {model.name} allows: {', '.join(types)}"))
+        elif kind not in types:
+            close = difflib.get_close_matches(kind, types, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            faults.append(
+                Fault(named, f"cannot be {show(control.type)}{hint}; {model.name} allows: {', '.join(types)}")
+            )
+        if control.preprocess and kind not in PREPROCESSORS:
+            allowed = ", ".join(PREPROCESSORS)
+            faults.append(
+                Fault(
+                    "preprocess" if own else f"{field}.preprocess", f"knows {allowed}; send a {kind} picture as it is"
+                )
+            )
+        net = next((net for net in nets if kind in net.types), None)
+        end = control.end if control.end is not None else net.guidance_end if net else 1.0
+        if control.start >= end:
+            begins = "control_guidance_start" if own else f"{field}.start"
+            faults.append(Fault(begins, f"must be less than the end, got {control.start:g} and {end:g}"))
+        scale = control.scale if control.scale is not None else net.conditioning_scale if net else 1.0
+        decided.append(PlannedControl(control, kind, net, net.types[kind] if net else None, scale, control.start, end))
+    if not pipeline.controlnet and len(decided) > 1:
+        faults.append(Fault("controls", f"{model.name} hears one control picture, got {len(decided)}"))
+    return tuple(decided), faults

@@ -1,0 +1,117 @@
+"""Where the files of a model, or of a part, are: a folder, RunPod's cache or the hub; or why they are nowhere."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, errors, snapshot_download
+
+from src.catalog import MODELS
+from src.settings import ROOT, Settings
+
+# diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
+_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
+_PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
+
+
+class Refused(Exception):
+    """A reason that is ours and needs no explanation."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder in diffusers' layout, and the commit that it holds where that is known."""
+
+    folder: Path
+    revision: str | None
+
+
+class Files:
+    """Finds files by the worker's settings; `download` takes what huggingface_hub's snapshot_download takes."""
+
+    def __init__(self, settings: Settings, download: Callable[..., str] = snapshot_download) -> None:
+        self.settings = settings
+        self._download = download
+
+    def find(
+        self,
+        name: str,
+        repo: str,
+        revision: str | None = None,
+        *,
+        part: bool = False,
+        before_download: Callable[[], None] = lambda: None,
+    ) -> Source:
+        """The files of `repo`, which a client or an operator calls `name`: local, then RunPod's cache, then the hub.
+
+        A `part` is one network, whose repo is its folder.
+        """
+        for folder in (Path(name).expanduser(), ROOT / repo):
+            if folder.is_dir():
+                if revision:
+                    raise Refused(f"is a folder: it has no other revision, unset MODEL_REVISION={revision}")
+                return _source(folder.resolve())
+        if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
+            known = ", ".join(model.name for model in MODELS)
+            raise Refused(f"is neither a folder, a hub id (owner/name) nor one of {known}")
+
+        wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _PART if part else _PATTERNS}
+        cache = self.settings.runpod_model_cache
+        try:
+            return _source(Path(self._download(**wanted, cache_dir=cache, local_files_only=True)))
+        except errors.LocalEntryNotFoundError:
+            before_download()
+            token = self.settings.hf_token.get_secret_value() if self.settings.hf_token else None
+            return _source(Path(self._download(**wanted, token=token)))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and all(name.split("/"))
+
+
+def _source(folder: Path) -> Source:
+    return Source(folder, folder.name if folder.parent.name == "snapshots" else None)
+
+
+def why(error: Exception, settings: Settings) -> str:
+    """The reason in one line, and what to do."""
+    hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+    match error:
+        case Refused():
+            return str(error)
+        case errors.GatedRepoError() if settings.hf_token is None:
+            return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"
+        case errors.GatedRepoError():
+            return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
+        case errors.RepositoryNotFoundError():
+            seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
+            return f"there is no such repo on the hub {seen}"
+        case errors.RevisionNotFoundError():
+            return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "the hub refuses HF_TOKEN: it is wrong or has expired"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)) if (
+            answer.status_code == 403
+        ):
+            return "the hub forbids it: HF_TOKEN has no access to this repo"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
+            return f"the hub answered {answer.status_code}: try again later"
+        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+            return f"is not on this machine and the hub cannot be reached ({hint})"
+        case OSError(errno=errno.ENOSPC):
+            return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
+        case MemoryError() | torch.OutOfMemoryError():
+            return "there is not enough memory for its weights: choose a larger card or a smaller model"
+        case RuntimeError() if "allocate memory" in str(error):
+            return "there is not enough memory for its weights: choose a larger machine or a smaller model"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _free(folder: str) -> str:
+    path = Path(folder).resolve()
+    return f"{shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e9:.1f} GB"

@@ -1,0 +1,57 @@
+"""FLUX.1-Redux: a picture as part of the prompt. Fetched and loaded when first asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+
+from src.engine.files import Files, Refused, Source, why
+from src.errors import ModelUnavailable
+
+
+class Redux:
+    """Reads pictures for one model."""
+
+    def __init__(self, pipeline: Any, files: Files) -> None:
+        self._pipeline = pipeline
+        self._files = files
+        self._source: Source | None = None
+        self._prior: Any = None
+
+    def fetch(self, before_download: Callable[[], None] = lambda: None) -> Source:
+        """See that its files are here and made for this model; takes no time of the device.
+
+        Raises ModelUnavailable with the reason where they are not.
+        """
+        if self._source:
+            return self._source
+        name = self._files.settings.redux_model
+        try:
+            source = self._files.find(name, name, before_download=before_download)
+            reads = json.loads((source.folder / "image_embedder" / "config.json").read_text())["txt_in_features"]
+            here = self._pipeline.transformer.config.joint_attention_dim
+            if reads != here:
+                raise Refused(f"is made for another model: its words have {reads} numbers and {here} here")
+        except Exception as error:
+            raise ModelUnavailable(f"REDUX_MODEL={name}: {why(error, self._files.settings)}") from error
+        self._source = source
+        return source
+
+    def read(self, picture: Image.Image, scale: float) -> torch.Tensor:
+        """What follows the prompt's words: [1, tokens, joint_attention_dim], the model's own times `scale`."""
+        if self._prior is None:
+            self._prior = diffusers.FluxPriorReduxPipeline.from_pretrained(
+                self.fetch().folder,
+                dtype=self._pipeline.dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+            ).to(self._pipeline.device)
+        seen = self._prior.encode_image(picture, self._pipeline.device, 1)
+        words: torch.Tensor = self._prior.image_embedder(seen).image_embeds
+        return words * scale

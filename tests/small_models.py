@@ -1,0 +1,136 @@
+"""Small random models of every family, in the classes and layouts of the real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from src.catalog import FAMILIES, Model, find_model
+from src.settings import ROOT
+
+SHAPES = ROOT / "models" / "flux-shapes"
+WORDS = (
+    "<pad>", "<unk>", "user", "system", "a", "red", "circle", "blue", "square", "on", "the", "left", "you", "are", "an",
+    "ai", "that", "reasons", "about", "image",
+)  # fmt: skip
+IN_CHANNELS = {"fill": 384, "control": 128}  # what is read beside the 64 of the latents: a masked picture, an edge map
+_DEEPEST_LAYER = {"Flux2Pipeline": 30, "Flux2KleinPipeline": 27}  # that FLUX.2 takes its words from
+
+
+def head(family: str) -> Model:
+    """The row that stands for `family`."""
+    found = find_model(FAMILIES[family].model)
+    assert found is not None
+    return found
+
+
+def small(family: str, folder: Path) -> Path:
+    """`folder`, with a small random model of `family` in it."""
+    torch.manual_seed(0)
+    class_name = head(family).base.class_name
+    if class_name.startswith("Flux2"):
+        _flux_2(class_name, family, folder)
+    else:
+        _flux_1(class_name, family, folder)
+    return folder
+
+
+def controlnet(folder: Path, num_mode: int | None = None, **changes: Any) -> Path:
+    """`folder`, with a small random ControlNet for flux-shapes and FLUX.1's small ones in it."""
+    torch.manual_seed(1)
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(SHAPES / "transformer", dtype=torch.float32)
+    config = {**transformer.config, "num_layers": 1, "num_single_layers": 1, "num_mode": num_mode, **changes}
+    net = diffusers.FluxControlNetModel.from_config(config)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)  # its own are zero where it speaks
+    net.save_pretrained(folder)
+    return folder
+
+
+def redux(folder: Path, words: int = 128) -> Path:
+    """`folder`, with a small random Redux in it whose words have so many numbers."""
+    torch.manual_seed(2)
+    sees = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    diffusers.FluxPriorReduxPipeline(
+        image_encoder=transformers.SiglipVisionModel(sees),
+        feature_extractor=transformers.SiglipImageProcessor(size={"height": 32, "width": 32}),
+        image_embedder=diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(16, words),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _flux_1(class_name: str, family: str, folder: Path) -> None:
+    """flux-shapes' parts around a random transformer of the family's shape."""
+    shapes = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
+    transformer = diffusers.FluxTransformer2DModel.from_config(
+        {
+            **shapes.transformer.config,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "in_channels": IN_CHANNELS.get(family, 64),
+            "out_channels": 64,
+            "guidance_embeds": FAMILIES[family].guided,
+        }
+    )
+    parts = {name: getattr(shapes, name) for name in shapes.components if hasattr(shapes, name)}
+    parts = {name: part for name, part in parts.items() if part is not None and name != "transformer"}
+    getattr(diffusers, class_name)(transformer=transformer, **parts).save_pretrained(folder)
+
+
+def _flux_2(class_name: str, family: str, folder: Path) -> None:
+    layers = _DEEPEST_LAYER[class_name]
+    size: dict[str, Any] = {
+        "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    if class_name == "Flux2Pipeline":
+        sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        encoder = transformers.Mistral3ForConditionalGeneration(
+            transformers.Mistral3Config(
+                vision_config={**sees, "model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14},
+                text_config={**size, "model_type": "mistral"},
+            )
+        )
+    else:
+        encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**size))
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * 16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=family == "flux.2-dev",
+    )  # fmt: skip
+    distilled = {} if class_name == "Flux2Pipeline" else {"is_distilled": not FAMILIES[family].guided}
+    getattr(diffusers, class_name)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=encoder.eval(),
+        tokenizer=_chat_tokenizer(),
+        transformer=transformer.eval(),
+        **distilled,
+    ).save_pretrained(folder)
+    if class_name == "Flux2Pipeline":  # as the real one's, which reads pictures too
+        index = json.loads((folder / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", "PixtralProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.Qwen2TokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }} {% if message.content is string %}{{ message.content }}"
+        "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %} {% endfor %}"
+    )
+    return tokenizer
