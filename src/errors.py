@@ -3,7 +3,7 @@
     WorkerError                 code                  the worker afterwards
     ├── InvalidRequest          invalid_request       goes on
     ├── InvalidSettings         invalid_settings      does not start
-    ├── ModelUnavailable        model_unavailable     does not start
+    ├── ModelUnavailable        model_unavailable     does not start, or goes on where one request wanted more
     ├── OutOfMemory             out_of_memory         goes on
     ├── GenerationFailed        generation_failed     goes on
     ├── Cancelled               cancelled             goes on
@@ -107,7 +107,7 @@ class InvalidSettings(WorkerError):
 
 
 class ModelUnavailable(WorkerError):
-    """The model cannot be loaded, and why."""
+    """The model, or what one request wants beside it, cannot be loaded, and why."""
 
     code = "model_unavailable"
 

@@ -52,9 +52,9 @@ def test_a_seed_is_picked_when_none_is_given() -> None:
 
 def test_the_parameters_of_a_picture_ask_for_that_picture_alone() -> None:
     first = plan(seed=7, num_images=2, negative_prompt="a dog", true_cfg_scale=4, scheduler="unipc", width=520)
-    again = plan(**first.parameters(8))
+    again = plan(**first.parameters(1))
     assert again.seeds == (8,)
-    assert again.parameters(8) == first.parameters(8)
+    assert again.parameters(0) == first.parameters(1)
     assert (again.negative_prompt, again.true_cfg_scale, again.scheduler) == ("a dog", 4, "unipc")
 
 
@@ -86,5 +86,15 @@ def test_pixels_are_limited_and_a_faulty_side_is_told_once() -> None:
 def test_batches_share_out_the_seeds() -> None:
     row = find_model("FLUX.1-dev")
     assert row is not None
-    request = read_request({"input": {"prompt": "a fox", "seed": 1, "num_images": 4}})
-    assert list(make_plan(*request, row, max_pixels=2**22, batch_size=3).batches()) == [(1, 2, 3), (4,)]
+    for prompt, shares in (
+        ("a fox", [("a fox", (1, 2, 3)), ("a fox", (4,))]),
+        (["a fox", "a fox", "an owl", "a fox"], [("a fox", (1, 2)), ("an owl", (3,)), ("a fox", (4,))]),
+    ):
+        request = read_request({"input": {"prompt": prompt, "seed": 1, "num_images": 4}})
+        assert list(make_plan(*request, row, max_pixels=2**22, batch_size=3).batches()) == shares
+
+
+def test_a_list_of_prompts_says_how_many_pictures() -> None:
+    assert plan(prompt=["a fox", "an owl"]).prompts == ("a fox", "an owl")
+    assert plan(prompt=["a fox"], num_images=2).prompts == ("a fox", "a fox")
+    assert faults(prompt=["a fox", "an owl"], num_images=3)["num_images"] == "must be 2, one a prompt, got 3"
