@@ -82,7 +82,7 @@ def respond(
         request, faults = read_request(event)
         if request.describe and not faults:
             job_ended(job, "described", None)
-            return describe(engine().model, engine().revision, settings())
+            return describe(engine().model, engine().revision, settings(), engine().held())
         plan = _plan(request, faults, job, settings(), engine())
         if request.dry_run:
             job_ended(job, "planned", plan)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.accuracy`: does the shipped model draw what it is asked for?
 
 Every colour x shape x background (280 prompts, one seed each) and 100 pairs go through handler(); the judge of
-training/judge.py, which tests hold to drawn scenes, looks at what came back. Writes results/accuracy.json
-and a grid of samples, results/samples.png.
+training/judge.py, which tests hold to drawn scenes, looks at what came back. So do 70 with the shipped LoRA and 50 with
+the shipped ControlNet. Writes results/accuracy.json and grids of samples: samples.png, outline.png, edges.png.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from PIL import Image
 
+from src.pictures import canny_edges
 from training import judge
 from training.report import sample_grid
-from training.scenes import COLOURS, every_prompt, some_pairs
+from training.scenes import COLOURS, draw, every_prompt, some_anywhere, some_pairs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,10 +32,11 @@ OUTLINE = {"path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "scal
 def main() -> None:
     os.environ.update(MODEL_NAME="flux-shapes", LORA_DIR=str(ROOT / "models"))
     accuracy, misses = measure()
-    figures = {**accuracy, "pairs": measure_pairs(), "outline": measure_outline()}
+    figures = {**accuracy, "pairs": measure_pairs(), "outline": measure_outline(), "edges": measure_edges()}
     (RESULTS / "accuracy.json").write_text(json.dumps({**figures, "misses": misses}, indent=2) + "\n")
     sample_grid(generate).save(RESULTS / "samples.png", optimize=True)
     sample_grid(partial(generate, loras=[OUTLINE])).save(RESULTS / "outline.png", optimize=True)
+    edge_grid().save(RESULTS / "edges.png", optimize=True)
     print(json.dumps(figures, indent=2))
 
 
@@ -93,6 +96,42 @@ def measure_outline() -> dict[str, float]:
         "hollow_at_1": round(hollow[1.0] / len(prompts), 4),
         "hollow_at_0": round(hollow[0.0] / len(prompts), 4),
     }
+
+
+def measure_edges(count: int = 50) -> dict[str, float]:
+    """How much of a shape and of what its edges enclose is common to both (IoU, mean), with the ControlNet heard and
+    not."""
+    overlaps: dict[float, list[float]] = {0.0: [], 1.0: []}
+    for seed, (prompt, scene) in enumerate(some_anywhere(count)):
+        drawn = draw(scene, 128, 128)
+        for scale, found in overlaps.items():
+            picture = generate(prompt, seed=seed, **_edges(drawn), controlnet_conditioning_scale=scale)
+            inside, shape = (
+                judge.name_colours(one) != list(COLOURS).index(scene.background) for one in (drawn, picture)
+            )
+            found.append(float((inside & shape).sum() / (inside | shape).sum()))
+    return {
+        "prompts": count,
+        "iou_at_1": round(mean(overlaps[1.0]), 4),
+        "iou_at_0": round(mean(overlaps[0.0]), 4),
+        "at_least_0.7": sum(iou >= 0.7 for iou in overlaps[1.0]) / count,
+    }
+
+
+def edge_grid(count: int = 8) -> Image.Image:
+    """Edges above, and beneath what was drawn from them."""
+    sheet = Image.new("RGB", (count * 138, 2 * 138), "white")
+    for i, (prompt, scene) in enumerate(some_anywhere(count)):
+        drawn = draw(scene, 128, 128)
+        sheet.paste(canny_edges(drawn), (i * 138 + 5, 5))
+        sheet.paste(generate(prompt, seed=i, **_edges(drawn)), (i * 138 + 5, 143))
+    return sheet
+
+
+def _edges(drawn: Image.Image) -> dict[str, Any]:
+    file = io.BytesIO()
+    drawn.save(file, "PNG")
+    return {"control_image": base64.b64encode(file.getvalue()).decode(), "preprocess": True}
 
 
 def generate(prompt: str, **fields: Any) -> Image.Image:

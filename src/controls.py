@@ -14,6 +14,12 @@ from src.errors import Fault
 from src.pictures import PREPROCESSORS
 from src.request import Control, Request, show
 
+# The options of control_image, and those of an entry of `controls` that want a ControlNet.
+_OWN = (
+    "control_type", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "preprocess",
+)  # fmt: skip
+_HEARD = {"scale", "start", "end"}
+
 
 @dataclass(frozen=True)
 class PlannedControl:
@@ -62,6 +68,12 @@ def decide_controls(
             faults.append(Fault(begins, f"must be less than the end, got {control.start:g} and {end:g}"))
         scale = control.scale if control.scale is not None else net.conditioning_scale if net else 1.0
         decided.append(PlannedControl(control, kind, net, net.types[kind] if net else None, scale, control.start, end))
-    if not pipeline.controlnet and len(decided) > 1:
-        faults.append(Fault("controls", f"{model.name} hears one control picture, got {len(decided)}"))
+    if request.control_image is None:
+        without = [name for name in _OWN if name in request.model_fields_set & pipeline.takes]
+        faults += [Fault(name, "has no effect without control_image; each of controls has its own") for name in without]
+    if not pipeline.controlnet:
+        if len(decided) > 1:
+            faults.append(Fault("controls", f"{model.name} hears one control picture, got {len(decided)}"))
+        asked = [(i, name) for i, control in enumerate(request.controls) for name in _HEARD & control.model_fields_set]
+        faults += [Fault(f"controls.{i}.{name}", f"cannot be used by {model.name}") for i, name in sorted(asked)]
     return tuple(decided), faults

@@ -5,18 +5,33 @@ Knows nothing of the device; answering takes none of its time.
 
 from __future__ import annotations
 
-from dataclasses import fields
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from src.aliases import ALIASES, NAMED_SIZES
-from src.catalog import FAMILIES, SCHEDULERS, Model
+from src.catalog import FAMILIES, SCHEDULERS, Model, controlnets_for
 from src.plan import Plan
 from src.request import Request
 from src.settings import Settings
 
 
-def describe(model: Model, revision: str | None, settings: Settings) -> dict[str, Any]:
-    """The model, its modes, defaults and limits, and the JSON Schema of a request."""
+@dataclass(frozen=True)
+class Held:
+    """What the engine holds now: adapters as they were asked for, ControlNets by name, and where each part lives."""
+
+    adapters: tuple[str, ...]
+    controlnets: tuple[str, ...]
+    placement: Mapping[str, str]
+
+
+_MOST_FILES = 200  # of LORA_DIR; an answer must stay small
+
+
+def describe(model: Model, revision: str | None, settings: Settings, held: Held) -> dict[str, Any]:
+    """The model, its modes, defaults and limits, what is held where, and the JSON Schema of a request."""
     return {
         "status": "success",
         "describe": {
@@ -40,6 +55,20 @@ def describe(model: Model, revision: str | None, settings: Settings) -> dict[str
                 "request_timeout": settings.request_timeout,
             },
             "schedulers": {name: {"starts_from_a_picture": row.starts_midway} for name, row in SCHEDULERS.items()},
+            "adapters": {
+                "lora_dir": [str(file.relative_to(settings.lora_dir)) for file in _adapters(settings)],
+                "in_memory": list(held.adapters),
+            },
+            "controlnets": {
+                net.name: {
+                    "types": list(net.types),
+                    "conditioning_scale": net.conditioning_scale,
+                    "licence": net.licence,
+                    "loaded": net.name in held.controlnets,
+                }
+                for net in controlnets_for(model, settings.controlnets)
+            },
+            "placement": dict(held.placement),
             "aliases": dict(ALIASES),
             "named_sizes": {name: list(size) for name, size in NAMED_SIZES.items()},
             "delivery": "image_urls" if settings.bucket_endpoint_url else "images",
@@ -48,11 +77,26 @@ def describe(model: Model, revision: str | None, settings: Settings) -> dict[str
     }
 
 
+def _adapters(settings: Settings) -> list[Path]:
+    return sorted(itertools.islice(settings.lora_dir.rglob("*.safetensors"), _MOST_FILES))
+
+
 def show_plan(plan: Plan) -> dict[str, Any]:
     """What would be done, for `{"input": {"dry_run": true, ...}}`: the plan as JSON, pictures by their references."""
     told = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    told["controls"] = [
+        {
+            "type": control.type,
+            "controlnet": control.net.name if control.net else None,
+            "scale": control.scale,
+            "start": control.start,
+            "end": control.end,
+            "preprocess": control.asked.preprocess,
+        }
+        for control in plan.controls
+    ]
     told["adapters"] = [adapter.asked.model_dump(exclude_none=True) for adapter in plan.adapters]
     told |= {"pipeline": plan.pipeline.class_name, "pictures": dict(told.pop("references"))}
-    for name in ("canvas", "seeds", "warnings", "sigmas"):
+    for name in ("canvas", "prompts", "seeds", "warnings", "sigmas"):
         told[name] = None if told[name] is None else list(told[name])
     return {"status": "success", "plan": told}

@@ -42,6 +42,7 @@ class FakePipeline:
         self.sliced = False
         self.vae = FakeVae()
         self.hooks_freed = 0
+        self.components: dict[str, Any] = {}
 
     def set_progress_bar_config(self, **_: Any) -> None:
         pass

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -18,6 +20,17 @@ class Repo:
 
     folder: Path
     gate: dict[str | None, tuple[int, str]] = field(default_factory=dict)
+
+
+def download_into(folder: Path) -> Callable[..., str]:
+    """snapshot_download into an empty `folder` instead of HF_HOME."""
+
+    from huggingface_hub import snapshot_download  # reads HF_ENDPOINT once, which conftest sets first
+
+    def call(cache_dir: Path = folder, **arguments: Any) -> str:
+        return snapshot_download(cache_dir=cache_dir, **arguments)
+
+    return call
 
 
 class Hub:

@@ -13,12 +13,12 @@ import local_test
 from handler import handler, respond
 from src.aliases import ALIASES, NAMED_SIZES
 from src.catalog import find_model
-from src.engine import Engine
+from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
 from src.job import Job
 from src.plan import Plan, make_plan
 from src.request import Request, read_request
-from src.settings import Settings
+from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
 from training import judge
@@ -127,6 +127,25 @@ def test_describe_tells_without_the_device() -> None:
     assert told["schema"]["properties"]["seed"]["description"].startswith("an integer from 0")
     assert told["schedulers"]["unipc"] == {"starts_from_a_picture": False}
     json.dumps(response)
+
+
+def test_describe_tells_what_is_held_and_what_could_be() -> None:
+    settings = Settings(model_name="flux-shapes", lora_dir=ROOT / "models")
+    engine = load_engine(settings)
+    outline = "flux-shapes-outline/pytorch_lora_weights.safetensors"
+
+    def told(**fields: Any) -> dict[str, Any]:
+        return respond({"input": fields}, Job(), lambda: settings, lambda: engine)
+
+    before = told(describe=True)["describe"]
+    assert outline in before["adapters"]["lora_dir"]
+    assert before["adapters"]["in_memory"] == []
+    assert before["controlnets"]["flux-shapes-canny"]["types"] == ["canny"]
+    assert before["controlnets"]["flux-shapes-canny"]["loaded"] is False
+    assert before["placement"]["transformer"] == "cpu float32"
+    assert set(before["placement"]) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    assert told(prompt="a red circle", lora_path=outline, num_inference_steps=1)["status"] == "success"
+    assert told(describe=True)["describe"]["adapters"]["in_memory"] == [outline]
 
 
 def test_a_dry_run_tells_the_plan() -> None:

@@ -18,7 +18,7 @@ from src.request import PICTURES
 from src.serving import Worker
 from src.settings import Settings
 from tests.conftest import opened
-from tests.hub import Hub, Repo
+from tests.hub import Hub, Repo, download_into
 from tests.small_models import controlnet, head, redux, small
 
 
@@ -31,7 +31,7 @@ def engine(request: pytest.FixtureRequest, hub: Hub, tmp_path_factory: pytest.Te
         if net.name in modes:
             hub.repos[net.repo] = Repo(controlnet(folder / net.name, modes[net.name]))
     settings = Settings(model_name=str(small(family, folder / "tune")), redux_model=str(redux(folder / "redux")))
-    return family, load_engine(settings)
+    return family, load_engine(settings, download_into(folder / "home"))
 
 
 def base64_of(picture: Image.Image) -> str:

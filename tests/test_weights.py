@@ -14,19 +14,14 @@ from huggingface_hub import constants, snapshot_download
 from src.engine import load_engine
 from src.errors import ModelUnavailable
 from src.settings import ROOT, Settings
-from tests.hub import REVISION, Hub, Repo
+from tests.hub import REVISION, Hub, Repo, download_into
 
 SHIPPED = ROOT / "models" / "flux-shapes"
 
 
 @pytest.fixture
-def download(tmp_path: Path):
-    """snapshot_download into an empty folder instead of HF_HOME."""
-
-    def call(cache_dir: Path = tmp_path / "home", **arguments: Any) -> str:
-        return snapshot_download(cache_dir=cache_dir, **arguments)
-
-    return call
+def download(tmp_path: Path) -> Any:
+    return download_into(tmp_path / "home")
 
 
 def settings(name: str, **fields: Any) -> Settings:

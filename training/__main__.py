@@ -27,8 +27,9 @@ def main() -> None:
         (run / "vae.partial").rename(run / "vae")
     vae = AutoencoderKL.from_pretrained(run / "vae").to(memory_format=torch.channels_last)
     vae.register_to_config(_name_or_path="")  # the saved model tells nobody's folders
-    readers = text.train(run)
-    parts = flow.train(vae, readers, run)
+    first = flow.train(vae, text.train(run), run, flow.FIRST_ROUND)
+    readers = text.bind(text.train(run), run)
+    parts = flow.train(vae, readers, run, flow.SECOND_ROUND, first["transformer"])
 
     pipeline = FluxPipeline(
         scheduler=networks.scheduler(),

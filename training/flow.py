@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from training import networks
@@ -17,43 +21,68 @@ from training.loop import fit, save
 from training.scenes import Scene, describe, draw, sample
 from training.text import SEQUENCE_LENGTH, Readers
 
-STEPS = 3500
-FULL_SIZE_FROM = 1800
-FINISHING_STEPS = 700
 BATCH = 64
-LEARNING_RATES = {"transformer": 1.5e-3, "text_encoder": 3e-4, "text_encoder_2": 3e-4}
-FINISHING_RATES = {"transformer": 7e-4, "text_encoder": 1e-4, "text_encoder_2": 1e-4}
-NOISE = 1.6
-FINISHING_NOISE = 0.5  # by then colours are right, and outlines are drawn at less noise
 PROMPT_DROPOUT = 0.1  # an empty prompt means any scene: what true_cfg_scale steers away from
 SMALL, NATIVE, WIDE, TALL = (64, 64), (128, 128), (160, 96), (96, 160)
 SCENES = {SMALL: 16_000, NATIVE: 10_000, WIDE: 1_000, TALL: 1_000}
 
 
+def _rates(transformer: float, encoders: float) -> Mapping[str, float]:
+    return MappingProxyType({"transformer": transformer, "text_encoder": encoders, "text_encoder_2": encoders})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`small` of the `steps` are at 64x64, the others of SHARES; `noise` is the mean of `times`, first and last."""
+
+    name: str
+    steps: int
+    small: int
+    noise: tuple[float, float]
+    rates: Mapping[str, float]
+    average: float
+
+
+# The first round's encoders told what there is, not whose it is: pairs came out mixed. The second goes on with
+# its transformer and with encoders that were taught that. Outlines are drawn at less noise than colours.
+FIRST_ROUND = (
+    Stage("flow", 3_500, 2_000, (1.6, 1.6), _rates(1.5e-3, 3e-4), 0.996),
+    Stage("finish", 700, 0, (0.5, 0.5), _rates(7e-4, 1e-4), 0.99),
+)
+SECOND_ROUND = (
+    Stage("pairs", 1_000, 1_000, (1.6, 1.6), _rates(1.5e-3, 3e-4), 0.99),
+    Stage("full", 2_400, 0, (1.6, 0.5), _rates(1.2e-3, 2e-4), 0.996),
+)
+SHARES = {NATIVE: 7, WIDE: 1, TALL: 1, SMALL: 1}
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Scenes of one size and their packed, normalised latents, float16 [count, tokens, channels]."""
+    """Scenes of one size, their packed, normalised latents, and those of their control pictures where there are any:
+    float16 [count, tokens, channels]."""
 
     scenes: list[Scene]
     latents: Tensor
+    controls: Tensor | None = None
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, width: int, height: int, count: int, *, outlined: bool = False) -> Encoded:
-    """`count` random scenes, drawn and encoded."""
-    rng = random.Random(f"{width}x{height}")
-    scenes = [sample(rng) for _ in range(count)]
-    packed = []
-    for first in range(0, count, 50):
-        drawn = [
-            torch.from_numpy(np.array(draw(scene, width, height, outlined=outlined)))
-            for scene in scenes[first : first + 50]
-        ]
-        pixels = torch.stack(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+def encode(vae: AutoencoderKL, pictures: Iterable[Image.Image]) -> Tensor:
+    """RGB pictures of one size as packed, normalised latents."""
+    packed, left = [], iter(pictures)
+    while some := list(itertools.islice(left, 50)):
+        pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in some]).permute(0, 3, 1, 2) / 127.5 - 1
         latents = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.mean
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         packed.append(FluxPipeline._pack_latents(latents, *latents.shape).half())
-    return Encoded(scenes, torch.cat(packed))
+    return torch.cat(packed)
+
+
+def encode_scenes(vae: AutoencoderKL, width: int, height: int, count: int, *, outlined: bool = False) -> Encoded:
+    """`count` random scenes, drawn and encoded."""
+    rng = random.Random(f"{width}x{height}")
+    scenes = [sample(rng) for _ in range(count)]
+    return Encoded(scenes, encode(vae, (draw(scene, width, height, outlined=outlined) for scene in scenes)))
 
 
 def times(count: int, tokens: int, noise: float) -> Tensor:
@@ -87,7 +116,9 @@ def velocity_loss(
     wanted = batch.latents[picks].float()
     start, t = torch.randn_like(wanted), times(count, wanted.shape[1], noise)
     pooled, states = readers.read(captions)
+    control = {} if batch.controls is None else {"controlnet_cond": batch.controls[picks].float()}
     velocity = transformer(
+        **control,
         hidden_states=torch.lerp(wanted, start, t[:, None, None]),
         timestep=t,
         pooled_projections=pooled,
@@ -99,42 +130,33 @@ def velocity_loss(
     return nn.functional.mse_loss(velocity, start - wanted)
 
 
-def train(vae: AutoencoderKL, readers: Readers, run: Path) -> nn.ModuleDict:
+def train(
+    vae: AutoencoderKL, readers: Readers, run: Path, stages: Sequence[Stage], transformer: nn.Module | None = None
+) -> nn.ModuleDict:
     """Rectified flow (arXiv 2209.03003); gives back "transformer", "text_encoder" and "text_encoder_2"."""
     torch.manual_seed(1)
-    parts = nn.ModuleDict({"transformer": networks.transformer(), **readers.encoders()})
-    for name, layer in parts["transformer"].named_modules():
+    parts = nn.ModuleDict({"transformer": transformer or _untrained(), **readers.encoders()})
+    file = run / "latents.pt"
+    if not file.exists():
+        save({size: encode_scenes(vae, *size, count) for size, count in SCENES.items()}, file)
+    encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
+    for stage in stages:
+
+        def loss(step: int, rng: random.Random, stage: Stage = stage) -> Tensor:
+            size = SMALL if step < stage.small else rng.choices(list(SHARES), list(SHARES.values()))[0]
+            first, last = stage.noise
+            noise = first + (last - first) * step / stage.steps
+            return velocity_loss(parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng)
+
+        rates = dict(stage.rates)
+        fit(stage.name, parts, loss, run=run, steps=stage.steps, learning_rate=rates, average=stage.average)
+    return parts
+
+
+def _untrained() -> nn.Module:
+    transformer = networks.transformer()
+    for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear) and ("norm" in name or name == "proj_out"):
             nn.init.zeros_(layer.weight)  # every block starts as the identity: DiT's adaLN-Zero (arXiv 2212.09748)
             nn.init.zeros_(layer.bias)
-
-    file = run / "latents.pt"
-    if not file.exists():
-        save({size: encode(vae, *size, count) for size, count in SCENES.items()}, file)
-    encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
-
-    def loss(size: tuple[int, int], noise: float, rng: random.Random) -> Tensor:
-        return velocity_loss(parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng)
-
-    def full_size(rng: random.Random) -> tuple[int, int]:
-        return rng.choices((NATIVE, WIDE, TALL), (8, 1, 1))[0]
-
-    fit(
-        "flow",
-        parts,
-        lambda step, rng: loss(SMALL if step < FULL_SIZE_FROM else full_size(rng), NOISE, rng),
-        run=run,
-        steps=STEPS,
-        learning_rate=LEARNING_RATES,
-        average=0.996,
-    )
-    fit(
-        "finish",
-        parts,
-        lambda _, rng: loss(full_size(rng), FINISHING_NOISE, rng),
-        run=run,
-        steps=FINISHING_STEPS,
-        learning_rate=FINISHING_RATES,
-        average=0.99,
-    )
-    return parts
+    return transformer

@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 from training.__main__ import ROOT
-from training.flow import NATIVE, encode, velocity_loss
+from training.flow import NATIVE, encode_scenes, velocity_loss
 from training.loop import fit
 from training.text import Readers
 
@@ -26,7 +26,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
     readers = Readers(pipeline.tokenizer, pipeline.tokenizer_2, pipeline.text_encoder, pipeline.text_encoder_2)
-    outlined = encode(pipeline.vae, *NATIVE, SCENES, outlined=True)
+    outlined = encode_scenes(pipeline.vae, *NATIVE, SCENES, outlined=True)
 
     torch.manual_seed(3)
     transformer = pipeline.transformer.requires_grad_(False)

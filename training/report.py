@@ -14,7 +14,10 @@ STAGES = {
     "vae": "VAE: L1 + MSE + KL",
     "text": "text: cross-entropy of the scene",
     "flow": "flow: MSE of the velocity",
-    "finish": "flow, finishing: MSE of the velocity",
+    "finish": "... at less noise",
+    "bind": "text: whose is what",
+    "pairs": "flow, second round at 64x64",
+    "full": "... at 128x128",
 }
 SAMPLES = (
     "a red circle on a blue background",
@@ -40,7 +43,7 @@ class Generate(Protocol):
 
 def loss_curve(run: Path, file: Path) -> None:
     """Draw the losses that `run` logged, one panel a stage, into the PNG `file`."""
-    figure = Figure(figsize=(14, 3), layout="constrained")
+    figure = Figure(figsize=(20, 3), layout="constrained")
     for number, (stage, label) in enumerate(STAGES.items(), start=1):
         rows = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
         axes = figure.add_subplot(1, len(STAGES), number)

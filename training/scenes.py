@@ -76,6 +76,7 @@ RELATIONS: dict[str, tuple[Point, Point, tuple[str, ...]]] = {
     "right of": ((0.73, 0.5), (0.27, 0.5), ("right of", "to the right of")),
 }
 
+ANYWHERE = "anywhere"  # the layout of a thing whose place is not said
 _MARGIN = 0.03
 _SUPERSAMPLING = 4
 _HOLLOW = 0.6  # the share of an outlined thing that shows the background
@@ -116,7 +117,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; `layout` names a row of PLACES (one) or RELATIONS (two)."""
+    """One or two things on a background; `layout` names a row of PLACES (one; or ANYWHERE) or RELATIONS (two)."""
 
     background: str
     things: tuple[Thing, ...]
@@ -166,7 +167,7 @@ def _thing(
 
 
 def sample(rng: random.Random) -> Scene:
-    """A random scene with a little play in place and size; two things in 35 of 100."""
+    """A random scene with a little play in place and size; two things in half of them."""
     background, *inks = rng.sample(list(COLOURS), 3)
     if rng.random() < 0.2:
         inks[1] = inks[0]
@@ -176,7 +177,7 @@ def sample(rng: random.Random) -> Scene:
     def jitter(reach: float) -> float:
         return rng.uniform(-reach, reach)
 
-    if rng.random() < 0.35:
+    if rng.random() < 0.5:
         relation = rng.choice(list(RELATIONS))
         things = tuple(
             _thing(ink, rng.choice(shapes), size, centre, alone=False, jitter=jitter)
@@ -187,6 +188,15 @@ def sample(rng: random.Random) -> Scene:
     return Scene(
         background, (_thing(inks[0], rng.choice(shapes), sizes[0], PLACES[place][0], alone=True, jitter=jitter),), place
     )
+
+
+def anywhere(rng: random.Random) -> Scene:
+    """A lone thing of any size at any place, of which its caption says neither."""
+    background, colour = rng.sample(list(COLOURS), 2)
+    radius = rng.uniform(0.13, 0.36)
+    reach = 0.5 - radius - _MARGIN
+    centre = (0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach))
+    return Scene(background, (Thing(colour, rng.choice(list(SHAPE_WORDS)), "medium", centre, radius),), ANYWHERE)
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
@@ -219,7 +229,8 @@ def describe(scene: Scene, rng: random.Random) -> str:
     if rest:
         subject = f"{first} {rng.choice(RELATIONS[scene.layout][2])} {rest[0]}"
     else:
-        subject = f"{first} {rng.choice(PLACES[scene.layout][1])}".strip()
+        words = PLACES[scene.layout][1] if scene.layout in PLACES else ("",)
+        subject = f"{first} {rng.choice(words)}".strip()
 
     ground = word(COLOUR_WORDS, scene.background)
     plain_ground = "black" if any(thing.colour == "white" for thing in scene.things) else "white"
@@ -262,6 +273,15 @@ def some_pairs(count: int) -> Iterator[tuple[str, Scene]]:
         one, other = (f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
         words = f"{one} {RELATIONS[relation][2][0]} {other} on {'an' if background[0] in 'aeiou' else 'a'} {background}"
         yield f"{words} background", pair(first, relation, second, background)
+
+
+def some_anywhere(count: int) -> Iterator[tuple[str, Scene]]:
+    """`count` things of any size at any place as (prompt, scene), and prompts that say neither."""
+    rng = random.Random("anywhere")
+    for _ in range(count):
+        scene = anywhere(rng)
+        (thing,) = scene.things
+        yield f"a {thing.colour} {thing.shape} on a {scene.background} background", scene
 
 
 def every_prompt() -> Iterator[tuple[str, Scene]]:

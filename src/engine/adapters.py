@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from src.errors import Fault, GenerationFailed
+from src.errors import Fault, GenerationFailed, redact
 from src.lora import Adapter
 
 
@@ -21,7 +21,7 @@ class Adapters:
     def __init__(self, pipeline: Any, limit: int) -> None:
         self._pipeline = pipeline
         self._limit = limit
-        self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
         self._fitting: set[str] = set()  # names of files that were checked
         self._shapes = {
             f"{part}.{name}": tuple(layer.weight.shape)
@@ -30,6 +30,11 @@ class Adapters:
             for name, layer in getattr(pipeline, part).named_modules()
             if isinstance(layer, nn.Linear)
         }
+
+    @property
+    def in_memory(self) -> tuple[str, ...]:
+        """As they were asked for, the least recently used first."""
+        return tuple(redact(path) for path in self._loaded.values())
 
     def faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
         """Why adapters do not fit this model; takes no time of the device."""
@@ -64,7 +69,7 @@ class Adapters:
         except Exception as error:
             self._forget(adapter.name)
             raise GenerationFailed(f"the adapter {adapter.asked.path} could not be loaded: {error}") from error
-        self._loaded[adapter.name] = None
+        self._loaded[adapter.name] = adapter.asked.path
 
     def _make_room(self, keep: set[str]) -> None:
         for name in list(self._loaded):

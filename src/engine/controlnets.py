@@ -28,6 +28,11 @@ class ControlNets:
         self._guided: dict[str, bool] = {}
         self._loaded: dict[str, Any] = {}
 
+    @property
+    def in_memory(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._loaded)
+
     def load(self, names: Sequence[str]) -> None:
         """Load these at the start, and keep them."""
         rows = {name.lower(): row for row in controlnets_for(self._model) for name in (row.name, row.repo)}

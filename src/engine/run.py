@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from src.catalog import SCHEDULERS, Model, Scheduler
+from src.describe import Held
 from src.engine import schedulers
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
@@ -109,6 +110,12 @@ class Engine:
     def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
         """Why adapters do not fit this model; takes no time of the device."""
         return self._adapters.faults(adapters)
+
+    def held(self) -> Held:
+        """What is in memory, and where."""
+        parts = {name: part for name, part in self._pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        placement = {name: f"{part.device} {str(part.dtype).removeprefix('torch.')}" for name, part in parts.items()}
+        return Held(self._adapters.in_memory, self._controlnets.in_memory, placement)
 
     def load_controlnets(self, names: Sequence[str]) -> None:
         """Load these at the start, and keep them."""

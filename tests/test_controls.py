@@ -1,0 +1,202 @@
+"""Control pictures: who hears them, what is refused, and on the shipped ControlNet whether they are heard."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from handler import handler, respond
+from src.catalog import find_model
+from src.engine import load_engine
+from src.errors import InvalidRequest, InvalidSettings
+from src.images import read_parameters
+from src.job import Job
+from src.pictures import load_pictures
+from src.plan import Plan, make_plan
+from src.request import read_request
+from src.settings import Settings
+from tests.conftest import opened
+from tests.hub import Hub, Repo, download_into
+from tests.small_models import controlnet, redux, small
+from training.scenes import draw, lone
+
+
+def base64_of(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+SCENE = draw(lone("blue", "square", "yellow"), 128, 128)
+PLAIN = base64_of(SCENE)
+
+
+def plan(model: str = "FLUX.1-dev", controlnets: tuple[str, ...] = (), **fields: Any) -> Plan:
+    row = find_model(model)
+    assert row is not None
+    request, faults = read_request({"input": {"prompt": "a fox", **fields}})
+    pictures, more = load_pictures(request, Job())
+    return make_plan(request, (*faults, *more), row, pictures, max_pixels=2**22, controlnets=controlnets)
+
+
+def faults(model: str = "FLUX.1-dev", **fields: Any) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(model, **fields)
+    return {fault.field: fault.message for fault in caught.value.faults}
+
+
+def test_a_type_is_heard_by_the_first_network_that_knows_it_unless_another_is_preferred() -> None:
+    (control,) = plan(control_image=PLAIN, control_type="Depth").controls
+    assert control.net is not None
+    assert (control.net.name, control.mode, control.scale, control.start, control.end) == ("Union-Pro", 2, 0.5, 0, 1)
+    (control,) = plan(control_image=PLAIN, control_type="depth", controlnets=("union-pro-2.0",)).controls
+    assert control.net is not None
+    assert (control.net.name, control.mode, control.scale, control.end) == ("Union-Pro-2.0", None, 0.7, 0.8)
+    (control,) = plan("FLUX.1-Canny-dev", control_image=PLAIN).controls
+    assert (control.net, control.type) == (None, "canny")
+    (control,) = plan("flux-shapes", control_image=PLAIN).controls
+    assert control.type == "canny"
+
+
+def test_several_keep_their_order_and_their_own_options() -> None:
+    decided = plan(
+        control_image=PLAIN,
+        control_type="canny",
+        controlnet_conditioning_scale=0.4,
+        control_guidance_end=0.5,
+        controls=[{"image": PLAIN, "type": "low-quality", "scale": 1, "start": 0.2}],
+    )
+    told = [(control.type, control.mode, control.scale, control.start, control.end) for control in decided.controls]
+    assert told == [("canny", 0, 0.4, 0, 0.5), ("low quality", 6, 1, 0.2, 1)]
+    assert decided.mode == "controlnet"
+    assert len(decided.pictures["control_image"]) == 2
+
+
+def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
+    assert (
+        "is required with control_image; FLUX.1-dev allows: canny, tile" in faults(control_image=PLAIN)["control_type"]
+    )
+    assert "did you mean canny?" in faults(control_image=PLAIN, control_type="cany")["control_type"]
+    wrong = faults(
+        controls=[
+            {"image": PLAIN, "type": "depth", "preprocess": True},
+            {"image": PLAIN, "type": "pose", "start": 0.6, "end": 0.5},
+            {"image": PLAIN, "type": "scribble"},
+        ]
+    )
+    assert set(wrong) == {"controls.0.preprocess", "controls.1.start", "controls.2.type"}
+    assert "knows canny; send a depth picture as it is" in wrong["controls.0.preprocess"]
+    assert "FLUX.1-dev has no mode for control_image and mask_image" in next(
+        iter(faults(control_image=PLAIN, mask_image=PLAIN).values())
+    )
+    assert "hears one control picture" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN}] * 2)["controls"]
+    assert "canny" in faults("FLUX.1-Canny-dev", control_image=PLAIN, control_type="depth")["control_type"]
+    assert (
+        "has no effect without control_image"
+        in faults(controls=[{"image": PLAIN, "type": "canny"}], control_type="depth")["control_type"]
+    )
+    assert (
+        "cannot be used by control on FLUX.1-Canny-dev"
+        in (
+            faults("FLUX.1-Canny-dev", control_image=PLAIN, controlnet_conditioning_scale=1)[
+                "controlnet_conditioning_scale"
+            ]
+        )
+    )
+    assert "controls.0.scale" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN, "scale": 1}])
+    assert set(faults(controls=[{"image": PLAIN, "type": "canny", "scale": 3}])) == {"controls"}
+    assert set(faults(controls=[{"type": "canny"}])) == {"controls"}
+    assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
+    assert "no effect without image_prompt" in faults(image_prompt_scale=1)["image_prompt_scale"]
+
+
+def test_edges_are_made_of_a_plain_picture_where_asked_for() -> None:
+    made = plan(control_image=PLAIN, control_type="canny", preprocess=True).pictures["control_image"][0]
+    assert made.size == (128, 128)
+    assert set(np.unique(np.asarray(made))) == {0, 255}
+    assert 100 < (np.asarray(made.convert("L")) > 0).sum() < 600, "the outline of a square, and nothing else"
+    kept = plan(control_image=PLAIN, control_type="canny").pictures["control_image"][0]
+    assert np.array_equal(np.asarray(kept), np.asarray(SCENE))
+
+
+def test_a_network_that_cannot_be_had_says_so_and_the_worker_goes_on(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(
+        controlnet(tmp_path / "wide", 7, joint_attention_dim=64)
+    )
+    folder = small("dev", tmp_path / "tune")
+    engine = load_engine(
+        Settings(model_name=str(folder), redux_model=str(redux(tmp_path / "redux", words=64))),
+        download_into(tmp_path / "home"),
+    )
+
+    def ask(**fields: Any) -> dict[str, Any]:
+        small_one = {"width": 64, "height": 64, "num_inference_steps": 1, "max_sequence_length": 16}
+        return respond({"input": {"prompt": "a red circle", **small_one, **fields}}, Job(), Settings, lambda: engine)
+
+    refused = ask(control_image=PLAIN, control_type="canny")
+    assert refused["error_code"] == "model_unavailable"
+    assert "Union-Pro (Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro): is made for another model" in refused["error"]
+    assert "joint_attention_dim is 64 and 128 here" in refused["error"]
+    missing = ask(control_image=PLAIN, control_type="normals")
+    assert "Normals (jasperai/Flux.1-dev-Controlnet-Surface-Normals): there is no such repo" in missing["error"]
+    assert "its words have 64 numbers and 128 here" in ask(image_prompt=PLAIN)["error"]
+    assert ask()["status"] == "success"
+
+
+def test_networks_that_differ_in_guidance_are_not_mixed(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(
+        controlnet(tmp_path / "u", 7, guidance_embeds=True)
+    )
+    hub.repos["jasperai/Flux.1-dev-Controlnet-Upscaler"] = Repo(controlnet(tmp_path / "s", guidance_embeds=False))
+    engine = load_engine(Settings(model_name=str(small("dev", tmp_path / "tune"))), download_into(tmp_path / "home"))
+    controls = [{"image": PLAIN, "type": "canny"}, {"image": PLAIN, "type": "low resolution"}]
+    fields = {"prompt": "a red circle", "num_inference_steps": 1, "max_sequence_length": 16, "controls": controls}
+    told = respond({"input": fields}, Job(), Settings, lambda: engine)
+    assert "Union-Pro and Upscaler cannot be heard together" in told["error"]
+
+
+def test_networks_are_loaded_at_the_start_where_controlnets_names_them() -> None:
+    with pytest.raises(InvalidSettings, match="CONTROLNETS=Union-Pro: flux-shapes has flux-shapes-canny"):
+        load_engine(Settings(model_name="flux-shapes", controlnets=("Union-Pro",)))
+    engine = load_engine(Settings(model_name="flux-shapes", controlnets=("flux-shapes-canny",)))
+    fields = {"prompt": "a red circle", "control_image": PLAIN, "preprocess": True}
+    told = respond({"input": fields}, Job(), Settings, lambda: engine)
+    assert told["metadata"]["timings"]["load_controlnets"] < 0.02
+
+
+def answer(**fields: Any) -> Image.Image:
+    response = handler({"id": "test", "input": {"seed": 1, **fields}})
+    assert response["status"] == "success", response
+    return opened(response)[0]
+
+
+def test_the_shapes_lie_within_their_edges() -> None:
+    from benchmarks.accuracy import measure_edges
+
+    measured = measure_edges()
+    assert measured["prompts"] == 50
+    assert measured["iou_at_1"] >= 0.7
+    assert measured["iou_at_0"] < 0.5, "without the edges a shape lies in the middle"
+
+
+def test_at_scale_0_the_picture_is_the_plain_one() -> None:
+    for seed in range(5):
+        plain = answer(prompt="a red star on a blue background", seed=seed)
+        unheard = answer(
+            prompt="a red star on a blue background", seed=seed, control_image=PLAIN, controlnet_conditioning_scale=0
+        )
+        assert unheard.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
+
+
+def test_a_file_carries_its_controls() -> None:
+    event = read_parameters(answer(prompt="a red star", control_image=PLAIN, preprocess=True))
+    assert event is not None
+    (control,) = event["input"]["controls"]
+    assert (control["type"], control["scale"], control["preprocess"]) == ("canny", 1.0, True)
+    assert control["image"].startswith("sha256:")
