@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from handler import respond
-from src.catalog import CONTROLNETS, FAMILIES, MODELS
+from src.catalog import CONTROLNETS, FAMILIES, MODELS, SCHEDULERS
 from src.engine import Engine, load_engine
 from src.job import Job
 from src.request import PICTURES
@@ -46,6 +49,9 @@ ImageDraw.Draw(MASK).rectangle((40, 30, 90, 80), fill=255)
 SENT = {"init_image": base64_of(PICTURE), "mask_image": base64_of(MASK), "control_image": base64_of(PICTURE)}
 
 
+SMALL = {"width": 136, "height": 104, "num_inference_steps": 2, "max_sequence_length": 16}
+
+
 def sent_to(held: Engine, mode: str) -> dict[str, Any]:
     """The pictures that `mode` needs, and what has to be said of them."""
     needs = held.model.pipelines[mode].needs
@@ -54,8 +60,7 @@ def sent_to(held: Engine, mode: str) -> dict[str, Any]:
 
 
 def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
-    small = {"width": 136, "height": 104, "num_inference_steps": 2, "max_sequence_length": 16}
-    fields = {"prompt": "a red circle", "seed": 1, **small, **fields}
+    fields = {"prompt": "a red circle", "seed": 1, **SMALL, **fields}
     return respond({"input": fields}, Job(), Settings, lambda: engine)
 
 
@@ -208,3 +213,36 @@ def test_every_controlnet_type_is_heard_as_itself(engine: tuple[str, Engine]) ->
         assert drawn(held, **fields) != both
         mixed = {**fields, "controls": [fields["controls"][0], {**fields["controls"][1], "type": "soft edge"}]}
         assert drawn(held, **mixed) != both
+
+
+def test_every_family_hears_an_adapter_of_its_own_and_refuses_anothers(
+    engine: tuple[str, Engine], tmp_path: Path
+) -> None:
+    family, held = engine
+    query = held._pipeline.transformer.transformer_blocks[0].attn.to_q
+    for name, width in (("fits", query.in_features), ("other", query.in_features + 8)):
+        generator = torch.Generator().manual_seed(1)
+        layer = "transformer.transformer_blocks.0.attn.to_q"
+        halves = {
+            f"{layer}.lora_A.weight": torch.randn(2, width, generator=generator),
+            f"{layer}.lora_B.weight": torch.randn(query.out_features, 2, generator=generator),
+        }
+        save_file(halves, tmp_path / f"{name}.safetensors")
+
+    def ask_with(**fields: Any) -> dict[str, Any]:
+        asked = everywhere(held, next(iter(held.model.pipelines))) | SMALL | {"prompt": "a red circle", "seed": 1}
+        settings = Settings(lora_dir=tmp_path)
+        return respond({"input": asked | fields}, Job(), lambda: settings, lambda: held)
+
+    heard, plain = ask_with(lora_path="fits.safetensors", lora_scale=1), ask_with()
+    assert heard["status"] == "success", (family, heard)
+    assert opened(heard)[0].tobytes() != opened(plain)[0].tobytes()
+    assert "was made for another model" in ask_with(lora_path="other.safetensors")["error"]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_runs_on_every_family(engine: tuple[str, Engine], scheduler: str) -> None:
+    _, held = engine
+    for mode, row in held.model.pipelines.items():
+        if SCHEDULERS[scheduler].starts_midway or "strength" not in row.takes:
+            assert len(drawn(held, **everywhere(held, mode), scheduler=scheduler)) == 1

@@ -220,3 +220,22 @@ def test_kohyas_format_is_read(ask: Ask, tmp_path: Path) -> None:
     difference = np.abs(np.asarray(opened(one)[0], float) - np.asarray(opened(other)[0], float)).max()
     assert difference <= 2
     assert isinstance(opened(one)[0], Image.Image)
+
+
+def test_xlabs_format_is_read(ask: Ask, tmp_path: Path) -> None:
+    """XLabs keeps a block's three projections as one; split as diffusers has them they give the same picture."""
+    generator = torch.Generator().manual_seed(7)
+    xlabs: dict[str, torch.Tensor] = {}
+    own: dict[str, torch.Tensor] = {}
+    for block in (0, 1):
+        down = torch.randn(4, 160, generator=generator) * 0.1
+        up = torch.randn(480, 4, generator=generator) * 0.1
+        xlabs[f"double_blocks.{block}.processor.qkv_lora1.down.weight"] = down
+        xlabs[f"double_blocks.{block}.processor.qkv_lora1.up.weight"] = up
+        for name, part in zip(("to_q", "to_k", "to_v"), up.split(160), strict=True):
+            own[f"transformer.transformer_blocks.{block}.attn.{name}.lora_A.weight"] = down.clone()
+            own[f"transformer.transformer_blocks.{block}.attn.{name}.lora_B.weight"] = part.contiguous()
+    save_file(xlabs, tmp_path / "loras" / "xlabs.safetensors")
+    save_file(own, tmp_path / "loras" / "own.safetensors")
+    one, other = (ask(lora_path=f"{name}.safetensors", lora_scale=1) for name in ("xlabs", "own"))
+    assert pixels(one) == pixels(other) != pixels(ask())

@@ -166,9 +166,11 @@ class Site(BaseHTTPRequestHandler):
     """A web server of bad manners."""
 
     def do_GET(self) -> None:
-        self.send_response(302 if self.path == "/redirect" else 404 if self.path == "/missing" else 200)
-        if self.path == "/redirect":
-            self.send_header("Location", "file:///etc/passwd")
+        elsewhere = {"/redirect": "file:///etc/passwd", "/inside": "http://169.254.169.254/latest/meta-data/"}
+        self.send_response(302 if self.path in elsewhere else 404 if self.path == "/missing" else 200)
+        if self.path in elsewhere:
+            self.send_header("Location", elsewhere[self.path])
+            os.environ["RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"] = "false"  # this server was the last that was allowed
         if self.path == "/liar":
             self.send_header("Content-Length", "999999999")
         self.end_headers()
@@ -204,7 +206,6 @@ def test_fetching(site: str) -> None:
     assert fetch_url(f"{site}/photo") == file_of(PHOTO)
     for path, reason in (
         ("missing", "HTTP 404"),
-        ("redirect", "may not be fetched: blocked URL scheme 'file'"),
         ("endless", "larger than 20,000,000 bytes"),
         ("liar", "size cap"),
     ):
@@ -212,6 +213,14 @@ def test_fetching(site: str) -> None:
             fetch_url(f"{site}/{path}")
     with pytest.raises(Refused, match=r"within 0\.2 seconds"):
         list(open_url(f"{site}/drip", max_bytes=1_000, seconds=0.2, check=lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("redirect", "blocked URL scheme 'file'"), ("inside", "169.254.169.254|private|blocked")]
+)
+def test_a_redirect_leads_nowhere_that_may_not_be_asked(site: str, path: str, reason: str) -> None:
+    with pytest.raises(Refused, match=f"may not be fetched: .*({reason})"):
+        fetch_url(f"{site}/{path}")
 
 
 def test_all_bad_pictures_of_a_request_are_named_at_once_and_none_is_shown() -> None:

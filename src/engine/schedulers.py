@@ -10,16 +10,45 @@ import diffusers
 import torch
 
 
-class FlowDEISScheduler(diffusers.DEISMultistepScheduler):  # type: ignore[misc]
+class _OwnSigmas:
+    """Spaces its steps by itself: some of FLUX's pipelines hand over the model's sigmas without asking for that."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """As diffusers' own with as many steps; of `sigmas` only the number counts."""
+        steps = num_inference_steps if sigmas is None else len(sigmas)
+        super().set_timesteps(steps, device=device, mu=mu)  # type: ignore[misc]
+
+
+class FlowDPMSolverScheduler(_OwnSigmas, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """DPM++ 2M."""
+
+
+class FlowUniPCScheduler(_OwnSigmas, diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
+    """UniPC."""
+
+
+class FlowDEISScheduler(_OwnSigmas, diffusers.DEISMultistepScheduler):  # type: ignore[misc]
     """DEIS whose last step takes the noise away.
 
     diffusers 0.42 repeats the last sigma, so that the last step goes nowhere; at 0 its logarithm has no value, so the
     picture keeps a thousandth of noise, less than one of 256 levels.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None, mu: float | None = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
         """As DEIS's own, but for the end."""
-        super().set_timesteps(num_inference_steps, device=device, mu=mu)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
         self.sigmas[-1] = 1e-3
 
 
