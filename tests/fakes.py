@@ -42,6 +42,7 @@ class FakePipeline:
         self.sliced = False
         self.vae = FakeVae()
         self.hooks_freed = 0
+        self.read: list[str] = []
         self.components: dict[str, Any] = {}
 
     def set_progress_bar_config(self, **_: Any) -> None:
@@ -57,6 +58,7 @@ class FakePipeline:
         return SimpleNamespace(input_ids=text.split())
 
     def encode_prompt(self, prompt: str, prompt_2: str | None, max_sequence_length: int) -> tuple[torch.Tensor, ...]:
+        self.read.append(prompt)
         return torch.zeros(1, max_sequence_length, 4), torch.zeros(1, 4), torch.zeros(max_sequence_length, 3)
 
     def __call__(self, **arguments: Any) -> SimpleNamespace:

@@ -203,7 +203,7 @@ def test_every_plan_gets_a_scheduler_of_its_own() -> None:
     held = engine(pipeline)
     own = pipeline.scheduler
     held.run(plan(scheduler="dpmpp_2m"))
-    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert type(pipeline.scheduler).__name__ == "FlowDPMSolverScheduler"
     held.run(plan())
     assert pipeline.scheduler is not own
     assert dict(pipeline.scheduler.config) == dict(own.config)
@@ -267,3 +267,24 @@ def test_every_scheduler_draws_what_is_asked_for(scheduler: str, generate: Any) 
 
 def test_the_models_own_scheduler_is_named_as_a_request_names_it() -> None:
     assert engine(FakePipeline()).run(plan()).scheduler == "euler"
+
+
+def test_a_prompt_that_was_read_is_not_read_again() -> None:
+    pipeline = FakePipeline()
+    held = engine(pipeline)
+    for fields in ({}, {"seed": 5, "width": 128}, {"num_inference_steps": 2}):
+        held.run(plan(**fields))
+    assert pipeline.read == ["a red circle"]
+    held.run(plan(prompt="a blue circle"))
+    held.run(plan(max_sequence_length=16))
+    held.run(plan(negative_prompt="a dog", true_cfg_scale=2))
+    held.run(plan())
+    assert pipeline.read == ["a red circle", "a blue circle", "a red circle", "a red circle", "a dog"]
+
+
+def test_of_many_prompts_the_latest_are_remembered() -> None:
+    pipeline = FakePipeline()
+    held = engine(pipeline)
+    for i in (*range(65), 64, 1, 0):
+        held.run(plan(prompt=f"circle {i}"))
+    assert pipeline.read == [f"circle {i}" for i in (*range(65), 0)]

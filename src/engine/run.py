@@ -25,6 +25,7 @@ from src.engine import schedulers
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
 from src.engine.files import Files
+from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
 from src.job import OnProgress, Progress
@@ -64,6 +65,7 @@ class Engine:
         self._adapters = Adapters(pipeline, files.settings.max_loras)
         self._controlnets = ControlNets(pipeline, model, files)
         self._redux = Redux(pipeline, files)
+        self._prompts = Prompts(pipeline, self._redux)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -103,7 +105,7 @@ class Engine:
             pictures=tuple(_finished(picture, plan) for picture in pictures),
             scheduler=scheduler,
             timings=watch.seconds,
-            warnings=(*self._truncation(plan), *drawing.warnings),
+            warnings=(*self._prompts.truncation(plan), *drawing.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
         )
 
@@ -146,35 +148,15 @@ class Engine:
             self._pipeline.maybe_free_model_hooks()
             raise
 
-    def _encode(self, plan: Plan, prompt: str) -> dict[str, torch.Tensor]:
+    def _encode(self, plan: Plan, prompt: str) -> Embeddings:
         """The prompt's embeddings; memory that is short is freed once."""
         try:
-            return self._embeddings(plan, prompt)
+            return self._prompts.read(plan, prompt)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
             _free_memory(error)
-        return self._embeddings(plan, prompt)
-
-    def _embeddings(self, plan: Plan, prompt: str) -> dict[str, torch.Tensor]:
-        """The embeddings of the prompt and of what is steered away from, under the pipeline's arguments' names."""
-        arguments = self._read("", plan, prompt, plan.prompt_2)
-        if plan.negative_prompt is not None:
-            arguments |= self._read("negative_", plan, plan.negative_prompt, None)
-        for picture in plan.pictures.get("image_prompt", ()):
-            seen = self._redux.read(picture, plan.image_prompt_scale)
-            arguments["prompt_embeds"] = torch.cat([arguments["prompt_embeds"], seen], dim=1)
-        return arguments
-
-    def _read(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> dict[str, torch.Tensor]:
-        second = {"prompt_2": prompt_2} if "prompt_2" in plan.pipeline.takes else {}
-        embeds, *pooled, _ = self._pipeline.encode_prompt(
-            prompt=prompt, **second, max_sequence_length=plan.max_sequence_length
-        )
-        arguments = {f"{prefix}prompt_embeds": embeds}
-        if pooled:  # FLUX.2 has none
-            arguments[f"{prefix}pooled_prompt_embeds"] = pooled[0]
-        return arguments
+        return self._prompts.read(plan, prompt)
 
     def _view(self, plan: Plan) -> Any:
         """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
@@ -206,21 +188,6 @@ class Engine:
             )
         view.scheduler = scheduler
         return name
-
-    def _truncation(self, plan: Plan) -> tuple[str, ...]:
-        limit = plan.max_sequence_length
-        tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2-dev's reads pictures too
-        texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
-        if plan.prompt_2:
-            texts = [("prompt_2", plan.prompt_2)]
-        counts = [
-            (name, len(tokenizer(text).input_ids))
-            for name, text in (*texts, ("negative_prompt", plan.negative_prompt or ""))
-        ]
-        return tuple(
-            f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
-        )
 
     @property
     def _on_cuda(self) -> bool:
@@ -264,7 +231,7 @@ class _Drawing:
         row = self._plan.pipeline
         return (name == "control_image" and row.controlnet) or (name == "init_image" and row.references > 0)
 
-    def draw(self, seeds: tuple[int, ...], prompt: Mapping[str, torch.Tensor]) -> list[Image.Image]:
+    def draw(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
         """Denoise and decode the pictures of `seeds`, all of the one `prompt`."""
         step = self._watch.steps_done
         while True:
@@ -278,7 +245,7 @@ class _Drawing:
             if self._thrift.one_by_one and len(seeds) > 1:
                 return [picture for seed in seeds for picture in self.draw((seed,), prompt)]
 
-    def _call(self, seeds: tuple[int, ...], prompt: Mapping[str, torch.Tensor]) -> list[Image.Image]:
+    def _call(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
         plan, watch = self._plan, self._watch
         preview = _Preview(self._view, plan) if plan.preview else None
 

@@ -1,0 +1,81 @@
+"""Words, and a picture beside them, as the numbers that the transformer reads; what was read lately is remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from src.engine.redux import Redux
+from src.plan import Plan
+
+_REMEMBERED = 64  # prompts; one of FLUX.1-dev takes 4 MB of the host's memory, one of FLUX.2-dev 16
+
+Embeddings = dict[str, torch.Tensor]
+
+
+class Prompts:
+    """Reads the prompts of one model; the same prompt, read in the same way, costs no time again."""
+
+    def __init__(self, pipeline: Any, redux: Redux) -> None:
+        self._pipeline = pipeline
+        self._redux = redux
+        self._remembered: OrderedDict[Hashable, Embeddings] = OrderedDict()
+
+    def read(self, plan: Plan, prompt: str) -> Embeddings:
+        """Of `prompt` and of what the plan steers away from, under the names of the pipeline's arguments."""
+        key = _key(plan, prompt)
+        if key not in self._remembered:
+            self._remembered[key] = {name: tensor.cpu() for name, tensor in self._read(plan, prompt).items()}
+            while len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(key)
+        return {name: tensor.to(self._pipeline.device) for name, tensor in self._remembered[key].items()}
+
+    def truncation(self, plan: Plan) -> tuple[str, ...]:
+        """A warning for each text that is longer than the model reads."""
+        tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
+        limit = plan.max_sequence_length
+        texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
+        if plan.prompt_2:
+            texts = [("prompt_2", plan.prompt_2)]
+        texts.append(("negative_prompt", plan.negative_prompt or ""))
+        counts = [(name, len(tokenizer(text).input_ids)) for name, text in texts]
+        return tuple(
+            f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
+        )
+
+    def _read(self, plan: Plan, prompt: str) -> Embeddings:
+        embeddings = self._encode("", plan, prompt, plan.prompt_2)
+        if plan.negative_prompt is not None:
+            embeddings |= self._encode("negative_", plan, plan.negative_prompt, None)
+        for picture in plan.pictures.get("image_prompt", ()):
+            seen = self._redux.read(picture, plan.image_prompt_scale)
+            embeddings["prompt_embeds"] = torch.cat([embeddings["prompt_embeds"], seen], dim=1)
+        return embeddings
+
+    def _encode(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> Embeddings:
+        second = {"prompt_2": prompt_2} if "prompt_2" in plan.pipeline.takes else {}
+        embeds, *pooled, _ = self._pipeline.encode_prompt(
+            prompt=prompt, **second, max_sequence_length=plan.max_sequence_length
+        )
+        embeddings = {f"{prefix}prompt_embeds": embeds}
+        if pooled:  # FLUX.2 has none
+            embeddings[f"{prefix}pooled_prompt_embeds"] = pooled[0]
+        return embeddings
+
+
+def _key(plan: Plan, prompt: str) -> Hashable:
+    """All that the embeddings depend on; adapters may change the text encoders too."""
+    pictures = [hashlib.sha256(picture.tobytes()).digest() for picture in plan.pictures.get("image_prompt", ())]
+    return (
+        prompt,
+        plan.prompt_2,
+        plan.negative_prompt,
+        plan.max_sequence_length,
+        tuple((adapter.name, adapter.asked.scale) for adapter in plan.adapters),
+        (*pictures, plan.image_prompt_scale),
+    )
