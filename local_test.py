@@ -118,7 +118,8 @@ def _value(name: str, text: str) -> object:
     if name in PICTURES and Path(text).is_file():
         return base64.b64encode(Path(text).read_bytes()).decode("ascii")
     schema = Request.model_json_schema()["properties"][name]
-    if any(kind.get("type") == "string" for kind in schema.get("anyOf", [schema])):
+    kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
+    if "string" in kinds and not ("array" in kinds and text.startswith("[")):
         return text
     try:
         return json.loads(text)

@@ -283,6 +283,8 @@ CONTROLNETS: tuple[ControlNet, ...] = (
     ),
 )
 
+CONTROL_TYPES = tuple(dict.fromkeys(kind for net in CONTROLNETS for kind in net.types))
+
 
 @dataclass(frozen=True)
 class Scheduler:
@@ -320,7 +322,8 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
 
 def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[ControlNet, ...]:
     """Those that fit `model`, the `preferred` ones first, by their names or repos in any case."""
-    fitting = [row for row in CONTROLNETS if row.architecture == model.architecture]
+    heard = any(row.controlnet for row in model.pipelines.values())
+    fitting = [row for row in CONTROLNETS if heard and row.architecture == model.architecture]
     wanted = [name.lower() for name in preferred]
 
     def rank(row: ControlNet) -> int:
@@ -357,4 +360,4 @@ def _fits(model: Model, class_name: str, guided: bool) -> bool:
 
 def _fine_tune(name: str, family: str) -> Model:
     row = next(model for model in MODELS if model.name == FAMILIES[family].model)
-    return replace(row, name=name, repo=name, gated=False)
+    return replace(row, name=name, repo=name, gated=False, control_type=None)  # edges or depth: only its maker knows

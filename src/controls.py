@@ -9,15 +9,19 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from src.catalog import ControlNet, Model, Pipeline, controlnets_for
+from src.catalog import CONTROL_TYPES, ControlNet, Model, Pipeline, controlnets_for
 from src.errors import Fault
 from src.pictures import PREPROCESSORS
 from src.request import Control, Request, show
 
-# The options of control_image, and those of an entry of `controls` that want a ControlNet.
-_OWN = (
-    "control_type", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "preprocess",
-)  # fmt: skip
+# An option of an entry of `controls`, and the field that says it of control_image; some want a ControlNet.
+OWN_OPTIONS = {
+    "type": "control_type",
+    "scale": "controlnet_conditioning_scale",
+    "start": "control_guidance_start",
+    "end": "control_guidance_end",
+    "preprocess": "preprocess",
+}
 _HEARD = {"scale", "start", "end"}
 
 
@@ -35,41 +39,40 @@ class PlannedControl:
 
 
 def decide_controls(
-    request: Request, model: Model, pipeline: Pipeline, preferred: Sequence[str]
+    request: Request, model: Model, pipeline: Pipeline, steps: int, preferred: Sequence[str]
 ) -> tuple[tuple[PlannedControl, ...], list[Fault]]:
-    """The request's controls in their order, and what is wrong of them."""
+    """The request's controls in their order, and what is wrong of them; `steps` is how often the model is called."""
     faults: list[Fault] = []
     decided = []
     nets = controlnets_for(model, preferred) if pipeline.controlnet else ()
-    types = list(dict.fromkeys(type for net in nets for type in net.types)) or [model.control_type or ""]
+    types = list(dict.fromkeys(type for net in nets for type in net.types))
+    if not pipeline.controlnet:
+        types = [model.control_type] if model.control_type else list(CONTROL_TYPES)
     for field, control in request.all_controls():
-        own = field == "control_image"  # whose options are fields of the request, not of an entry of `controls`
+
+        def wrong(option: str, message: str, field: str = field) -> None:
+            name = OWN_OPTIONS[option] if field == "control_image" else f"{field}.{option}"
+            faults.append(Fault(name, message))
+
         kind = (control.type or (types[0] if len(types) == 1 else "")).lower().replace("_", " ").replace("-", " ")
-        named = "control_type" if own else f"{field}.type"
         if not kind:
-            faults.append(Fault(named, f"is required with {field}; {model.name} allows: {', '.join(types)}"))
+            wrong("type", f"is required with {field}; {model.name} allows: {', '.join(types)}")
         elif kind not in types:
             close = difflib.get_close_matches(kind, types, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            faults.append(
-                Fault(named, f"cannot be {show(control.type)}{hint}; {model.name} allows: {', '.join(types)}")
-            )
+            wrong("type", f"cannot be {show(control.type)}{hint}; {model.name} allows: {', '.join(types)}")
         if control.preprocess and kind not in PREPROCESSORS:
-            allowed = ", ".join(PREPROCESSORS)
-            faults.append(
-                Fault(
-                    "preprocess" if own else f"{field}.preprocess", f"knows {allowed}; send a {kind} picture as it is"
-                )
-            )
+            wrong("preprocess", f"knows {', '.join(PREPROCESSORS)}; send a {kind} picture as it is")
         net = next((net for net in nets if kind in net.types), None)
         end = control.end if control.end is not None else net.guidance_end if net else 1.0
-        if control.start >= end:
-            begins = "control_guidance_start" if own else f"{field}.start"
-            faults.append(Fault(begins, f"must be less than the end, got {control.start:g} and {end:g}"))
+        # As diffusers counts them.
+        heard = [i for i in range(steps) if i / steps >= control.start and (i + 1) / steps <= end]
+        if steps > 0 and not heard:
+            wrong("start", f"and the end leave none of {steps} steps to hear it, got {control.start:g} and {end:g}")
         scale = control.scale if control.scale is not None else net.conditioning_scale if net else 1.0
         decided.append(PlannedControl(control, kind, net, net.types[kind] if net else None, scale, control.start, end))
     if request.control_image is None:
-        without = [name for name in _OWN if name in request.model_fields_set & pipeline.takes]
+        without = [name for name in OWN_OPTIONS.values() if name in request.model_fields_set & pipeline.takes]
         faults += [Fault(name, "has no effect without control_image; each of controls has its own") for name in without]
     if not pipeline.controlnet:
         if len(decided) > 1:

@@ -82,12 +82,13 @@ def deliver(
     ResponseTooLarge where nothing helps.
     """
     made_by = {"model": model.name, "model_revision": revision}
+    nets = {"controlnets": [control.net.name for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
 
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
         def one(i: int) -> bytes:
-            parameters = {"input": plan.parameters(i), **made_by}
+            parameters = {"input": plan.parameters(i), **made_by, **nets}
             picture = generation.pictures[i]
             return encode_image(picture, coding.format, coding.quality, parameters, lossless=coding.lossless)
 

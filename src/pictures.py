@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import re
 import time
 import warnings
@@ -137,6 +138,14 @@ def decode(file: bytes, mode: str = "RGB") -> Image.Image:
         raise Refused(f"has far more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:
         raise Refused(f"is damaged: {type(error).__name__}: {error}"[:200]) from error
+
+
+def at_most(picture: Image.Image, pixels: int) -> Image.Image:
+    """`picture`, shrunk to about so many pixels where it has more, as diffusers' Flux2ImageProcessor does it."""
+    if picture.width * picture.height <= pixels:
+        return picture
+    scale = math.sqrt(pixels / (picture.width * picture.height))
+    return picture.resize((int(picture.width * scale), int(picture.height * scale)), Image.Resampling.LANCZOS)
 
 
 def fit(picture: Image.Image, size: tuple[int, int], canvas: tuple[int, int]) -> Image.Image:

@@ -15,17 +15,18 @@ from types import MappingProxyType
 from typing import Any
 
 from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Pipeline
-from src.controls import PlannedControl, decide_controls
+from src.controls import OWN_OPTIONS, PlannedControl, decide_controls
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 from src.lora import Adapter
-from src.pictures import PREPROCESSORS, Pictures, fit
+from src.pictures import PREPROCESSORS, Pictures, at_most, fit
 from src.request import MAX_SEED, PICTURES, Request, show
-from src.sizes import canvas, decide_size
+from src.sizes import canvas, decide_size, shrunk
 
 _EVERY = tuple(pipeline for model in MODELS for pipeline in model.pipelines.values())
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 _LISTS = (("init_image", "init_images"), ("control_image", "controls"))  # what a field of several holds
+_REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
 _MIN_REFERENCE, _MAX_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
@@ -128,7 +129,7 @@ def make_plan(
     prompts = decision.prompts()
     guidance_scale = decision.guidance()
     negative_prompt = decision.negative_prompt(pipeline, guidance_scale)
-    controls = decision.controls(pipeline, controlnets)
+    controls = decision.controls(pipeline, steps, controlnets)
     decision.references(pipeline, pictures)
     decision.loras()
     decision.without_effect()
@@ -155,7 +156,7 @@ def make_plan(
         sigmas=request.sigmas,
         shift=request.shift,
         seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(len(prompts))),
-        batch_size=1 if pipeline.controlnet else batch_size,  # diffusers' inpainting tells a union one type a call
+        batch_size=1 if pipeline.needs else batch_size,  # diffusers draws a picture's latents for the first seed alone
         output_format=request.output_format,
         output_quality=request.output_quality,
         preview=request.preview,
@@ -220,11 +221,14 @@ class _Decision:
         own = (self._model.width, self._model.height)
         (width, height), faults = decide_size(self._request, own, given[0].size if given else None)
         self.faults += faults
-        most = min(max_pixels, pipeline.max_pixels or max_pixels)
-        if width * height > most and not self._wrong & {"width", "height"}:
-            self._fault(
-                "width", f"times height must be at most {most:,} pixels, got {width}x{height} = {width * height:,}"
-            )
+        if pipeline.max_pixels and not self._request.width and not self._request.height:
+            width, height = shrunk((width, height), pipeline.max_pixels, self._model.side_multiple)
+        across, down = canvas((width, height), self._model.side_multiple)
+        for most, pixels in ((max_pixels, width * height), (pipeline.max_pixels or across * down, across * down)):
+            if pixels > most and not self._wrong & {"width", "height"}:
+                told = f"times height must be at most {most:,} pixels, got {width}x{height} = {pixels:,}"
+                self._fault("width", told)
+                break
         return width, height
 
     def scheduler(self, mode: str, midway: bool) -> str | None:
@@ -295,12 +299,13 @@ class _Decision:
             )
         return None
 
-    def controls(self, pipeline: Pipeline, preferred: Sequence[str]) -> tuple[PlannedControl, ...]:
+    def controls(self, pipeline: Pipeline, steps: int, preferred: Sequence[str]) -> tuple[PlannedControl, ...]:
         """Who hears each control picture."""
         if "control_image" not in pipeline.needs:
             return ()
-        controls, faults = decide_controls(self._request, self._model, pipeline, preferred)
-        self.faults += faults
+        controls, faults = decide_controls(self._request, self._model, pipeline, steps, preferred)
+        if "control_image" not in self._wrong:  # its own options wait for it
+            self.faults += faults
         return controls
 
     def references(self, pipeline: Pipeline, pictures: Pictures) -> None:
@@ -352,7 +357,9 @@ def _prepared(
     prepared = {}
     for kind, several in pictures.items():
         as_they_are = kind == "image_prompt" or (kind == "init_image" and pipeline.references)
-        prepared[kind] = several if as_they_are else tuple(fit(picture, size, drawn) for picture in several)
+        prepared[kind] = tuple(
+            at_most(picture, _REFERENCE_PIXELS) if as_they_are else fit(picture, size, drawn) for picture in several
+        )
     if controls:
         prepared["control_image"] = tuple(
             PREPROCESSORS[control.type](picture) if control.asked.preprocess else picture
@@ -369,18 +376,14 @@ def _references(request: Request, controls: Sequence[PlannedControl]) -> dict[st
             told.setdefault("init_images", []).append(_reference(source))
         elif kind != "control_image":
             told[name] = _reference(source)
-    if controls:
-        told["controls"] = [
-            {
-                "image": _reference(control.asked.image),
-                "type": control.type,
-                "scale": control.scale,
-                "start": control.start,
-                "end": control.end,
-                "preprocess": control.asked.preprocess,
-            }
-            for control in controls
-        ]
+    for (name, control), planned in zip(request.all_controls(), controls, strict=True):
+        heard = {"scale": planned.scale, "start": planned.start, "end": planned.end} if planned.net else {}
+        entry = {"type": planned.type, **heard, "preprocess": control.preprocess}
+        if name == "control_image":
+            told[name] = _reference(control.image)
+            told |= {OWN_OPTIONS[option]: value for option, value in entry.items()}
+        else:
+            told.setdefault("controls", []).append({"image": _reference(control.image), **entry})
     return told
 
 

@@ -24,6 +24,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    WithJsonSchema,
 )
 
 from src.aliases import own_names
@@ -95,6 +96,9 @@ class Lora(BaseModel):
     revision: StrictStr | None = None
 
 
+_PROMPT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS}
+
+
 class Control(BaseModel):
     """One picture that says where things are; None means what the ControlNet's row says."""
 
@@ -120,6 +124,7 @@ class Request(BaseModel):
         tuple[Annotated[Text, AfterValidator(_not_blank)], ...],
         BeforeValidator(_one_or_several),
         Field(min_length=1, max_length=4),
+        WithJsonSchema({"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "maxItems": 4}]}),
     ] = Field(description=f"{_ALLOWED_PROMPT}; or a list of 2 to 4, one a picture")
     prompt_2: Text | None = Field(
         None, description=f"text of at most {MAX_PROMPT_CHARACTERS:,} characters for T5, where prompt is for CLIP alone"

@@ -35,6 +35,16 @@ def canvas(size: Size, multiple: int) -> Size:
     return width, height
 
 
+def shrunk(size: Size, most: int, multiple: int) -> Size:
+    """`size`, or one of its shape whose sides are such multiples and which has at most so many pixels."""
+    width, height = canvas(size, multiple)
+    if width * height <= most:
+        return size
+    scale = math.sqrt(most / (width * height))
+    w, h = (max(math.floor(side * scale / multiple) * multiple, 64) for side in (width, height))
+    return w, h
+
+
 def _from_picture(picture: Size, width: int | None, height: int | None, most: int) -> Size:
     """The picture's own size, or one of its shape with at most so many pixels; what is given stays."""
     shape = picture[0] / picture[1]

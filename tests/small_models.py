@@ -73,8 +73,8 @@ def _flux_1(class_name: str, family: str, folder: Path) -> None:
     transformer = diffusers.FluxTransformer2DModel.from_config(
         {
             **shapes.transformer.config,
-            "num_layers": 1,
-            "num_single_layers": 1,
+            "num_layers": 2,
+            "num_single_layers": 2,
             "in_channels": IN_CHANNELS.get(family, 64),
             "out_channels": 64,
             "guidance_embeds": FAMILIES[family].guided,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     wrong = faults(
         controls=[
             {"image": PLAIN, "type": "depth", "preprocess": True},
-            {"image": PLAIN, "type": "pose", "start": 0.6, "end": 0.5},
+            {"image": PLAIN, "type": "pose", "start": 0.6, "end": 0.61},
             {"image": PLAIN, "type": "scribble"},
         ]
     )
@@ -113,6 +115,13 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     assert set(faults(controls=[{"image": PLAIN, "type": "canny", "scale": 3}])) == {"controls"}
     assert set(faults(controls=[{"type": "canny"}])) == {"controls"}
     assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
+    assert (
+        "leave none of 2 steps to hear it, got 0 and 0.3"
+        in faults(control_image=PLAIN, control_type="canny", control_guidance_end=0.3, num_inference_steps=2)[
+            "control_guidance_start"
+        ]
+    )
+    assert set(faults(control_image=5, control_type="canny")) == {"control_image"}
     assert "no effect without image_prompt" in faults(image_prompt_scale=1)["image_prompt_scale"]
 
 
@@ -147,6 +156,44 @@ def test_a_network_that_cannot_be_had_says_so_and_the_worker_goes_on(hub: Hub, t
     assert "Normals (jasperai/Flux.1-dev-Controlnet-Surface-Normals): there is no such repo" in missing["error"]
     assert "its words have 64 numbers and 128 here" in ask(image_prompt=PLAIN)["error"]
     assert ask()["status"] == "success"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_weights_that_are_not_whole_are_named(hub: Hub, tmp_path: Path, damage: str) -> None:
+    net, prior = controlnet(tmp_path / "net", 7), redux(tmp_path / "redux")
+    for folder in (net, prior):
+        for file in folder.rglob("*.safetensors"):
+            if damage == "cut":
+                file.write_bytes(file.read_bytes()[:-100])
+            else:
+                file.unlink()
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(net)
+    settings = Settings(model_name=str(small("dev", tmp_path / "tune")), redux_model=str(prior))
+    engine = load_engine(settings, download_into(tmp_path / "home"))
+    for fields in ({"control_image": PLAIN, "control_type": "canny"}, {"image_prompt": PLAIN}):
+        told = respond({"input": {"prompt": "x", **fields}}, Job(), Settings, lambda: engine)
+        assert told["error_code"] == "model_unavailable", told
+        assert ("is damaged" if damage == "cut" else "holds no weights") in told["error"]
+
+
+def test_what_makes_room_for_another_network_is_gone(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(controlnet(tmp_path / "u", 7))
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0"] = Repo(controlnet(tmp_path / "v"))
+    settings = Settings(model_name=str(small("dev", tmp_path / "tune")))
+    engine = load_engine(settings, download_into(tmp_path / "home"))
+
+    def ask(**fields: Any) -> None:
+        options = {"prompt": "x", "num_inference_steps": 1, "width": 64, "height": 64, "max_sequence_length": 16}
+        event = {"input": {**options, "control_image": PLAIN, **fields}}
+        told = respond(event, Job(), lambda: settings, lambda: engine)
+        assert told["status"] == "success", told
+
+    ask(control_type="canny")
+    first = weakref.ref(engine._controlnets._loaded["Union-Pro"])
+    ask(control_type="soft edge", init_image=PLAIN, strength=1, control_guidance_end=1)
+    gc.collect()
+    assert engine.held().controlnets == ("Union-Pro-2.0",)
+    assert first() is None
 
 
 def test_networks_that_differ_in_guidance_are_not_mixed(hub: Hub, tmp_path: Path) -> None:
@@ -197,6 +244,8 @@ def test_at_scale_0_the_picture_is_the_plain_one() -> None:
 def test_a_file_carries_its_controls() -> None:
     event = read_parameters(answer(prompt="a red star", control_image=PLAIN, preprocess=True))
     assert event is not None
-    (control,) = event["input"]["controls"]
-    assert (control["type"], control["scale"], control["preprocess"]) == ("canny", 1.0, True)
-    assert control["image"].startswith("sha256:")
+    asked = event["input"]
+    told = [asked[name] for name in ("control_type", "controlnet_conditioning_scale", "preprocess")]
+    assert told == ["canny", 1.0, True]
+    assert asked["control_image"].startswith("sha256:")
+    assert event["controlnets"] == ["flux-shapes-canny"]

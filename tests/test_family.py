@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from handler import respond
 from src.catalog import CONTROLNETS, FAMILIES, MODELS, SCHEDULERS
 from src.engine import Engine, load_engine
+from src.images import read_parameters
 from src.job import Job
 from src.request import PICTURES
 from src.serving import Worker
@@ -32,7 +34,8 @@ def engine(request: pytest.FixtureRequest, hub: Hub, tmp_path_factory: pytest.Te
     modes = {"Union-Pro": 7, "Union-Pro-2.0": None}
     for net in CONTROLNETS:
         if net.name in modes:
-            hub.repos[net.repo] = Repo(controlnet(folder / net.name, modes[net.name]))
+            shallow = {"num_layers": 2, "num_single_layers": 0} if modes[net.name] is None else {}
+            hub.repos[net.repo] = Repo(controlnet(folder / net.name, modes[net.name], **shallow))
     settings = Settings(model_name=str(small(family, folder / "tune")), redux_model=str(redux(folder / "redux")))
     return family, load_engine(settings, download_into(folder / "home"))
 
@@ -132,6 +135,66 @@ def test_a_picture_as_prompt_is_heard_in_every_mode_that_takes_one(engine: tuple
         assert len({*told, *quiet, *drawn(held, **fields)}) == 3
 
 
+def test_a_picture_as_prompt_goes_with_what_is_steered_away_from(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    for mode, row in held.model.pipelines.items():
+        if {"image_prompt", "true_cfg_scale"} <= row.takes:
+            fields = everywhere(held, mode) | {"image_prompt": SENT["init_image"], "true_cfg_scale": 3}
+            assert drawn(held, **fields) != drawn(held, **fields, negative_prompt="a blue square")
+
+
+def test_each_picture_of_a_batch_is_the_one_of_its_seed(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    settings = Settings(batch_size=2)
+    for mode in held.model.pipelines:
+        asked = everywhere(held, mode) | SMALL | {"prompt": "a red circle", "seed": 1, "num_images": 2}
+        both = respond({"input": asked}, Job(), lambda: settings, lambda: held)
+        (alone,) = opened(ask(held, **everywhere(held, mode), seed=2))
+        difference = np.abs(np.asarray(opened(both)[1], float) - np.asarray(alone, float))
+        assert difference.max() <= 3, (mode, difference.mean())
+
+
+def test_every_picture_can_be_repeated_from_its_file(engine: tuple[str, Engine]) -> None:
+    """The file names pictures by digests; with the pictures themselves in their places it is the same request."""
+    _, held = engine
+    digests = {f"sha256:{hashlib.sha256(text.encode()).hexdigest()}": text for text in SENT.values()}
+    for mode, row in held.model.pipelines.items():
+        fields = everywhere(held, mode)
+        if "image_prompt" in row.takes:
+            fields["image_prompt"] = SENT["init_image"]
+        (picture,) = opened(ask(held, **fields))
+        event = read_parameters(picture)
+        assert event is not None
+        asked = {name: digests.get(value, value) if isinstance(value, str) else value
+                 for name, value in event["input"].items()}  # fmt: skip
+        if "init_images" in asked:
+            asked["init_images"] = [digests[name] for name in asked["init_images"]]
+        (again,) = opened(respond({"input": asked}, Job(), Settings, lambda: held))
+        assert again.tobytes() == picture.tobytes()
+        nets = ["Union-Pro"] if row.controlnet else []
+        assert event.get("controlnets", []) == nets
+
+
+def test_shift_counts_with_every_scheduler(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    fields = everywhere(held, next(iter(held.model.pipelines))) | {"num_inference_steps": 3}
+    for name, row in SCHEDULERS.items():
+        if row.starts_midway or "strength" not in held.model.base.takes:
+            low, high = (drawn(held, **fields, scheduler=name, shift=shift) for shift in (0.5, 10))
+            assert low != high, name
+
+
+def test_a_prompt_that_is_cut_is_told(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    fields = everywhere(held, next(iter(held.model.pipelines))) | {"max_sequence_length": 32}
+    long, longer = ("red " * count + "blue" for count in (80, 81))
+    warned = ask(held, **{**fields, "prompt": long})["metadata"]["warnings"]
+    assert any("prompt has" in warning for warning in warned)
+    assert "model read the first" in str(ask(held, **{**fields, "prompt": longer})["metadata"]["warnings"])
+    short = ask(held, **{**fields, "prompt": "red", "max_sequence_length": held.model.max_sequence_length})
+    assert not any("prompt has" in warning for warning in short["metadata"]["warnings"])
+
+
 def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Engine]) -> None:
     _, held = engine
     modes = {row.needs for row in held.model.pipelines.values()}
@@ -211,8 +274,12 @@ def test_every_controlnet_type_is_heard_as_itself(engine: tuple[str, Engine]) ->
         assert both[0] not in each
         fields["controls"][1]["start"] = 0.5
         assert drawn(held, **fields) != both
-        mixed = {**fields, "controls": [fields["controls"][0], {**fields["controls"][1], "type": "soft edge"}]}
-        assert drawn(held, **mixed) != both
+        fields["controls"][1] |= {"type": "soft edge", "start": 0, "end": 1}
+        mixed = drawn(held, **fields)
+        fields["controls"].reverse()
+        one, other = (np.frombuffer(pixels[0], np.uint8).astype(float) for pixels in (mixed, drawn(held, **fields)))
+        assert np.abs(one - other).max() <= 2, "the order does not matter, whatever the networks' depths"
+        assert mixed != both
 
 
 def test_every_family_hears_an_adapter_of_its_own_and_refuses_anothers(

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from src.catalog import find_model
 from src.errors import InvalidRequest
@@ -98,3 +99,23 @@ def test_a_list_of_prompts_says_how_many_pictures() -> None:
     assert plan(prompt=["a fox", "an owl"]).prompts == ("a fox", "an owl")
     assert plan(prompt=["a fox"], num_images=2).prompts == ("a fox", "a fox")
     assert faults(prompt=["a fox", "an owl"], num_images=3)["num_images"] == "must be 2, one a prompt, got 3"
+
+
+def klein_inpainting(picture: tuple[int, int], **fields: Any) -> Plan:
+    row = find_model("FLUX.2-klein-4B")
+    assert row is not None
+    request, faults = read_request({"input": {"prompt": "x", "init_image": "x", "mask_image": "x", **fields}})
+    given = {"init_image": (Image.new("RGB", picture),), "mask_image": (Image.new("L", picture),)}
+    return make_plan(request, faults, row, given, max_pixels=2**22)
+
+
+@pytest.mark.parametrize("picture", [(1920, 1080), (1080, 1920), (4000, 3000), (1023, 1025), (999, 77), (5000, 300)])
+def test_a_size_that_comes_from_a_picture_is_one_that_the_model_draws_whole(picture: tuple[int, int]) -> None:
+    decided = klein_inpainting(picture)
+    assert decided.canvas[0] * decided.canvas[1] <= 1024 * 1024
+    assert decided.width * decided.height > 0.9 * min(picture[0] * picture[1], 1024 * 1024) or picture[0] > 4000
+
+
+def test_a_size_whose_canvas_is_too_large_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="at most 1,048,576 pixels, got 1016x1032 = 1,064,960"):
+        klein_inpainting((100, 100), width=1016, height=1032)

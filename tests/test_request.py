@@ -221,3 +221,8 @@ def test_the_fields_are_the_contracts() -> None:
 def test_the_readme_shows_every_field() -> None:
     text = (ROOT / "README.md").read_text()
     assert [name for name in Request.model_fields if f"`{name}`" not in text] == []
+
+
+def test_the_schema_allows_a_prompt_and_a_list_of_them() -> None:
+    kinds = {kind["type"] for kind in Request.model_json_schema()["properties"]["prompt"]["anyOf"]}
+    assert kinds == {"string", "array"}

@@ -29,8 +29,8 @@ SAMPLES = (
     "a tiny yellow star in the top right corner on a purple background",
     "emerald pyramid, snowy backdrop",
     "A VIOLET BALL ON WHITE",
-    "draw a large black diamond in the bottom left corner on green",
-    "a small crimson pyramid on the left, golden background",
+    "a small red circle above a large blue square on a yellow background",
+    "a green star left of a white triangle on a purple background",
     "on an orange background, a big white box",
 )
 _COLUMNS = 4

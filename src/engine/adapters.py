@@ -34,7 +34,7 @@ class Adapters:
     @property
     def in_memory(self) -> tuple[str, ...]:
         """As they were asked for, the least recently used first."""
-        return tuple(redact(path) for path in self._loaded.values())
+        return tuple(map(redact, list(self._loaded.values())))  # the list at one stroke: the device may be changing it
 
     def faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
         """Why adapters do not fit this model; takes no time of the device."""

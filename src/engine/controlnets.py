@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import diffusers
+import torch
 
 from src.catalog import CONTROLNETS, ControlNet, Model, controlnets_for
 from src.controls import PlannedControl
-from src.engine.files import Files, Refused, Source, why
+from src.engine.files import Files, Refused, Source, check_whole, why
 from src.errors import InvalidSettings, ModelUnavailable
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
+
+
+class _Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
+    """Networks of any depth, heard together: diffusers' own adds up block by block, and drops what another lacks."""
+
+    def __init__(self, nets: Sequence[Any], transformer: Mapping[str, Any]) -> None:
+        super().__init__(nets)
+        self._depths = transformer["num_layers"], transformer["num_single_layers"]
+
+    def forward(
+        self,
+        *,
+        controlnet_cond: Sequence[torch.Tensor],
+        controlnet_mode: Sequence[torch.Tensor],
+        conditioning_scale: Sequence[float],
+        **inputs: Any,
+    ) -> tuple[list[torch.Tensor] | None, ...]:
+        """One sum for each of the transformer's double blocks and one for each single block, or None for neither."""
+        totals: list[list[torch.Tensor] | None] = [None, None]
+        for net, picture, mode, scale in zip(
+            self.nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True
+        ):
+            heard = net(controlnet_cond=picture, controlnet_mode=mode[:, None], conditioning_scale=scale, **inputs)
+            for kind, (samples, depth) in enumerate(zip(heard, self._depths, strict=True)):
+                if samples:
+                    each = math.ceil(depth / len(samples))  # blocks in a row share one, as in FluxTransformer2DModel
+                    spread = [samples[i // each] for i in range(depth)]
+                    before = totals[kind]
+                    totals[kind] = spread if before is None else [a + b for a, b in zip(before, spread, strict=True)]
+        return tuple(totals)
 
 
 class ControlNets:
@@ -64,7 +96,7 @@ class ControlNets:
             del self._loaded[name]
         for net in nets:
             self._load(net)
-        several = diffusers.FluxMultiControlNetModel([self._loaded[net.name] for net in nets])
+        several = _Several([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
         return several, {
             "control_mode": [control.mode for control in controls],
             "controlnet_conditioning_scale": [control.scale for control in controls],
@@ -78,14 +110,16 @@ class ControlNets:
         try:
             source = self._files.find(net.repo, net.repo, part=True, before_download=before_download)
             config = json.loads((source.folder / "config.json").read_text())
+            if not check_whole(source.folder):
+                raise Refused("holds no weights")
             here = self._pipeline.transformer.config
             for measure in _MEASURES:
                 if config[measure] != here[measure]:
                     raise Refused(f"is made for another model: {measure} is {config[measure]} and {here[measure]} here")
         except Exception as error:
             raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {why(error, self._files.settings)}") from error
-        self._sources[net.name] = source
         self._guided[net.name] = bool(config.get("guidance_embeds"))
+        self._sources[net.name] = source  # the last: other jobs take it for done
 
     def _load(self, net: ControlNet) -> None:
         if net.name not in self._loaded:

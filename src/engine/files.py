@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants, errors, snapshot_download
+from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS
 from src.settings import ROOT, Settings
@@ -68,6 +71,28 @@ class Files:
             before_download()
             token = self.settings.hf_token.get_secret_value() if self.settings.hf_token else None
             return _source(Path(self._download(**wanted, token=token)))
+
+
+def check_whole(folder: Path) -> int:
+    """The number of parameters in `folder`, of one network or of a folder each; Refused where a file is not whole."""
+    indexes = [*folder.glob("*.index.json"), *folder.glob("*/*.index.json")]
+    missing = [
+        shard.relative_to(folder)
+        for shards in indexes
+        for shard in {shards.parent / name for name in json.loads(shards.read_text())["weight_map"].values()}
+        if not shard.exists()
+    ]
+    if missing:
+        names = ", ".join(sorted(map(str, missing)))
+        raise Refused(f"the download is not whole, shards are missing: {names}; load it again")
+    parameters = 0
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        try:
+            with safe_open(file, "pt") as tensors:  # reads the header and compares the length
+                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - a handle, no mapping
+        except SafetensorError as error:
+            raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
+    return parameters
 
 
 def _is_hub_id(name: str) -> bool:

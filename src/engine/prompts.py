@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Prompts:
     def truncation(self, plan: Plan) -> tuple[str, ...]:
         """A warning for each text that is longer than the model reads."""
         tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
-        limit = plan.max_sequence_length
+        limit = plan.max_sequence_length - self._template_tokens
         texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
         if plan.prompt_2:
             texts = [("prompt_2", plan.prompt_2)]
@@ -48,6 +49,20 @@ class Prompts:
             f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
         )
 
+    @cached_property
+    def _template_tokens(self) -> int:
+        """What FLUX.2 says around a prompt, which counts too: diffusers' chat with nothing in it."""
+        if "Flux2" not in type(self._pipeline).__name__:
+            return 0
+        chat: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+        if system := getattr(self._pipeline, "system_message", ""):
+            texts = {"system": system, "user": ""}
+            chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        said = self._pipeline.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=not system, enable_thinking=False
+        )
+        return len(self._pipeline.tokenizer(said).input_ids)
+
     def _read(self, plan: Plan, prompt: str) -> Embeddings:
         embeddings = self._encode("", plan, prompt, plan.prompt_2)
         if plan.negative_prompt is not None:
@@ -55,6 +70,9 @@ class Prompts:
         for picture in plan.pictures.get("image_prompt", ()):
             seen = self._redux.read(picture, plan.image_prompt_scale)
             embeddings["prompt_embeds"] = torch.cat([embeddings["prompt_embeds"], seen], dim=1)
+            if "negative_prompt_embeds" in embeddings:  # as long, and silent there
+                padded = [embeddings["negative_prompt_embeds"], torch.zeros_like(seen)]
+                embeddings["negative_prompt_embeds"] = torch.cat(padded, dim=1)
         return embeddings
 
     def _encode(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> Embeddings:
@@ -70,7 +88,8 @@ class Prompts:
 
 def _key(plan: Plan, prompt: str) -> Hashable:
     """All that the embeddings depend on; adapters may change the text encoders too."""
-    pictures = [hashlib.sha256(picture.tobytes()).digest() for picture in plan.pictures.get("image_prompt", ())]
+    seen = plan.pictures.get("image_prompt", ())
+    pictures = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in seen]
     return (
         prompt,
         plan.prompt_2,

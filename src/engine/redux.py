@@ -10,7 +10,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from src.engine.files import Files, Refused, Source, why
+from src.engine.files import Files, Refused, Source, check_whole, why
 from src.errors import ModelUnavailable
 
 
@@ -34,6 +34,8 @@ class Redux:
         try:
             source = self._files.find(name, name, before_download=before_download)
             reads = json.loads((source.folder / "image_embedder" / "config.json").read_text())["txt_in_features"]
+            if not check_whole(source.folder):
+                raise Refused("holds no weights")
             here = self._pipeline.transformer.config.joint_attention_dim
             if reads != here:
                 raise Refused(f"is made for another model: its words have {reads} numbers and {here} here")

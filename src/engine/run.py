@@ -95,6 +95,8 @@ class Engine:
         self._adapters.use(plan.adapters)
         if plan.pipeline.controlnet:
             watch.begin("load_controlnets")
+            for other in self._views.values():
+                other.controlnet = None  # or it would hold networks that make room now
             view.controlnet, arguments = self._controlnets.use(plan.controls)
         watch.begin("encode_prompt")
         prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}

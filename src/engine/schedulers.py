@@ -22,6 +22,9 @@ class _OwnSigmas:
     ) -> None:
         """As diffusers' own with as many steps; of `sigmas` only the number counts."""
         steps = num_inference_steps if sigmas is None else len(sigmas)
+        config = self.config  # type: ignore[attr-defined]
+        if config.get("base_shift") == config.get("max_shift"):  # a fixed shift, which FLUX.2's pipelines do not read
+            mu = config.get("base_shift", mu)
         super().set_timesteps(steps, device=device, mu=mu)  # type: ignore[misc]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,9 @@ import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS, find_model, settle_model
-from src.engine.files import Files, Refused, why
+from src.engine.files import Files, Refused, check_whole, why
 from src.engine.run import Engine
 from src.errors import DeviceFailed, ModelUnavailable
 from src.settings import Settings
@@ -109,23 +107,7 @@ def _check(folder: Path) -> tuple[str, int]:
     known = sorted({model.base.class_name for model in MODELS})
     if class_name not in known:
         raise Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
-    missing = [
-        shard.relative_to(folder)
-        for shards in folder.glob("*/*.index.json")
-        for shard in {shards.parent / name for name in json.loads(shards.read_text())["weight_map"].values()}
-        if not shard.exists()
-    ]
-    if missing:
-        names = ", ".join(sorted(map(str, missing)))
-        raise Refused(f"the download is not whole, shards are missing: {names}; load it again")
-    parameters = 0
-    for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:  # reads the header and compares the length
-                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - a handle, no mapping
-        except SafetensorError as error:
-            raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
-    return class_name, parameters
+    return class_name, check_whole(folder)
 
 
 def _check_memory(needed: int, device: torch.device) -> None:
