@@ -32,7 +32,7 @@ RUN --mount=type=secret,id=HF_TOKEN,mode=0444 \
     if [ "${BAKE_MODEL}" = true ]; then \
         if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; export HF_TOKEN; fi; \
         hf download "${MODEL_NAME}" --include "*.json" --include "*/*.json" --include "*/*.txt" \
-            --include "*/*.model" --include "*/*.safetensors"; \
+            --include "*/*.model" --include "*/*.jinja" --include "*/*.safetensors"; \
     fi
 
 COPY models models

@@ -24,6 +24,7 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 from runpod.serverless.modules.rp_scale import JobScaler
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
+from src.catalog import CONTROL_TYPES
 from src.control_plane import ControlPlane
 from src.device import Device
 from src.errors import InvalidRequest, InvalidSettings, WorkerError, redact
@@ -137,6 +138,8 @@ class Worker:
         for width, height in ((model.width, model.height),) if sizes is None else sizes:
             needs = dict.fromkeys(model.base.needs, "warm-up")  # Fill draws nothing without its pictures
             pictures = {name: (Image.new(PICTURES[name], (width, height), "white"),) for name in needs}
+            if "control_image" in needs:
+                needs["control_type"] = model.control_type or CONTROL_TYPES[0]
             fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height, **needs}
             try:
                 request, faults = read_request({"input": fields})

@@ -9,16 +9,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from src.catalog import FAMILIES, Model, find_model
 from src.settings import ROOT
 
 SHAPES = ROOT / "models" / "flux-shapes"
-WORDS = (
-    "<pad>", "<unk>", "user", "system", "a", "red", "circle", "blue", "square", "on", "the", "left", "you", "are", "an",
-    "ai", "that", "reasons", "about", "image",
-)  # fmt: skip
+LETTERS = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 IN_CHANNELS = {"fill": 384, "control": 128}  # what is read beside the 64 of the latents: a masked picture, an edge map
 _DEEPEST_LAYER = {"Flux2Pipeline": 30, "Flux2KleinPipeline": 27}  # that FLUX.2 takes its words from
 
@@ -88,7 +85,7 @@ def _flux_1(class_name: str, family: str, folder: Path) -> None:
 def _flux_2(class_name: str, family: str, folder: Path) -> None:
     layers = _DEEPEST_LAYER[class_name]
     size: dict[str, Any] = {
-        "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
     }  # fmt: skip
     if class_name == "Flux2Pipeline":
@@ -126,9 +123,9 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
 
 
 def _chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.Qwen2TokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    tokenizer = transformers.Qwen2TokenizerFast(
+        vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[], pad_token="<pad>", unk_token="<pad>"
+    )
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role }} {% if message.content is string %}{{ message.content }}"
         "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %} {% endfor %}"

@@ -9,13 +9,16 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from handler import handler, respond
 from src.catalog import find_model
 from src.engine import load_engine
+from src.engine.controlnets import Several
 from src.errors import InvalidRequest, InvalidSettings
 from src.images import read_parameters
 from src.job import Job
@@ -206,6 +209,48 @@ def test_networks_that_differ_in_guidance_are_not_mixed(hub: Hub, tmp_path: Path
     fields = {"prompt": "a red circle", "num_inference_steps": 1, "max_sequence_length": 16, "controls": controls}
     told = respond({"input": fields}, Job(), Settings, lambda: engine)
     assert "Union-Pro and Upscaler cannot be heard together" in told["error"]
+
+
+def test_networks_of_any_depth_are_added_up_where_the_transformer_hears_them(tmp_path: Path) -> None:
+    def load(name: str, num_mode: int | None, **changes: Any) -> Any:
+        folder = controlnet(tmp_path / name, num_mode, **changes)
+        return diffusers.FluxControlNetModel.from_pretrained(folder, dtype=torch.float32)
+
+    deep, shallow = load("deep", 7, num_layers=2, num_single_layers=3), load("shallow", None, num_single_layers=0)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 64, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 8, 128, generator=generator),
+        "pooled_projections": torch.randn(1, 128, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    pictures = torch.randn(2, 1, 16, 64, generator=generator)
+
+    @torch.inference_mode()
+    def heard(*order: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        nets = [(deep, shallow)[i] for i in order]
+        several = Several(nets, {"num_layers": 2, "num_single_layers": 5})
+        double, single = several(
+            controlnet_cond=[pictures[i] for i in order],
+            controlnet_mode=[torch.tensor([(2, -1)[i]]) for i in order],
+            conditioning_scale=[(1.0, 0.5)[i] for i in order],
+            **inputs,
+            return_dict=False,
+        )
+        return double, single
+
+    (one, one_single), (other, other_single), both, swapped = heard(0), heard(1), heard(0, 1), heard(1, 0)
+    assert other_single is None
+    assert (len(one), len(one_single or ())) == (2, 5)
+    assert one_single is not None
+    assert one_single[0] is one_single[1], "three samples for five blocks: two, two and one"
+    for i in range(2):
+        assert torch.allclose(both[0][i], one[i] + other[i], atol=1e-6)
+        assert torch.allclose(both[0][i], swapped[0][i], atol=1e-6)
+    assert both[1] is not None
+    assert all(torch.equal(a, b) for a, b in zip(both[1], one_single, strict=True))
 
 
 def test_networks_are_loaded_at_the_start_where_controlnets_names_them() -> None:

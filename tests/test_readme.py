@@ -27,3 +27,7 @@ def test_the_cards_say_what_was_measured() -> None:
     ]
     assert f"{100 * figures['outline']['hollow_at_1']:.1f}% of the pictures" in outline
     assert f"{100 * figures['outline']['hollow_at_0']:.1f}% at" in outline
+    canny, edges = (ROOT / "models" / "flux-shapes-canny" / "README.md").read_text(), figures["edges"]
+    assert f"share {edges['iou_at_1']:.2f} of" in canny
+    assert f"mean); {edges['iou_at_0']:.2f} at scale" in canny
+    assert f"In {100 * edges['at_least_0.7']:.0f}% of the pictures" in canny

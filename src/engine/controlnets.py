@@ -18,7 +18,7 @@ from src.errors import InvalidSettings, ModelUnavailable
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
 
 
-class _Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
+class Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
     """Networks of any depth, heard together: diffusers' own adds up block by block, and drops what another lacks."""
 
     def __init__(self, nets: Sequence[Any], transformer: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class ControlNets:
             del self._loaded[name]
         for net in nets:
             self._load(net)
-        several = _Several([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
+        several = Several([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
         return several, {
             "control_mode": [control.mode for control in controls],
             "controlnet_conditioning_scale": [control.scale for control in controls],
