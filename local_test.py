@@ -115,15 +115,30 @@ def _event_of(file: Path) -> dict[str, Any]:
 
 def _value(name: str, text: str) -> object:
     """An option's text as JSON where the field takes numbers; the request says whether it is right."""
-    if name in PICTURES and Path(text).is_file():
-        return base64.b64encode(Path(text).read_bytes()).decode("ascii")
+    if name in PICTURES:
+        return _picture(text)
+    if name == "init_images" and not text.startswith("["):
+        return [_picture(part.strip()) for part in text.split(",")]
     schema = Request.model_json_schema()["properties"][name]
     kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
     if "string" in kinds and not ("array" in kinds and text.startswith("[")):
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
+        return text
+    if name == "controls" and isinstance(value, list):
+        entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
+        for entry in entries:
+            entry["image"] = _picture(entry["image"])
+    return value
+
+
+def _picture(text: str) -> str:
+    """The file of that name as a request carries it; what names no file stays."""
+    try:
+        return base64.b64encode(Path(text).read_bytes()).decode("ascii")
+    except (OSError, ValueError):
         return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from local_test import main
+from local_test import _value, main
 from src.settings import ROOT
 
 
@@ -45,6 +46,19 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"input": {"prompt": "a red circle", "seed": 1, "width": 64}}))
     assert main(["--input", str(file), "--seed", "2", "--quiet", "--output", str(tmp_path)]) == 0
     assert size(tmp_path / "2.png") == (64, 128)
+
+
+def test_pictures_are_named_by_their_files_wherever_a_field_holds_some(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), "red").save(file)
+    sent = base64.b64encode(file.read_bytes()).decode()
+    assert _value("init_image", str(file)) == sent
+    assert _value("init_images", f"{file}, {file}") == [sent, sent]
+    assert _value("controls", json.dumps([{"image": str(file), "type": "canny"}])) == [{"image": sent, "type": "canny"}]
+    assert _value("control_image", "https://example.com/a.png") == "https://example.com/a.png"
+    assert _value("init_image", "A" * 300) == "A" * 300
+    assert _value("prompt", "42") == "42"
+    assert _value("prompt", '["a fox", "an owl"]') == ["a fox", "an owl"]
 
 
 @pytest.mark.parametrize(
