@@ -13,6 +13,8 @@ import torch
 class _OwnSigmas:
     """Spaces its steps by itself: some of FLUX's pipelines hand over the model's sigmas without asking for that."""
 
+    last_sigma: float | None = None  # instead of diffusers' own
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -26,6 +28,8 @@ class _OwnSigmas:
         if config.get("base_shift") == config.get("max_shift"):  # a fixed shift, which FLUX.2's pipelines do not read
             mu = config.get("base_shift", mu)
         super().set_timesteps(steps, device=device, mu=mu)  # type: ignore[misc]
+        if self.last_sigma is not None:
+            self.sigmas[-1] = self.last_sigma  # type: ignore[attr-defined]
 
 
 class FlowDPMSolverScheduler(_OwnSigmas, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
@@ -43,16 +47,7 @@ class FlowDEISScheduler(_OwnSigmas, diffusers.DEISMultistepScheduler):  # type: 
     picture keeps a thousandth of noise, less than one of 256 levels.
     """
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Sequence[float] | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """As DEIS's own, but for the end."""
-        super().set_timesteps(num_inference_steps, device, sigmas, mu)
-        self.sigmas[-1] = 1e-3
+    last_sigma = 1e-3
 
 
 class FlowHeunScheduler(diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
