@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.accuracy import measure_edges
 from handler import handler, respond
 from src.catalog import find_model
 from src.engine import load_engine
@@ -268,9 +269,8 @@ def answer(**fields: Any) -> Image.Image:
     return opened(response)[0]
 
 
+@pytest.mark.slow
 def test_the_shapes_lie_within_their_edges() -> None:
-    from benchmarks.accuracy import measure_edges
-
     measured = measure_edges()
     assert measured["prompts"] == 50
     assert measured["iou_at_1"] >= 0.7

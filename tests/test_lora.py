@@ -106,6 +106,8 @@ def test_no_request_hears_another(ask: Ask, tmp_path: Path) -> None:
         {"scheduler": "unipc"}, {"scheduler": "lcm"}, {"scheduler": "euler_beta"}, {"shift": 2.0},
         {"init_image": start}, {"init_image": start, "mask_image": start, "scheduler": "lcm"},
         {"negative_prompt": "blue", "true_cfg_scale": 2.0}, {"width": 72},
+        {"control_image": start, "preprocess": True}, {"control_image": start, "init_image": start},
+        {"control_image": start, "init_image": start, "mask_image": start, "scheduler": "heun"},
     ]  # fmt: skip
     asked: dict[str, bytes] = {}
     for _ in range(100):
