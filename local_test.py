@@ -107,7 +107,8 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
 
 def _event_of(file: Path) -> dict[str, Any]:
     """The event that the picture's file carries."""
-    event = read_parameters(Image.open(file))
+    with Image.open(file) as picture:
+        event = read_parameters(picture)
     if event is None:
         raise ValueError(f"{file}: carries no request; only this worker's own pictures do")
     return {"input": event.get("input")}

@@ -11,7 +11,19 @@ from torch import nn
 
 from training import judge
 from training.loop import CHECKPOINT_EVERY, fit
-from training.scenes import COLOURS, SHAPE_WORDS, describe, draw, every_prompt, lone, pair, sample, some_pairs
+from training.scenes import (
+    COLOURS,
+    PLACES,
+    SHAPE_WORDS,
+    anywhere,
+    describe,
+    draw,
+    every_prompt,
+    lone,
+    pair,
+    sample,
+    some_pairs,
+)
 from training.text import SEQUENCE_LENGTH, clip_tokenizer, t5_tokenizer
 
 
@@ -47,6 +59,16 @@ def test_a_pair_lies_as_it_is_said() -> None:
     colours = list(COLOURS)
     assert colours[named[34, 64]] == "red"
     assert colours[named[93, 64]] == "blue"
+
+
+def test_a_thing_anywhere_lies_within_the_picture_and_its_caption_says_no_place() -> None:
+    rng = random.Random(2)
+    said = {word for _, words in PLACES.values() for word in words if word} | {"small", "large", "tiny", "huge"}
+    for _ in range(200):
+        scene = anywhere(rng)
+        (thing,) = scene.things
+        assert all(thing.radius < share < 1 - thing.radius for share in thing.centre)
+        assert not any(word in describe(scene, rng).lower() for word in said)
 
 
 def test_there_are_as_many_prompts_as_combinations() -> None:

@@ -34,7 +34,7 @@ SAMPLES = (
     "on an orange background, a big white box",
 )
 _COLUMNS = 4
-_CAPTION = 30
+_CAPTION = 44
 
 
 class Generate(Protocol):
