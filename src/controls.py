@@ -37,6 +37,11 @@ class PlannedControl:
     start: float
     end: float
 
+    @property
+    def network(self) -> str | None:
+        """The name of `net`."""
+        return self.net.name if self.net else None
+
 
 def decide_controls(
     request: Request, model: Model, pipeline: Pipeline, steps: int, preferred: Sequence[str]

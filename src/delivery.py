@@ -82,7 +82,7 @@ def deliver(
     ResponseTooLarge where nothing helps.
     """
     made_by = {"model": model.name, "model_revision": revision}
-    nets = {"controlnets": [control.net.name for control in plan.controls if control.net]} if plan.controls else {}
+    nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
 
@@ -160,8 +160,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "scheduler": generation.scheduler,
         "loras": [{"path": adapter.asked.path, "scale": adapter.asked.scale} for adapter in plan.adapters],
         "controls": [
-            {"type": control.type, "controlnet": control.net.name if control.net else None, "scale": control.scale}
-            for control in plan.controls
+            {"type": control.type, "controlnet": control.network, "scale": control.scale} for control in plan.controls
         ],
         "inference_time": round(sum(generation.timings.values()), 4),
         "peak_memory": generation.peak_memory,

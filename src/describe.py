@@ -87,7 +87,7 @@ def show_plan(plan: Plan) -> dict[str, Any]:
     told["controls"] = [
         {
             "type": control.type,
-            "controlnet": control.net.name if control.net else None,
+            "controlnet": control.network,
             "scale": control.scale,
             "start": control.start,
             "end": control.end,

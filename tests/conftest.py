@@ -46,3 +46,10 @@ def generate() -> Callable[..., dict[str, Any]]:
 def opened(response: dict[str, Any]) -> list[Image.Image]:
     """The pictures of a response."""
     return [Image.open(io.BytesIO(base64.b64decode(text))) for text in response["images"]]
+
+
+def base64_of(picture: Image.Image) -> str:
+    """`picture` as a request carries it."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import gc
-import io
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,10 @@ from src.pictures import load_pictures
 from src.plan import Plan, make_plan
 from src.request import read_request
 from src.settings import Settings
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into
 from tests.small_models import controlnet, redux, small
 from training.scenes import draw, lone
-
-
-def base64_of(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
 
 SCENE = draw(lone("blue", "square", "yellow"), 128, 128)
 PLAIN = base64_of(SCENE)
@@ -252,6 +243,11 @@ def test_networks_of_any_depth_are_added_up_where_the_transformer_hears_them(tmp
         assert torch.allclose(both[0][i], swapped[0][i], atol=1e-6)
     assert both[1] is not None
     assert all(torch.equal(a, b) for a, b in zip(both[1], one_single, strict=True))
+
+
+def test_a_model_without_a_controlnet_mode_names_none_of_them(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match=r"CONTROLNETS=Union-Pro: .* has none"):
+        load_engine(Settings(model_name=str(small("kontext", tmp_path / "tune")), controlnets=("Union-Pro",)))
 
 
 def test_networks_are_loaded_at_the_start_where_controlnets_names_them() -> None:

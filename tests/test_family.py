@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from src.job import Job
 from src.request import PICTURES
 from src.serving import Worker
 from src.settings import Settings
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into
 from tests.small_models import controlnet, head, redux, small
 
@@ -38,12 +36,6 @@ def engine(request: pytest.FixtureRequest, hub: Hub, tmp_path_factory: pytest.Te
             hub.repos[net.repo] = Repo(controlnet(folder / net.name, modes[net.name], **shallow))
     settings = Settings(model_name=str(small(family, folder / "tune")), redux_model=str(redux(folder / "redux")))
     return family, load_engine(settings, download_into(folder / "home"))
-
-
-def base64_of(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (104, 136, 3), dtype=np.uint8))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
@@ -18,18 +16,12 @@ from src.job import Job
 from src.pictures import load_pictures
 from src.plan import Plan, make_plan
 from src.request import read_request
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 from training import judge
 from training.scenes import COLOURS, draw, every_prompt, lone
 
 MODEL = find_model("flux-shapes")
 assert MODEL is not None
-
-
-def base64_of(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def ask(**fields: Any) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def test_fifty_cancels_at_random_steps(stand_in: StandIn, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_five_hundred_jobs_with_faults_a_sigterm_and_a_restart(tmp_path: Path) -> None:
     """Every job ends with exactly one result, no progress follows it, and memory does not grow."""
-    held = StandIn(Faults(0.05, seed=5), poll_seconds=2)
+    held = StandIn(Faults(0.05, seed=5), poll_seconds=0.5)  # hundreds of polls: faults are sure to meet some
     log = tmp_path / "log"
     ids = [
         held.submit(prompt="a red circle", seed=i, width=64, height=64, num_inference_steps=4, num_images=1 + i % 3)

@@ -32,16 +32,14 @@ class Controlled(nn.Module):
 
     def forward(self, controlnet_cond: Tensor, **arguments: Any) -> tuple[Tensor]:
         double, single = self.controlnet(controlnet_cond=controlnet_cond, **arguments)
-        return self.transformer(  # type: ignore[no-any-return]
-            controlnet_block_samples=double, controlnet_single_block_samples=single, **arguments
-        )
+        return self.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **arguments)
 
 
 def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    readers = Readers(pipeline.tokenizer, pipeline.tokenizer_2, pipeline.text_encoder, pipeline.text_encoder_2)
+    readers = Readers.of(pipeline)
     transformer = pipeline.transformer.requires_grad_(False)
     edged = encode_with_edges(pipeline.vae, SCENES)
 

@@ -25,7 +25,7 @@ def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    readers = Readers(pipeline.tokenizer, pipeline.tokenizer_2, pipeline.text_encoder, pipeline.text_encoder_2)
+    readers = Readers.of(pipeline)
     outlined = encode_scenes(pipeline.vae, *NATIVE, SCENES, outlined=True)
 
     torch.manual_seed(3)

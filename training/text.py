@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import FluxPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -88,6 +89,11 @@ class Readers:
     tokenizer_2: T5Tokenizer
     text_encoder: CLIPTextModel
     text_encoder_2: T5EncoderModel
+
+    @classmethod
+    def of(cls, pipeline: FluxPipeline) -> Readers:
+        """Those of a pipeline."""
+        return cls(pipeline.tokenizer, pipeline.tokenizer_2, pipeline.text_encoder, pipeline.text_encoder_2)
 
     def encoders(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-from src.catalog import CONTROLNETS, ControlNet, Model, controlnets_for
+from src.catalog import ControlNet, Model, controlnets_for
 from src.controls import PlannedControl
 from src.engine.files import Files, Refused, Source, check_whole, why
 from src.errors import InvalidSettings, ModelUnavailable
@@ -69,7 +69,7 @@ class ControlNets:
         """Load these at the start, and keep them."""
         rows = {name.lower(): row for row in controlnets_for(self._model) for name in (row.name, row.repo)}
         if strange := [name for name in names if name.lower() not in rows]:
-            known = ", ".join(row.name for row in CONTROLNETS if row.architecture == self._model.architecture)
+            known = ", ".join(dict.fromkeys(row.name for row in rows.values()))
             raise InvalidSettings(f"CONTROLNETS={','.join(strange)}: {self._model.name} has {known or 'none'}")
         for name in names:
             row = rows[name.lower()]

@@ -52,16 +52,17 @@ class Prompts:
     @cached_property
     def _template_tokens(self) -> int:
         """What FLUX.2 says around a prompt, which counts too: diffusers' chat with nothing in it."""
-        if "Flux2" not in type(self._pipeline).__name__:
+        tokenizer: Any = getattr(self._pipeline, "tokenizer", None)
+        if not getattr(tokenizer, "chat_template", None):
             return 0
         chat: list[dict[str, Any]] = [{"role": "user", "content": ""}]
         if system := getattr(self._pipeline, "system_message", ""):
             texts = {"system": system, "user": ""}
             chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
-        said = self._pipeline.tokenizer.apply_chat_template(
+        said = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=not system, enable_thinking=False
         )
-        return len(self._pipeline.tokenizer(said).input_ids)
+        return len(tokenizer(said).input_ids)
 
     def _read(self, plan: Plan, prompt: str) -> Embeddings:
         embeddings = self._encode("", plan, prompt, plan.prompt_2)

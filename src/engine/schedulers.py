@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 
-class _OwnSigmas:
+class _OwnSigmas(diffusers.SchedulerMixin):  # type: ignore[misc]
     """Spaces its steps by itself: some of FLUX's pipelines hand over the model's sigmas without asking for that."""
 
     last_sigma: float | None = None  # instead of diffusers' own
@@ -24,12 +24,12 @@ class _OwnSigmas:
     ) -> None:
         """As diffusers' own with as many steps; of `sigmas` only the number counts."""
         steps = num_inference_steps if sigmas is None else len(sigmas)
-        config = self.config  # type: ignore[attr-defined]
+        config = self.config
         if config.get("base_shift") == config.get("max_shift"):  # a fixed shift, which FLUX.2's pipelines do not read
             mu = config.get("base_shift", mu)
-        super().set_timesteps(steps, device=device, mu=mu)  # type: ignore[misc]
+        super().set_timesteps(steps, device=device, mu=mu)
         if self.last_sigma is not None:
-            self.sigmas[-1] = self.last_sigma  # type: ignore[attr-defined]
+            self.sigmas[-1] = self.last_sigma
 
 
 class FlowDPMSolverScheduler(_OwnSigmas, diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Finds a model's files, loads them, and says in one line why it cannot."""
+"""Loads a model where there is room for it, and says in one line why it cannot."""
 
 from __future__ import annotations
 
