@@ -20,11 +20,11 @@ from src.settings import Settings
 
 @dataclass(frozen=True)
 class Held:
-    """What the engine holds now: adapters as they were asked for, ControlNets by name, and where each part lives."""
+    """What the engine holds now: adapters as they were asked for, ControlNets by name, and where its weights live."""
 
     adapters: tuple[str, ...]
     controlnets: tuple[str, ...]
-    placement: Mapping[str, str]
+    placement: Mapping[str, Any]
 
 
 _MOST_FILES = 200  # of LORA_DIR; an answer must stay small

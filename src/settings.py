@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from pydantic_core import ErrorDetails
 
 from src.errors import InvalidSettings
+from src.placement import MODES, QUANTIZATIONS
 
 MAX_PREFETCH = 32
 
@@ -20,6 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _row_of(rows: Iterable[str]) -> Callable[[object], object]:
+    """A name of `rows`, in any case."""
+
+    def read(value: object) -> object:
+        name = str(value).lower()
+        if name not in rows:
+            raise ValueError(f"must be one of {', '.join(rows)}")
+        return name
+
+    return read
 
 
 def _names(value: object) -> object:
@@ -63,6 +76,15 @@ class Settings(BaseModel):
     runpod_model_cache: Path = Field(
         Path("/runpod-volume/huggingface-cache/hub"),
         description="where RunPod keeps cached models, in the hub's layout",
+    )
+    memory_mode: Annotated[str, BeforeValidator(_row_of(MODES))] = Field(
+        "auto", description="where weights live; auto is the fastest exact way that fits"
+    )
+    memory_limit_gb: float | None = Field(
+        None, gt=0, description="gigabytes (10^9) of the card to use at most; all that is free by default"
+    )
+    quantization: Annotated[str, BeforeValidator(_row_of(("none", *QUANTIZATIONS)))] = Field(
+        "none", description="fp8 or nf4: smaller, and not exact"
     )
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="the most pixels of one picture, width times height")
     batch_size: int = Field(
@@ -108,6 +130,18 @@ class Settings(BaseModel):
         if missing and len(missing) < len(parts):
             raise ValueError(f"{', '.join(name.upper() for name in parts)} belong together; missing: {missing}")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_to_quantize(self) -> Settings:
+        asked = MODES[self.memory_mode].quantization
+        if self.quantization not in ("none", asked) and self.memory_mode != "auto":
+            raise ValueError(f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization} exclude each other")
+        return self
+
+    @property
+    def placement_mode(self) -> str:
+        """The row of MODES that is asked for, also by `quantization`."""
+        return self.memory_mode if self.quantization == "none" else self.quantization
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -46,6 +47,25 @@ class Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
                     before = totals[kind]
                     totals[kind] = spread if before is None else [a + b for a, b in zip(before, spread, strict=True)]
         return tuple(totals)
+
+
+def values_of(net: ControlNet, files: Files) -> int:
+    """How many numbers its weights are; it is downloaded where it is not here.
+
+    Raises ModelUnavailable with the reason where it cannot be had.
+    """
+    with _named(net, files):
+        found = check_whole(files.find(net.repo, net.repo, part=True).folder)
+    return sum(sum(tensors.values()) for tensors in found.values())
+
+
+@contextmanager
+def _named(net: ControlNet, files: Files) -> Iterator[None]:
+    """Say of which network it is that something is wrong."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {why(error, files.settings)}") from error
 
 
 class ControlNets:
@@ -107,7 +127,7 @@ class ControlNets:
     def _fetch(self, net: ControlNet, before_download: Callable[[], None]) -> None:
         if net.name in self._sources:
             return
-        try:
+        with _named(net, self._files):
             source = self._files.find(net.repo, net.repo, part=True, before_download=before_download)
             config = json.loads((source.folder / "config.json").read_text())
             if not check_whole(source.folder):
@@ -116,8 +136,6 @@ class ControlNets:
             for measure in _MEASURES:
                 if config[measure] != here[measure]:
                     raise Refused(f"is made for another model: {measure} is {config[measure]} and {here[measure]} here")
-        except Exception as error:
-            raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {why(error, self._files.settings)}") from error
         self._guided[net.name] = bool(config.get("guidance_embeds"))
         self._sources[net.name] = source  # the last: other jobs take it for done
 

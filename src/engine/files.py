@@ -15,6 +15,7 @@ from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS
+from src.placement import DoesNotFit
 from src.settings import ROOT, Settings
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
@@ -73,8 +74,11 @@ class Files:
             return _source(Path(self._download(**wanted, token=token)))
 
 
-def check_whole(folder: Path) -> int:
-    """The number of parameters in `folder`, of one network or of a folder each; Refused where a file is not whole."""
+def check_whole(folder: Path) -> dict[str, dict[str, int]]:
+    """The number of values in each tensor, by network: a folder each, "" where `folder` is a network itself.
+
+    Raises Refused where a file is not whole.
+    """
     indexes = [*folder.glob("*.index.json"), *folder.glob("*/*.index.json")]
     missing = [
         shard.relative_to(folder)
@@ -85,14 +89,15 @@ def check_whole(folder: Path) -> int:
     if missing:
         names = ", ".join(sorted(map(str, missing)))
         raise Refused(f"the download is not whole, shards are missing: {names}; load it again")
-    parameters = 0
+    networks: dict[str, dict[str, int]] = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        network = networks.setdefault("" if file.parent == folder else file.parent.name, {})
         try:
             with safe_open(file, "pt") as tensors:  # reads the header and compares the length
-                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - a handle, no mapping
+                network |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - a handle, no mapping
         except SafetensorError as error:
             raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
-    return parameters
+    return networks
 
 
 def _is_hub_id(name: str) -> bool:
@@ -107,7 +112,7 @@ def why(error: Exception, settings: Settings) -> str:
     """The reason in one line, and what to do."""
     hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
     match error:
-        case Refused():
+        case Refused() | DoesNotFit():
             return str(error)
         case errors.GatedRepoError() if settings.hf_token is None:
             return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"

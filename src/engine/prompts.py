@@ -21,8 +21,9 @@ Embeddings = dict[str, torch.Tensor]
 class Prompts:
     """Reads the prompts of one model; the same prompt, read in the same way, costs no time again."""
 
-    def __init__(self, pipeline: Any, redux: Redux) -> None:
+    def __init__(self, pipeline: Any, redux: Redux, device: torch.device) -> None:
         self._pipeline = pipeline
+        self._device = device
         self._redux = redux
         self._remembered: OrderedDict[Hashable, Embeddings] = OrderedDict()
 
@@ -34,7 +35,7 @@ class Prompts:
             while len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)
-        return {name: tensor.to(self._pipeline.device) for name, tensor in self._remembered[key].items()}
+        return {name: tensor.to(self._device) for name, tensor in self._remembered[key].items()}
 
     def truncation(self, plan: Plan) -> tuple[str, ...]:
         """A warning for each text that is longer than the model reads."""

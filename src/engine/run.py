@@ -25,6 +25,7 @@ from src.engine import schedulers
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
 from src.engine.files import Files
+from src.engine.placing import Placed
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
@@ -55,17 +56,25 @@ class Generation:
 class Engine:
     """A pipeline of the family in `model`'s row, and the only one who calls it; one plan at a time."""
 
-    def __init__(self, pipeline: Any, model: Model, revision: str | None, files: Files | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        model: Model,
+        revision: str | None,
+        files: Files | None = None,
+        placed: Placed | None = None,
+    ) -> None:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
         self._views = {model.base.class_name: pipeline}
+        self._placed = placed or Placed(pipeline, None, pipeline.device)
         self._alone = threading.Lock()
         files = files or Files(Settings())
         self._adapters = Adapters(pipeline, files.settings.max_loras)
         self._controlnets = ControlNets(pipeline, model, files)
         self._redux = Redux(pipeline, files)
-        self._prompts = Prompts(pipeline, self._redux)
+        self._prompts = Prompts(pipeline, self._redux, self._placed.device)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -100,7 +109,8 @@ class Engine:
             view.controlnet, arguments = self._controlnets.use(plan.controls)
         watch.begin("encode_prompt")
         prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
-        drawing = _Drawing(view, plan, arguments, watch)
+        self._placed.prepare(view)
+        drawing = _Drawing(view, plan, arguments, watch, self._placed)
         pictures = [picture for prompt, seeds in plan.batches() for picture in drawing.draw(seeds, prompts[prompt])]
         watch.end()
         return Generation(
@@ -117,9 +127,8 @@ class Engine:
 
     def held(self) -> Held:
         """What is in memory, and where."""
-        parts = {name: part for name, part in self._pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        placement = {name: f"{part.device} {str(part.dtype).removeprefix('torch.')}" for name, part in parts.items()}
-        return Held(self._adapters.in_memory, self._controlnets.in_memory, placement)
+        placement = self._placed.placement
+        return Held(self._adapters.in_memory, self._controlnets.in_memory, placement.told() if placement else {})
 
     def load_controlnets(self, names: Sequence[str]) -> None:
         """Load these at the start, and keep them."""
@@ -193,14 +202,15 @@ class Engine:
 
     @property
     def _on_cuda(self) -> bool:
-        return bool(self._pipeline.device.type == "cuda")
+        return self._placed.device.type == "cuda"
 
 
 class _Drawing:
     """Turns seeds into pictures of one plan, together as long as there is memory for that."""
 
-    def __init__(self, view: Any, plan: Plan, arguments: Mapping[str, Any], watch: _Watch) -> None:
+    def __init__(self, view: Any, plan: Plan, arguments: Mapping[str, Any], watch: _Watch, placed: Placed) -> None:
         self._view = view
+        self._placed = placed
         self._plan = plan
         self._watch = watch
         self._thrift = _Thrift(view)
@@ -267,15 +277,17 @@ class _Drawing:
         torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        result = self._view(
-            **self._arguments,
-            **prompt,
-            **self._start(generators, prompt["prompt_embeds"]),
-            num_images_per_prompt=len(seeds),
-            generator=generators,
-            callback_on_step_end=on_step_end,
-            callback_on_step_end_tensor_inputs=["latents"],
-        )
+        heard = tuple((adapter.name, adapter.asked.scale) for adapter in plan.adapters)
+        with self._placed.denoising(self._view.scheduler, plan.steps, heard):
+            result = self._view(
+                **self._arguments,
+                **prompt,
+                **self._start(generators, prompt["prompt_embeds"]),
+                num_images_per_prompt=len(seeds),
+                generator=generators,
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
         return list(result.images)
 
     def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:

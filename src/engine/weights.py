@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import psutil
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 
-from src.catalog import MODELS, find_model, settle_model
+from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
+from src.engine.controlnets import values_of
 from src.engine.files import Files, Refused, check_whole, why
+from src.engine.machine import measure
+from src.engine.placing import Placed
 from src.engine.run import Engine
 from src.errors import DeviceFailed, ModelUnavailable
+from src.placement import Weights, Work, place
 from src.settings import Settings
+
+log = logging.getLogger("worker")
 
 
 def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
@@ -41,27 +48,52 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     try:
         row = find_model(name)
         source = files.find(name, row.repo if row else name, settings.model_revision)
-        class_name, parameters = _check(source.folder)
-        _check_memory(parameters * dtype.itemsize, device)
-        pipeline = _load(class_name, source.folder, dtype).to(device)
+        index, parameters = _check(source.folder)
+        configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
+        guided = _is_guided(index, configurations["transformer"])
+        model = settle_model(name, class_name=index["_class_name"], guided=guided)
+        placement = place(
+            Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
+            measure(device, dtype, settings.memory_limit_gb),
+            _work(model, settings, files, dtype.itemsize),
+            settings.placement_mode,
+        )
+        log.info("placement: %s", placement, extra={"facts": {"placement": placement.told()}})
+        pipeline = _load(index, source.folder, dtype)
+        placed = Placed(pipeline, placement, device)
+    except ModelUnavailable:
+        raise
     except Exception as error:
         raise ModelUnavailable(f"{name}: {why(error, settings)}") from error
-    model = settle_model(name, class_name=class_name, guided=_is_guided(pipeline))
-    engine = Engine(pipeline, model, source.revision, files)
+    engine = Engine(pipeline, model, source.revision, files, placed)
     engine.load_controlnets(settings.controlnets)
     return engine
 
 
-def _load(class_name: str, folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline with all its parts.
+def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:
+    """The picture that must fit, and the ControlNets that are to stay beside the model."""
+    wanted = {name.lower() for name in settings.controlnets}
+    nets = [net for net in controlnets_for(model) if {net.name.lower(), net.repo.lower()} & wanted]
+    return Work(
+        model.width,
+        model.height,
+        model.num_inference_steps,
+        model.max_sequence_length,
+        settings.max_pixels,
+        settings.batch_size,
+        beside=itemsize * sum(values_of(net, files) for net in nets),
+    )
+
+
+def _load(index: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline with all its parts, in the host's memory.
 
     FLUX.2-dev names a processor of words and pictures, which wants torchvision; its tokenizer is all that is needed.
     """
-    index = json.loads((folder / "model_index.json").read_text())
     processors = [
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
-    pipeline = getattr(diffusers, class_name).from_pretrained(
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(processors)
     )
     for name in processors:
@@ -69,11 +101,19 @@ def _load(class_name: str, folder: Path, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def _is_guided(pipeline: Any) -> bool:
-    """Whether guidance_scale has an effect: FLUX.2-klein's pipeline says it, of others the transformer."""
-    if "is_distilled" in pipeline.config:
-        return not pipeline.config.is_distilled
-    return bool(pipeline.transformer.config.guidance_embeds)
+def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one part: what its file says, and what its class says where the file is silent."""
+    of = getattr(diffusers, index[part][1])
+    own = {name: each.default for name, each in inspect.signature(of.__init__).parameters.items()}
+    told: dict[str, Any] = json.loads((folder / part / "config.json").read_text())
+    return own | told
+
+
+def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
+    """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer."""
+    if "is_distilled" in index:
+        return not index["is_distilled"]
+    return bool(transformer["guidance_embeds"])
 
 
 def check_device() -> None:
@@ -98,27 +138,15 @@ def check_device() -> None:
         raise DeviceFailed(f"{name} computes wrongly")
 
 
-def _check(folder: Path) -> tuple[str, int]:
-    """Its class and number of parameters; Refused unless `folder` holds a whole FLUX pipeline."""
-    index = folder / "model_index.json"
-    if not index.is_file():
+def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """Its index and the sizes of its tensors; Refused unless `folder` holds a whole FLUX pipeline."""
+    file = folder / "model_index.json"
+    if not file.is_file():
         raise Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
-    class_name = json.loads(index.read_text()).get("_class_name")
+    index: dict[str, Any] = json.loads(file.read_text())
     known = sorted({model.base.class_name for model in MODELS})
-    if class_name not in known:
-        raise Refused(f"is a {class_name}; this worker runs {', '.join(known)}")
-    return class_name, check_whole(folder)
-
-
-def _check_memory(needed: int, device: torch.device) -> None:
-    """Raise Refused where the weights, in bytes, cannot fit: Linux kills a process that tries, without a word."""
-    if device.type == "cuda":
-        room, where = torch.cuda.mem_get_info()[0], f"{torch.cuda.get_device_name()} has {{}} GB free"
-    else:
-        memory = psutil.virtual_memory().total + psutil.swap_memory().total
-        room, where = memory, "this machine has {} GB of memory"
-    if needed > room:
-        raise Refused(
-            f"its weights take {needed / 1e9:.1f} GB and {where.format(f'{room / 1e9:.1f}')}: choose a larger one or a "
-            "smaller MODEL_NAME"
-        )
+    if index.get("_class_name") not in known:
+        raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
+    sizes = check_whole(folder)
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    return index, {name: tensors for name, tensors in sizes.items() if name in parts}

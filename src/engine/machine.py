@@ -1,0 +1,60 @@
+"""The machine as it is now: what is free, and how fast it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from src.placement import GB, Machine
+
+_SIDE = {"cpu": 1024, "cuda": 4096}  # of the matrices whose product is timed
+_COPIED = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
+_TIMES = 3
+
+
+def measure(device: torch.device, dtype: torch.dtype, memory_limit_gb: float | None = None) -> Machine:
+    """`device` and its host; it takes milliseconds on a card and a tenth of a second on the CPU.
+
+    `memory_limit_gb` is the most that may be used of the device, in gigabytes; on a card torch holds us to it.
+    """
+    host, most = psutil.virtual_memory(), int(memory_limit_gb * GB) if memory_limit_gb else None
+    speed = _flops(device, dtype), _bandwidth(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if most:
+            torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
+        return Machine(torch.cuda.get_device_name(device), min(free, most or free), host.available, *speed)
+    everything = host.total + psutil.swap_memory().total
+    if most and most < everything:  # as if there were a card of that size
+        return Machine("the CPU", most, everything - most, *speed)
+    return Machine("the CPU", everything, everything, *speed, shared=True)
+
+
+def _flops(device: torch.device, dtype: torch.dtype) -> float:
+    side = _SIDE[device.type]
+    matrix = torch.zeros(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _seconds(lambda: matrix @ matrix, device)
+
+
+def _bandwidth(device: torch.device) -> float:
+    size = _COPIED[device.type]
+    home = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty(size, dtype=torch.uint8, device=device)
+    return size / _seconds(lambda: there.copy_(home, non_blocking=True), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some times: whatever disturbs makes it longer."""
+    settle: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    work()
+    for _ in range(_TIMES):
+        settle()
+        begun = time.perf_counter()
+        work()
+        settle()
+        times.append(time.perf_counter() - begun)
+    return min(times)

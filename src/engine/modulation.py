@@ -1,0 +1,140 @@
+"""FLUX's adaptive norms, computed ahead: their linears hear of the step, the guidance and the pooled prompt alone.
+
+In FLUX.1 they are 3.25 of 11.9 billion parameters. Asked for all steps of a picture at once, their weights need to be
+on the device for that moment only, and what they answer is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.engine.streaming import Stream
+from src.errors import GenerationFailed
+from src.placement import is_modulation
+
+_REMEMBERED = 2  # tables: of a prompt, and of what it steers away from
+
+
+class Modulation:
+    """The adaptive norms of one transformer; parks their linears."""
+
+    def __init__(self, transformer: Any, stream: Stream) -> None:
+        # FLUX.1's embedding of a timestep hears the pooled prompt last; FLUX.2's hears of no prompt.
+        self._hears_prompt = hasattr(transformer, "time_text_embed")
+        self._embedder = transformer.time_text_embed if self._hears_prompt else transformer.time_guidance_embed
+        linears = {name for name, layer in transformer.named_modules() if is_modulation(name)}
+        self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in linears]
+        self._parked = [stream.park(norm.linear) for norm in self._norms]
+        self._rows = [_Row() for _ in self._norms]
+        self._tables: list[_Table] = []
+
+    @contextmanager
+    def ahead(self, scheduler: Any, steps: int, adapters: Hashable) -> Iterator[None]:
+        """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`.
+
+        `adapters` says which are heard: they may change the linears too.
+
+        Raises GenerationFailed at its end where the transformer heard of other timesteps than the scheduler told.
+        """
+        linears = [norm.linear for norm in self._norms]  # with the adapters of now around them
+        of_prompt: dict[int, tuple[Any, _Table]] = {}
+
+        def look_up(_: nn.Module, inputs: tuple[Any, ...], __: torch.Tensor) -> None:
+            timestep, *others = inputs
+            prompt = others[-1] if self._hears_prompt else None
+            if id(prompt) not in of_prompt:
+                timesteps = _as_heard(scheduler.timesteps[-steps:], timestep)
+                table = self._find(adapters, timesteps, tuple(others)) or self._ask(
+                    linears, adapters, timesteps, timestep, tuple(others)
+                )
+                of_prompt[id(prompt)] = prompt, table
+            of_prompt[id(prompt)][1].show(timestep, self._rows)
+
+        hook = self._embedder.register_forward_hook(look_up)
+        for norm, row in zip(self._norms, self._rows, strict=True):
+            norm.linear = row
+        try:
+            yield
+        finally:
+            hook.remove()
+            for norm, linear in zip(self._norms, linears, strict=True):
+                norm.linear = linear
+        if any(bool(table.missed) for _, table in of_prompt.values()):
+            raise GenerationFailed("the transformer was called with timesteps that the scheduler did not announce")
+
+    def _find(self, *question: Any) -> _Table | None:
+        return next((table for table in self._tables if table.answers(*question)), None)
+
+    def _ask(
+        self,
+        linears: list[nn.Module],
+        adapters: Hashable,
+        timesteps: torch.Tensor,
+        timestep: torch.Tensor,
+        others: tuple[Any, ...],
+    ) -> _Table:
+        """Row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
+        del self._tables[: 1 - _REMEMBERED]
+        heard = [nn.functional.silu(self._embedder.forward(each.expand_as(timestep), *others)) for each in timesteps]
+        answers = []
+        for linear, parked in zip(linears, self._parked, strict=True):
+            with parked.here():
+                answers.append(torch.stack([linear(each) for each in heard]))
+        table = _Table(adapters, timesteps, others, answers)
+        self._tables.append(table)
+        return table
+
+
+class _Table:
+    """What the linears answer at each of `timesteps`; `others` is what the embedding hears beside the timestep."""
+
+    def __init__(
+        self, adapters: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...], answers: list[torch.Tensor]
+    ) -> None:
+        self.missed = torch.zeros((), dtype=torch.bool, device=timesteps.device)
+        self._adapters = adapters
+        self._timesteps = timesteps
+        self._others = others
+        self._shapes = [answer.shape[1:] for answer in answers]
+        self._rows = torch.cat([answer.flatten(1) for answer in answers], dim=1)
+
+    def answers(self, adapters: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
+        """Whether it was made for the same question."""
+        return (
+            self._adapters == adapters
+            and torch.equal(self._timesteps, timesteps)
+            and all(
+                here is there if here is None else here.shape == there.shape and torch.equal(here, there)
+                for here, there in zip(self._others, others, strict=True)
+            )
+        )
+
+    def show(self, timestep: torch.Tensor, rows: Iterable[_Row]) -> None:
+        """Let `rows` hold the answers of one timestep. The device finds them: nobody waits for it."""
+        same = self._timesteps == timestep[0]
+        self.missed |= ~same.any()
+        now = self._rows.index_select(0, same.int().argmax().view(1)).flatten()
+        start = 0
+        for row, shape in zip(rows, self._shapes, strict=True):
+            row.value = now[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+
+
+class _Row(nn.Module):
+    """In the place of a linear: what it would answer now."""
+
+    value: torch.Tensor
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        """[pictures, values]."""
+        return self.value
+
+
+def _as_heard(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A scheduler's timesteps after the pipeline's and the transformer's arithmetic, in the type of `like`."""
+    return timesteps.to(like) / 1000 * 1000

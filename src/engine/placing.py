@@ -1,0 +1,53 @@
+"""Puts a loaded pipeline's weights where a placement wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.engine.modulation import Modulation
+from src.engine.streaming import Stream
+from src.placement import Placement, block_of, in_order, is_modulation
+
+
+class Placed:
+    """A pipeline, placed."""
+
+    def __init__(self, pipeline: Any, placement: Placement | None, device: torch.device) -> None:
+        self.placement = placement
+        self.device = device
+        self._modulation: Modulation | None = None
+        self._offload = placement.offload if placement else None
+        self._hooked: Any = None  # the view that diffusers' offload is set up for
+        if self._offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        elif not self._offload:
+            if placement:
+                self._park(pipeline, placement)
+            pipeline.to(device)
+
+    def _park(self, pipeline: Any, placement: Placement) -> None:
+        stream = Stream(self.device)
+        apart: list[nn.Module] = []
+        if placement.modulation_cache:
+            apart = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]
+            self._modulation = Modulation(pipeline.transformer, stream)
+        for component, indices in placement.streamed.items():
+            network = getattr(pipeline, component)
+            blocks = in_order(block for name, _ in network.named_parameters() if (block := block_of(name)))
+            for index in indices:
+                stream.stream(network.get_submodule(blocks[index]), without=apart)
+
+    def prepare(self, view: Any) -> None:
+        """Let `view` be the pipeline that is called next."""
+        if self._offload == "model" and view is not self._hooked:
+            view.enable_model_cpu_offload(device=self.device)
+            self._hooked = view
+
+    def denoising(self, scheduler: Any, steps: int, adapters: Hashable) -> AbstractContextManager[None]:
+        """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""
+        return self._modulation.ahead(scheduler, steps, adapters) if self._modulation else nullcontext()

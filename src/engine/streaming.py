@@ -1,0 +1,177 @@
+"""Weights that live in the host's memory and pass through the device: each block comes just before it is at work.
+
+Knows nothing of FLUX; src/placement.py decides what lives where.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger("worker")
+
+_ALIGNED = 256  # bytes; where CUDA's own allocations begin
+_SLOTS = 2  # the block that is at work and the next one, on its way
+
+
+class Stream:
+    """Two slots on a device, and the parked weights that take turns in them. Not for two threads at once.
+
+    On a card they are copied from pinned memory and beside the computing: while a block is at work, the one that
+    followed it the last time is on its way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._parked: list[Parked] = []
+        self._slots: list[_Slot] = []
+        self._last: Parked | None = None
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def parked(self) -> int:
+        """Bytes of the weights that are not on the device."""
+        return sum(parked.size for parked in self._parked)
+
+    def park(self, *layers: nn.Module) -> Parked:
+        """Take the weights of `layers` into the host's memory; they are absent but within `Parked.here`."""
+        parked = Parked(self, layers)
+        self._parked.append(parked)
+        self._slots = []  # it may need larger ones
+        return parked
+
+    def stream(self, block: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
+        """Park `block`, but for the layers `without`; it is there whenever it is called."""
+        apart = set(without)
+        parked = self.park(*(layer for layer in block.modules() if layer not in apart))
+        block.register_forward_pre_hook(lambda *_: parked.arrive())
+        block.register_forward_hook(lambda *_: parked.leave(), always_call=True)
+
+    def bring(self, parked: Parked) -> _Slot:
+        """The slot that holds `parked`, or where it is on its way to now."""
+        if not self._slots:
+            size = max(each.size for each in self._parked)
+            self._slots = [_Slot(size, self.device) for _ in range(_SLOTS)]
+        for slot in self._slots:
+            if slot.holds is parked:
+                return slot
+        slot = next(slot for slot in self._slots if not slot.at_work)
+        slot.fill(parked, self._copying)
+        return slot
+
+    def follows(self, parked: Parked) -> None:
+        """Remember that `parked` comes after the last one."""
+        if self._last is not None:
+            self._last.next = parked
+        self._last = parked
+
+
+class Parked:
+    """The weights of some layers, in one piece of the host's memory."""
+
+    def __init__(self, stream: Stream, layers: Iterable[nn.Module]) -> None:
+        self.next: Parked | None = None  # what came after it the last time
+        self._stream = stream
+        weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}
+        self._weights = list(weights.values())
+        # What stands in the place of a weight: of its shape and type, and two or four bytes long.
+        self._absent = [torch.zeros((), dtype=w.dtype, device=stream.device).expand(w.shape) for w in self._weights]
+        self.size = sum(map(_aligned, self._weights))
+        self.home = torch.empty(self.size, dtype=torch.uint8)
+        _pin(self, stream.device)
+        for weight, there in zip(self._weights, self._views(self.home), strict=True):
+            there.copy_(weight.data)
+        self._set(self._absent)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Within it the weights are on the device."""
+        self.arrive()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def arrive(self) -> None:
+        """Let the computing wait for the weights, and those that follow set out."""
+        slot = self._stream.bring(self)
+        slot.begin()
+        self._set(self._views(slot.memory))
+        self._stream.follows(self)
+        if self.next:
+            self._stream.bring(self.next)
+
+    def leave(self) -> None:
+        """The slot is for others, once the computing that was asked for so far is done."""
+        self._set(self._absent)
+        self._stream.bring(self).end()
+
+    def _set(self, tensors: Iterable[torch.Tensor]) -> None:
+        for weight, tensor in zip(self._weights, tensors, strict=True):
+            weight.data = tensor
+
+    def _views(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+        start = 0
+        for weight, absent in zip(self._weights, self._absent, strict=True):
+            size = absent.numel() * absent.itemsize
+            yield memory[start : start + size].view(absent.dtype).view(absent.shape)
+            start += _aligned(weight)
+
+
+class _Slot:
+    """Memory on the device for one parked block at a time."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # weights point into it, and those are no tensors of inference
+            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.holds: Parked | None = None
+        self.at_work = False
+        cuda = device.type == "cuda"
+        self._arrived: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._done: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self.end()  # the memory may still be in use by what had it before
+
+    def fill(self, parked: Parked, copying: torch.cuda.Stream | None) -> None:
+        """Copy the weights of `parked`, on the stream `copying` where there is one."""
+        self.holds = parked
+        memory = self.memory[: parked.size]
+        if copying is None:
+            memory.copy_(parked.home)
+            return
+        copying.wait_event(self._done)
+        with torch.cuda.stream(copying):
+            memory.copy_(parked.home, non_blocking=True)
+            self._arrived.record()
+
+    def begin(self) -> None:
+        """From now on the computing uses what is on its way here."""
+        self.at_work = True
+        if self._arrived:
+            self._arrived.wait()
+
+    def end(self) -> None:
+        """What was asked for until now is the last that uses it."""
+        self.at_work = False
+        if self._done:
+            self._done.record()
+
+
+def _aligned(weight: torch.Tensor) -> int:
+    return -(-weight.numel() * weight.itemsize // _ALIGNED) * _ALIGNED
+
+
+def _pin(parked: Parked, device: torch.device) -> None:
+    """Lock its home in place, for copies beside the computing; torch's own pinning rounds up to powers of two."""
+    if device.type != "cuda":
+        return
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if error := int(cuda.cudaHostRegister(parked.home.data_ptr(), parked.size, 0)):
+        log.warning("host memory cannot be pinned (CUDA error %s): weights will come slowly", error)
+        return
+    weakref.finalize(parked, cuda.cudaHostUnregister, parked.home.data_ptr())

@@ -1,0 +1,381 @@
+"""Where each weight of a model lives: on the card, or in the host's memory until it is needed.
+
+    sizes of the weights + a machine + what is asked of it  ->  the fastest placement that fits
+
+Every decision about memory, and nothing that acts on it; knows nothing of torch. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+GB = 10**9
+
+# Of a card's memory, for what no header tells: the libraries' own, adapters, what is splintered.
+_SPARE = 0.04
+# Values that one token has in flight in a block, in widths of the model: the stream itself, its norm, queries, keys
+# and values, those with their positions in float32, the attention's answer, the MLP before and after its activation.
+_IN_FLIGHT = 24
+# Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
+# weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
+_DECODING = 9.3
+_TABLE_STEPS = 100  # rows that a modulation table has at most, as many as a request may have steps
+_TABLES = 2  # of a prompt and of what it steers away from
+# Of the time that moving and computing share, what is lost: layers streamed on an L20 took 1.05 times the time of
+# everything resident.
+_STREAMING = 0.05
+_SLOTS = 2  # the block that is at work and the next one, on its way
+
+
+class DoesNotFit(Exception):
+    """Says what is needed, what there is, and what may be chosen."""
+
+
+_BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
+_MODULATION = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*)\.linear$")
+
+
+def block_of(tensor: str) -> str | None:
+    """The block that a tensor or a layer belongs to, transformer_blocks.7, say; None for what stands beside them."""
+    found = _BLOCK.match(tensor)
+    return found[0] if found else None
+
+
+def is_modulation(layer: str) -> bool:
+    """Whether a layer is a linear of adaptive norms: those hear of step, guidance and pooled prompt alone."""
+    return bool(_MODULATION.search(layer))
+
+
+def in_order(blocks: Iterable[str]) -> list[str]:
+    """Names of blocks by their lists, and by their numbers in each."""
+    return sorted(set(blocks), key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
+
+
+def evenly(count: int, among: int) -> tuple[int, ...]:
+    """`count` indices as far from each other as they can be: what streams has the others' time to arrive."""
+    return tuple((2 * i + 1) * among // (2 * count) for i in range(count))
+
+
+@dataclass(frozen=True)
+class Network:
+    """One component of a model by its sizes."""
+
+    blocks: Mapping[str, int]  # in order, without their modulation
+    modulation: Mapping[str, int]  # of each block; "" is what stands beside them
+    beside: int
+    halves: frozenset[str] = frozenset()  # blocks of which each token meets one half: FLUX's double blocks
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, int], itemsize: float) -> Network:
+        """`parameters` is the number of values in each tensor, `itemsize` the bytes of one."""
+        blocks = dict.fromkeys(in_order(block for name in parameters if (block := block_of(name))), 0)
+        modulation: dict[str, int] = {}
+        beside = 0
+        for name, values in parameters.items():
+            size, block = int(values * itemsize), block_of(name)
+            if is_modulation(name.rpartition(".")[0]):
+                modulation[block or ""] = modulation.get(block or "", 0) + size
+            elif block:
+                blocks[block] += size
+            else:
+                beside += size
+        return cls(blocks, modulation, beside, frozenset(name for name in blocks if name.startswith("transformer_")))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(self.blocks.values()) + sum(self.modulation.values()) + self.beside
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model by its sizes, and the few numbers of its configuration that say what a picture takes."""
+
+    networks: Mapping[str, Network]  # by the pipeline's names: transformer, vae and what reads prompts
+    itemsize: int  # bytes of one value: 2 in bfloat16
+    width: int  # of the transformer: heads times their size
+    channels: int  # of the decoder's last block
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, Mapping[str, int]],
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        itemsize: int,
+    ) -> Weights:
+        """`parameters` is the number of values in each tensor of each network; the others are configurations."""
+        return cls(
+            {name: Network.of(values, itemsize) for name, values in parameters.items()},
+            itemsize,
+            transformer["num_attention_heads"] * transformer["attention_head_dim"],
+            vae["block_out_channels"][0],
+        )
+
+    @property
+    def transformer(self) -> Network:
+        """What denoises: at work once a step, or twice."""
+        return self.networks["transformer"]
+
+    @property
+    def readers(self) -> Mapping[str, Network]:
+        """What reads prompts: at work once a prompt."""
+        return {name: part for name, part in self.networks.items() if name not in ("transformer", "vae")}
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(part.size for part in self.networks.values())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A card and its host, as they are free and as fast as they were measured."""
+
+    name: str
+    memory: int  # bytes of the card
+    host_memory: int
+    flops: float  # floating-point operations a second, in a large product of matrices
+    bandwidth: float  # bytes a second from the host's memory to the card
+    shared: bool = False  # the card's memory is the host's: a CPU
+
+
+@dataclass(frozen=True)
+class Work:
+    """The picture that a placement is made for."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    max_sequence_length: int
+    max_pixels: int  # the largest picture that must fit
+    batch_size: int = 1
+    beside: int = 0  # bytes of networks that are held beside the model: ControlNets
+
+    def tokens(self, pixels: int) -> int:
+        """16 pixels a side make one token."""
+        return self.batch_size * (pixels // 256 + self.max_sequence_length)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A row of MODES: what may be done to fit."""
+
+    modulation_cache: tuple[bool, ...] = (False,)
+    stream_readers: bool = False
+    stream_blocks: bool = False
+    offload: str | None = None  # diffusers' own: "model" or "sequential"
+    quantization: str | None = None  # row of QUANTIZATIONS
+
+
+MODES: Mapping[str, Mode] = MappingProxyType(
+    {
+        "auto": Mode((False, True), stream_readers=True, stream_blocks=True),
+        "full": Mode(),
+        "modulation_cache": Mode((True,), stream_readers=True),
+        "stream": Mode(stream_readers=True, stream_blocks=True),
+        "model_offload": Mode(offload="model"),
+        "sequential_offload": Mode(offload="sequential"),
+        "fp8": Mode((False, True), stream_readers=True, quantization="fp8"),
+        "nf4": Mode((False, True), stream_readers=True, quantization="nf4"),
+    }
+)
+
+# Bytes of one value in the transformer's blocks: a scale for each row is nothing beside it; nf4 has one of 4 bytes for
+# each 64 values, itself in 8 bits.
+QUANTIZATIONS: Mapping[str, float] = MappingProxyType({"fp8": 1.0, "nf4": 0.52})
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What lives where, and what that costs."""
+
+    machine: Machine
+    modulation_cache: bool  # the adaptive norms' linears are in the host's memory, and a table of their answers here
+    streamed: Mapping[str, tuple[int, ...]]  # blocks in the host's memory, by component and place in `in_order`
+    offload: str | None
+    quantization: str | None
+    resident: int  # bytes of weights on the card
+    parked: int  # bytes of weights in the host's memory
+    slots: int  # bytes on the card for blocks that pass through
+    peak: int  # bytes on the card, at most
+    prompt_seconds: float  # of a new prompt: waiting for weights
+    step_seconds: float
+
+    @property
+    def needs(self) -> float:
+        """Bytes of a card that it fits."""
+        return (self.peak + (self.parked if self.machine.shared else 0)) / (1 - _SPARE)
+
+    @property
+    def mode(self) -> str:
+        """The row of MODES that it comes down to."""
+        if self.quantization:
+            return self.quantization
+        if self.offload:
+            return f"{self.offload}_offload"
+        if self.streamed.get("transformer"):
+            return "stream"
+        return "modulation_cache" if self.modulation_cache else "stream" if any(self.streamed.values()) else "full"
+
+    def seconds(self, work: Work) -> float:
+        """Of one picture with a new prompt, but for what all placements take alike."""
+        return self.prompt_seconds + work.num_inference_steps * self.step_seconds
+
+    def told(self) -> dict[str, Any]:
+        """For the log and for `describe`."""
+        return {
+            "mode": self.mode,
+            "device": self.machine.name,
+            "memory_gb": _gb(self.machine.memory),
+            "expected_peak_gb": _gb(self.peak),
+            "on_the_device_gb": _gb(self.resident),
+            "in_host_memory_gb": _gb(self.parked),
+            "modulation_cache": self.modulation_cache,
+            "streamed_blocks": {name: len(blocks) for name, blocks in self.streamed.items() if blocks},
+            "quantization": self.quantization,
+        }
+
+
+def place(weights: Weights, machine: Machine, work: Work, mode: str = "auto") -> Placement:
+    """The fastest placement of `mode` that fits, by the cost model; of equally fast ones that which moves least.
+
+    Raises DoesNotFit with what is needed and what may be chosen instead.
+    """
+    fitting = [found for found in placements(weights, machine, work, mode) if _fits(found)]
+    if not fitting:
+        raise DoesNotFit(_too_little(weights, machine, work, mode))
+    return min(fitting, key=lambda found: (found.seconds(work), found.parked))
+
+
+def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Iterator[Placement]:
+    """All that `mode` allows, whether they fit or not."""
+    row = MODES[mode]
+    if row.offload:
+        yield _offloaded(weights, machine, work, row.offload)
+        return
+    if row.quantization:
+        weights = _quantized(weights, QUANTIZATIONS[row.quantization])
+    transformer, working = weights.transformer, _working(weights, work) + work.beside
+    compute = _flops(weights, work) / machine.flops
+    reading = list(_reading(weights, stream=row.stream_readers))
+    for modulation_cache in row.modulation_cache:
+        modulation = transformer.modulation
+        apart = sum(modulation.values()) if modulation_cache else 0
+        alone = max(modulation.values(), default=0) if modulation_cache else 0
+        tables = _TABLES * _TABLE_STEPS * apart // weights.width
+        blocks = [
+            size + (0 if modulation_cache else modulation.get(name, 0)) for name, size in transformer.blocks.items()
+        ]
+        for count in range(len(blocks) + 1 if row.stream_blocks else 1):
+            passing = evenly(count, len(blocks))
+            sizes = [blocks[index] for index in passing]
+            moving = sum(sizes) / machine.bandwidth
+            for streamed, bytes_read, largest_read in reading:
+                slots = _SLOTS * max((alone, largest_read, *sizes))
+                parked = sum(sizes) + bytes_read + apart
+                yield Placement(
+                    machine,
+                    modulation_cache,
+                    {"transformer": passing, **streamed},
+                    offload=None,
+                    quantization=row.quantization,
+                    resident=weights.size - parked,
+                    parked=parked,
+                    slots=slots,
+                    peak=weights.size - parked + slots + tables + working,
+                    prompt_seconds=(bytes_read + apart) / machine.bandwidth,
+                    step_seconds=max(compute, moving) + _STREAMING * min(compute, moving),
+                )
+
+
+def _reading(weights: Weights, *, stream: bool) -> Iterator[tuple[Mapping[str, tuple[int, ...]], int, int]]:
+    """Ways to stream more and more of what reads prompts, the largest first: blocks, their bytes, the largest."""
+    streamed: dict[str, tuple[int, ...]] = {}
+    total = largest = 0
+    yield {}, total, largest
+    if stream:
+        for name, part in sorted(weights.readers.items(), key=lambda item: -item[1].size):
+            for index, size in enumerate(part.blocks.values()):
+                streamed[name] = tuple(range(index + 1))
+                total, largest = total + size, max(largest, size)
+                yield dict(streamed), total, largest
+
+
+def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> Placement:
+    """The ways of diffusers: a whole component on the card at a time, or each layer just while it is at work."""
+    whole = offload == "model"
+    parts = weights.networks.values()
+    on_card = max(part.size if whole else max(part.blocks.values(), default=0) for part in parts)
+    readers = sum(part.size for part in weights.readers.values())
+    compute, transformer = _flops(weights, work) / machine.flops, weights.transformer.size / machine.bandwidth
+    return Placement(
+        machine,
+        modulation_cache=False,
+        streamed={},
+        offload=offload,
+        quantization=None,
+        resident=on_card,
+        parked=weights.size,
+        slots=0,
+        peak=on_card + _working(weights, work) + work.beside,
+        prompt_seconds=(weights.size if whole else readers) / machine.bandwidth,
+        step_seconds=compute + (0 if whole else transformer),
+    )
+
+
+def _working(weights: Weights, work: Work) -> int:
+    """Bytes that come and go: of the largest picture while it is denoised, of the model's own size when decoded.
+
+    A larger one is decoded in tiles where memory is short.
+    """
+    denoising = work.tokens(work.max_pixels) * weights.width * weights.itemsize * _IN_FLIGHT
+    pixels = work.batch_size * min(work.max_pixels, work.width * work.height)
+    return int(max(denoising, pixels * weights.channels * weights.itemsize * _DECODING))
+
+
+def _flops(weights: Weights, work: Work) -> float:
+    """Of one step at the model's own size: two for each weight and token, and attention of all tokens with all."""
+    transformer, tokens = weights.transformer, work.tokens(work.width * work.height)
+    met = sum(size / 2 if name in transformer.halves else size for name, size in transformer.blocks.items())
+    products = 2 * tokens * met / weights.itemsize
+    return products + 4 * tokens * tokens / work.batch_size * weights.width * len(transformer.blocks)
+
+
+def _quantized(weights: Weights, itemsize: float) -> Weights:
+    """With fewer bytes to a value in the transformer's blocks, their adaptive norms excepted."""
+    transformer = weights.transformer
+    blocks = {name: int(size * itemsize / weights.itemsize) for name, size in transformer.blocks.items()}
+    return replace(weights, networks={**weights.networks, "transformer": replace(transformer, blocks=blocks)})
+
+
+def _fits(placement: Placement) -> bool:
+    return placement.needs <= placement.machine.memory and placement.parked <= placement.machine.host_memory
+
+
+def smallest(weights: Weights, machine: Machine, work: Work, mode: str) -> float:
+    """Bytes of the smallest card that `mode` fits, beside this host; infinite where the host has too little."""
+    found = placements(weights, machine, work, mode)
+    return min((each.needs for each in found if each.parked <= machine.host_memory), default=math.inf)
+
+
+def _too_little(weights: Weights, machine: Machine, work: Work, mode: str) -> str:
+    needs = {name: smallest(weights, machine, work, name) for name in MODES}
+    instead = [name for name, needed in needs.items() if needed <= machine.memory]
+    ways = [f"MEMORY_MODE={' or '.join(instead)}"] if instead else []
+    least = min(needs[mode], needs["full"])
+    ways += [f"one of {_gb(least)} GB", "a smaller MAX_PIXELS", "a smaller MODEL_NAME"]
+    host = "" if machine.shared else f" and its host {_gb(machine.host_memory)} GB"
+    return (
+        f"its weights take {_gb(weights.size)} GB, and with MEMORY_MODE={mode} pictures of {work.max_pixels} pixels "
+        f"need {_gb(least)} GB; {machine.name} has {_gb(machine.memory)} GB free{host}: choose {', or '.join(ways)}"
+    )
+
+
+def _gb(size: float) -> float:
+    return round(size / GB, 3 if size < GB / 10 else 1)
