@@ -71,7 +71,7 @@ def encoding(results: dict[str, Any]) -> str:
     response = results["response"]
     lines += [
         "",
-        "All three give the same bytes; the last two round to bytes where the tensor is, and numpy or Pillow interleaves",
+        "All three give the same bytes; the last two round to bytes where the tensor is, numpy or Pillow interleaves",
         f"the colours. For {response['pictures']} photographs the files take",
         f"{response['ms']['files']:.0f} ms one after another, base64 {response['ms']['base64']:.0f} ms and the",
         f"response's JSON {response['ms']['json']:.0f} ms. All of it by `python -m benchmarks.encoding` on",
