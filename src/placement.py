@@ -24,8 +24,7 @@ _IN_FLIGHT = 24
 # Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
 # weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
 _DECODING = 9.3
-_TABLE_STEPS = 100  # rows that a modulation table has at most, as many as a request may have steps
-_TABLES = 2  # of a prompt and of what it steers away from
+_TABLES = 2  # of adaptive norms computed ahead: of a prompt and of what it steers away from
 # Of the time that moving and computing share, what is lost: layers streamed on an L20 took 1.05 times the time of
 # everything resident.
 _STREAMING = 0.05
@@ -259,16 +258,16 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
     if row.offload:
         yield _offloaded(weights, machine, work, row.offload)
         return
+    compute = _flops(weights, work) / machine.flops
     if row.quantization:
         weights = _quantized(weights, QUANTIZATIONS[row.quantization])
     transformer, working = weights.transformer, _working(weights, work) + work.beside
-    compute = _flops(weights, work) / machine.flops
     reading = list(_reading(weights, stream=row.stream_readers))
     for modulation_cache in row.modulation_cache:
         modulation = transformer.modulation
         apart = sum(modulation.values()) if modulation_cache else 0
         alone = max(modulation.values(), default=0) if modulation_cache else 0
-        tables = _TABLES * _TABLE_STEPS * apart // weights.width
+        tables = _TABLES * work.num_inference_steps * apart // weights.width
         blocks = [
             size + (0 if modulation_cache else modulation.get(name, 0)) for name, size in transformer.blocks.items()
         ]

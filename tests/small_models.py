@@ -12,6 +12,8 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from src.catalog import FAMILIES, Model, find_model
+from src.engine.files import check_whole
+from src.placement import GB, Machine, Placement, Weights, Work, placements
 from src.settings import ROOT
 
 SHAPES = ROOT / "models" / "flux-shapes"
@@ -36,6 +38,18 @@ def small(family: str, folder: Path) -> Path:
     else:
         _flux_1(class_name, family, folder)
     return folder
+
+
+def weights_of(folder: Path) -> Weights:
+    """The sizes of the model in `folder`, in float32."""
+    configurations = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
+    return Weights.of(check_whole(folder), *configurations, 4)
+
+
+def all_placements(weights: Weights) -> list[Placement]:
+    """All exact ones, on a card that has room for each."""
+    machine, work = Machine("a small card", GB, GB, 1e11, 1e10), Work(128, 128, 8, 32, 128 * 128)
+    return list(placements(weights, machine, work, "auto"))
 
 
 def controlnet(folder: Path, num_mode: int | None = None, **changes: Any) -> Path:

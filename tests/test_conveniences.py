@@ -142,8 +142,8 @@ def test_describe_tells_what_is_held_and_what_could_be() -> None:
     assert before["adapters"]["in_memory"] == []
     assert before["controlnets"]["flux-shapes-canny"]["types"] == ["canny"]
     assert before["controlnets"]["flux-shapes-canny"]["loaded"] is False
-    assert before["placement"]["transformer"] == "cpu float32"
-    assert set(before["placement"]) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    assert before["placement"]["mode"] == "full"
+    assert before["placement"]["device"] == "the CPU"
     assert told(prompt="a red circle", lora_path=outline, num_inference_steps=1)["status"] == "success"
     assert told(describe=True)["describe"]["adapters"]["in_memory"] == [outline]
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from handler import respond
 from src.catalog import CONTROLNETS, FAMILIES, MODELS, SCHEDULERS
 from src.engine import Engine, load_engine
+from src.engine.placing import Placed
 from src.images import read_parameters
 from src.job import Job
 from src.request import PICTURES
@@ -22,7 +23,7 @@ from src.serving import Worker
 from src.settings import Settings
 from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into
-from tests.small_models import controlnet, head, redux, small
+from tests.small_models import all_placements, controlnet, head, redux, small, weights_of
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -100,6 +101,31 @@ def test_every_mode_draws_what_was_sent_in_its_exact_size_and_the_same_again(eng
                 outside = np.asarray(MASK) < 128
                 assert np.array_equal(np.asarray(picture)[outside], np.asarray(PICTURE)[outside])
     assert len({tuple(drawn(held, **everywhere(held, mode))) for mode in first}) == len(first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_bytes_with_everything_away_that_can_be(
+    family: str, dtype: torch.dtype, hub: Hub, tmp_path: Path
+) -> None:
+    """Adaptive norms ahead and every block streamed: in every mode, with every scheduler that can do it."""
+    folder = small(family, tmp_path / "tune")
+    hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(controlnet(tmp_path / "net", 7))
+    plain, thrifty = (load_engine(Settings(model_name=str(folder)), download_into(tmp_path / "home")) for _ in "12")
+    for held in (plain, thrifty):
+        held._pipeline.to(dtype)
+    least = min(all_placements(weights_of(folder)), key=lambda found: found.resident)
+    thrifty._placed = Placed(thrifty._pipeline, least, torch.device("cpu"))
+    for mode in plain.model.pipelines:
+        fields = everywhere(plain, mode)
+        if {"negative_prompt", "true_cfg_scale"} <= plain.model.pipelines[mode].takes:
+            fields |= {"negative_prompt": "a blue square", "true_cfg_scale": 2}
+        assert drawn(thrifty, **fields) == drawn(plain, **fields), mode
+    fields = everywhere(plain, next(iter(plain.model.pipelines))) | {"num_inference_steps": 3}
+    for name, row in SCHEDULERS.items():
+        if row.starts_midway or "strength" not in plain.model.base.takes:
+            assert drawn(thrifty, **fields, scheduler=name) == drawn(plain, **fields, scheduler=name), name
 
 
 def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:

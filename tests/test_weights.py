@@ -146,7 +146,10 @@ def test_a_missing_shard(copy: Path) -> None:
 
 def test_missing_weights(copy: Path) -> None:
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "diffusion_pytorch_model.safetensors" in reason(str(copy))
+    assert "has no weights in transformer: no *.safetensors" in reason(str(copy))
+    (copy / "text_encoder" / "model.safetensors").unlink()
+    shutil.copy(SHIPPED / "transformer" / "diffusion_pytorch_model.safetensors", copy / "transformer")
+    assert "model.safetensors" in reason(str(copy))
 
 
 def test_damaged_weights(copy: Path) -> None:

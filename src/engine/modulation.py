@@ -27,7 +27,7 @@ class Modulation:
         # FLUX.1's embedding of a timestep hears the pooled prompt last; FLUX.2's hears of no prompt.
         self._hears_prompt = hasattr(transformer, "time_text_embed")
         self._embedder = transformer.time_text_embed if self._hears_prompt else transformer.time_guidance_embed
-        linears = {name for name, layer in transformer.named_modules() if is_modulation(name)}
+        linears = [name for name, _ in transformer.named_modules() if is_modulation(name)]
         self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in linears]
         self._parked = [stream.park(norm.linear) for norm in self._norms]
         self._rows = [_Row() for _ in self._norms]
@@ -49,9 +49,8 @@ class Modulation:
             prompt = others[-1] if self._hears_prompt else None
             if id(prompt) not in of_prompt:
                 timesteps = _as_heard(scheduler.timesteps[-steps:], timestep)
-                table = self._find(adapters, timesteps, tuple(others)) or self._ask(
-                    linears, adapters, timesteps, timestep, tuple(others)
-                )
+                question = adapters, timesteps, tuple(others)
+                table = self._find(*question) or self._ask(linears, *question)
                 of_prompt[id(prompt)] = prompt, table
             of_prompt[id(prompt)][1].show(timestep, self._rows)
 
@@ -65,6 +64,7 @@ class Modulation:
             for norm, linear in zip(self._norms, linears, strict=True):
                 norm.linear = linear
         if any(bool(table.missed) for _, table in of_prompt.values()):
+            self._tables.clear()
             raise GenerationFailed("the transformer was called with timesteps that the scheduler did not announce")
 
     def _find(self, *question: Any) -> _Table | None:
@@ -75,12 +75,11 @@ class Modulation:
         linears: list[nn.Module],
         adapters: Hashable,
         timesteps: torch.Tensor,
-        timestep: torch.Tensor,
         others: tuple[Any, ...],
     ) -> _Table:
         """Row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
         del self._tables[: 1 - _REMEMBERED]
-        heard = [nn.functional.silu(self._embedder.forward(each.expand_as(timestep), *others)) for each in timesteps]
+        heard = [nn.functional.silu(self._embedder.forward(each, *others)) for each in timesteps]
         answers = []
         for linear, parked in zip(linears, self._parked, strict=True):
             with parked.here():
@@ -91,7 +90,7 @@ class Modulation:
 
 
 class _Table:
-    """What the linears answer at each of `timesteps`; `others` is what the embedding hears beside the timestep."""
+    """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what the embedding hears beside."""
 
     def __init__(
         self, adapters: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...], answers: list[torch.Tensor]
@@ -107,6 +106,7 @@ class _Table:
         """Whether it was made for the same question."""
         return (
             self._adapters == adapters
+            and self._timesteps.shape == timesteps.shape
             and torch.equal(self._timesteps, timesteps)
             and all(
                 here is there if here is None else here.shape == there.shape and torch.equal(here, there)
@@ -116,7 +116,7 @@ class _Table:
 
     def show(self, timestep: torch.Tensor, rows: Iterable[_Row]) -> None:
         """Let `rows` hold the answers of one timestep. The device finds them: nobody waits for it."""
-        same = self._timesteps == timestep[0]
+        same = (self._timesteps == timestep).all(1)
         self.missed |= ~same.any()
         now = self._rows.index_select(0, same.int().argmax().view(1)).flatten()
         start = 0
@@ -136,5 +136,5 @@ class _Row(nn.Module):
 
 
 def _as_heard(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A scheduler's timesteps after the pipeline's and the transformer's arithmetic, in the type of `like`."""
-    return timesteps.to(like) / 1000 * 1000
+    """A scheduler's timesteps after the pipeline's and the transformer's arithmetic: one row each, like `like`."""
+    return (timesteps.to(like) / 1000 * 1000)[:, None].expand(-1, len(like))

@@ -15,23 +15,25 @@ from src.placement import Placement, block_of, in_order, is_modulation
 
 
 class Placed:
-    """A pipeline, placed."""
+    """A pipeline, placed; without a placement it stays as it is."""
 
     def __init__(self, pipeline: Any, placement: Placement | None, device: torch.device) -> None:
         self.placement = placement
         self.device = device
         self._modulation: Modulation | None = None
+        self._stream: Stream | None = None
         self._offload = placement.offload if placement else None
         self._hooked: Any = None  # the view that diffusers' offload is set up for
-        if self._offload == "sequential":
+        if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
             pipeline.enable_sequential_cpu_offload(device=device)
-        elif not self._offload:
-            if placement:
-                self._park(pipeline, placement)
+        elif self._offload == "model":
+            self.prepare(pipeline)
+        elif placement and self._offload is None:
+            self._park(pipeline, placement)
             pipeline.to(device)
 
     def _park(self, pipeline: Any, placement: Placement) -> None:
-        stream = Stream(self.device)
+        stream = self._stream = Stream(self.device)
         apart: list[nn.Module] = []
         if placement.modulation_cache:
             apart = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]

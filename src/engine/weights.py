@@ -149,4 +149,6 @@ def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
         raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
     sizes = check_whole(folder)
     parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    if missing := {"transformer", "vae"} - sizes.keys():
+        raise Refused(f"has no weights in {' and '.join(sorted(missing))}: no *.safetensors; load it again")
     return index, {name: tensors for name, tensors in sizes.items() if name in parts}

@@ -1,0 +1,103 @@
+"""FLUX at its full size without a download: the configurations of the published models, random weights.
+
+Configurations: config.json of black-forest-labs' repos on the hub, the text encoders' of google/t5-v1_1-xxl,
+openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, mistralai/Mistral-Small-3.2-24B-Instruct-2506.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from src.placement import Weights
+
+Part = Callable[[], nn.Module]
+
+
+def _clip() -> nn.Module:
+    config = transformers.CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        max_position_embeddings=77, projection_dim=768, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config)
+
+
+def _t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", dense_act_fn="gelu_new", is_gated_act=True, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.T5EncoderModel(config)
+
+
+def _qwen(hidden_size: int, intermediate_size: int, *, tied: bool) -> nn.Module:
+    config = transformers.Qwen3Config(
+        vocab_size=151936, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def _mistral() -> nn.Module:
+    text = {
+        "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    }  # fmt: skip
+    sees = {
+        "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Mistral3Config(vision_config=sees, text_config=text)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def _vae() -> nn.Module:
+    return diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+    )  # fmt: skip
+
+
+def _flux_1(*, guided: bool) -> Mapping[str, Part]:
+    return {
+        "transformer": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=guided),
+        "text_encoder": _clip,
+        "text_encoder_2": _t5,
+        "vae": _vae,
+    }
+
+
+def _klein(layers: int, single: int, heads: int, joint: int, reader: Part) -> Mapping[str, Part]:
+    def transformer() -> nn.Module:
+        return diffusers.Flux2Transformer2DModel(
+            num_layers=layers, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=joint,
+            guidance_embeds=False,
+        )  # fmt: skip
+
+    return {"transformer": transformer, "text_encoder": reader, "vae": diffusers.AutoencoderKLFlux2}
+
+
+FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
+    "FLUX.1-dev": _flux_1(guided=True),
+    "FLUX.1-schnell": _flux_1(guided=False),
+    "FLUX.2-dev": {
+        "transformer": diffusers.Flux2Transformer2DModel,
+        "text_encoder": _mistral,
+        "vae": diffusers.AutoencoderKLFlux2,
+    },
+    "FLUX.2-klein-4B": _klein(5, 20, 24, 7680, lambda: _qwen(2560, 9728, tied=True)),
+    "FLUX.2-klein-9B": _klein(8, 24, 32, 12288, lambda: _qwen(4096, 12288, tied=False)),
+}
+
+
+def weigh(name: str, dtype: torch.dtype = torch.bfloat16) -> Weights:
+    """The sizes of a model of full size; takes no memory."""
+    with torch.device("meta"):
+        parts = {part: build() for part, build in FULL_SIZE[name].items()}
+    sizes = {part: {tensor: weight.numel() for tensor, weight in net.named_parameters()} for part, net in parts.items()}
+    return Weights.of(sizes, dict(parts["transformer"].config), dict(parts["vae"].config), dtype.itemsize)

@@ -1,0 +1,250 @@
+"""Weights where a placement wants them: the same pictures to the byte, and absent where they are said to be absent."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from handler import respond
+from src.catalog import find_model
+from src.engine import Engine, load_engine
+from src.engine.placing import Placed
+from src.engine.streaming import Stream
+from src.errors import ModelUnavailable
+from src.job import Job, Progress
+from src.placement import Placement, Weights, is_modulation
+from src.settings import ROOT, Settings
+from tests.small_models import all_placements, weights_of
+from training.scenes import every_prompt
+
+SHAPES = ROOT / "models" / "flux-shapes"
+CPU = torch.device("cpu")
+PROMPTS = [prompt for prompt, _ in every_prompt()][::14]
+SCHEDULERS = ("euler", "dpmpp_2m", "heun")
+# Ways to place flux-shapes: adaptive norms ahead, how many of the transformer's 7 and T5's 2 blocks stream.
+WAYS = {
+    "modulation_cache": (True, 0, 0),
+    "streaming": (False, 7, 2),
+    "some_streaming": (False, 2, 0),
+    "mixture": (True, 3, 1),
+    "all_away": (True, 7, 2),
+}
+
+
+@cache
+def weights() -> Weights:
+    return weights_of(SHAPES)
+
+
+def placement(way: tuple[bool, int, int]) -> Placement:
+    return next(
+        found
+        for found in all_placements(weights())
+        if way
+        == (found.modulation_cache, len(found.streamed["transformer"]), len(found.streamed.get("text_encoder_2", ())))
+    )
+
+
+def placed(way: str) -> tuple[Engine, Placement | None]:
+    pipeline = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
+    model = find_model("flux-shapes")
+    assert model is not None
+    found = placement(WAYS[way]) if way in WAYS else None
+    return Engine(pipeline, model, None, placed=Placed(pipeline, found, CPU)), found
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter in it that changes adaptive norms, attention, and what stands beside the blocks."""
+    folder = tmp_path_factory.mktemp("loras")
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(SHAPES / "transformer")
+    generator, layers = torch.Generator().manual_seed(0), {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, nn.Linear) and (is_modulation(name) or name.endswith(("attn.to_q", "x_embedder"))):
+            for half, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
+                layers[f"transformer.{name}.lora_{half}.weight"] = 0.2 * torch.randn(shape, generator=generator)
+    save_file(layers, folder / "everywhere.safetensors")
+    return folder
+
+
+def asking(engine: Engine, folder: Path) -> Callable[..., list[str]]:
+    settings = Settings(lora_dir=folder, lora_cache_dir=folder / "cache")
+
+    def ask(prompt: str, *, adapter: bool = False, **fields: Any) -> list[str]:
+        if adapter:
+            fields |= {"lora_path": "everywhere.safetensors", "lora_scale": 0.9}
+        event = {"input": {"prompt": prompt, "seed": 5, **fields}}
+        response = respond(event, Job(), lambda: settings, lambda: engine)
+        assert response["status"] == "success", response
+        images: list[str] = response["images"]
+        return images
+
+    return ask
+
+
+def weights_in(engine: Engine) -> list[nn.Parameter]:
+    return [w for name in weights().networks for w in getattr(engine._pipeline, name).parameters()]
+
+
+def absent(of: Iterable[nn.Parameter]) -> int:
+    """Bytes of the weights that take no memory."""
+    return sum(w.nbytes for w in of if w.untyped_storage().nbytes() <= w.itemsize < w.nbytes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
+    plain, engine = asking(placed("plain")[0], adapters), asking(placed(way)[0], adapters)
+    for scheduler, adapter in itertools.product(SCHEDULERS, (False, True)):
+        wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": 1 + adapter}
+        assert engine(PROMPTS[0], **wish) == plain(PROMPTS[0], **wish)
+    assert plain(PROMPTS[0], adapter=True) != plain(PROMPTS[0]), "or nothing was shown"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bytes_over_many_prompts(way: str, adapters: Path) -> None:
+    plain, engine = asking(placed("plain")[0], adapters), asking(placed(way)[0], adapters)
+    assert len(PROMPTS) == 20
+    small = {"width": 64, "height": 64, "num_inference_steps": 4}
+    for prompt, scheduler, adapter, count in itertools.product(PROMPTS, SCHEDULERS, (False, True), (1, 4)):
+        wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": count, **small}
+        assert engine(prompt, **wish) == plain(prompt, **wish), wish
+
+
+def test_with_guidance_away_from_a_prompt_and_in_batches(adapters: Path) -> None:
+    wish = {"negative_prompt": "a blue square", "true_cfg_scale": 3, "num_inference_steps": 4}
+    plain, engine = (asking(placed(way)[0], adapters) for way in ("plain", "mixture"))
+    assert engine(PROMPTS[1], **wish) == plain(PROMPTS[1], **wish)
+    assert engine(PROMPTS[1]) == plain(PROMPTS[1])
+    pictures = [
+        [
+            respond({"input": {"prompt": PROMPTS[2], "seed": 1, "num_images": 4}}, Job(), settings, lambda of=of: of)
+            for settings in (lambda: Settings(batch_size=4), Settings)
+        ]
+        for of in (placed("plain")[0], placed("mixture")[0])
+    ]
+    assert [each["images"] for each in pictures[0]] == [each["images"] for each in pictures[1]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_placement_says_is_absent_is_absent(way: str, adapters: Path) -> None:
+    engine, found = placed(way)
+    assert found is not None
+    held = weights_in(engine)  # before adapters join them
+
+    def check() -> None:
+        assert absent(held) == found.parked
+        assert sum(w.nbytes for w in held) - found.parked == found.resident
+
+    check()
+    if found.modulation_cache:
+        linears = [each for name, each in engine._pipeline.transformer.named_modules() if is_modulation(name)]
+        assert len(linears) == 2 * 2 + 5 + 1
+        assert all(absent(layer.parameters()) == sum(w.nbytes for w in layer.parameters()) for layer in linears)
+    ask = asking(engine, adapters)
+    during: list[int] = []
+    event = {"input": {"prompt": PROMPTS[0], "seed": 1}}
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "denoise":
+            during.append(absent(held))
+
+    assert respond(event, Job(on_progress=look), Settings, lambda: engine)["status"] == "success"
+    assert set(during) == {found.parked}, "between two steps too"
+    check()
+    ask(PROMPTS[0], adapter=True)
+    check()
+    stream = engine._placed._stream
+    assert stream is not None
+    assert sum(slot.memory.nbytes for slot in stream._slots) <= found.slots + 2 * 256 * 40, "a little for alignment"
+
+
+def test_a_stopped_or_failed_picture_leaves_the_next_one_as_it_was(adapters: Path) -> None:
+    engine, found = placed("mixture")
+    assert found is not None
+    held, ask = weights_in(engine), asking(engine, adapters)
+    before = ask(PROMPTS[3])
+
+    class Stop(Exception):
+        pass
+
+    for failing in ("step", "block"):
+        hook = None
+        if failing == "block":
+
+            def fail(*_: Any) -> None:
+                raise RuntimeError("in the middle of a block")
+
+            hook = engine._pipeline.transformer.transformer_blocks[0].ff.register_forward_hook(fail)
+
+        def stop(progress: Progress) -> None:
+            if progress.phase == "denoise" and progress.step == 3:
+                raise Stop
+
+        event = {"input": {"prompt": PROMPTS[4], "seed": 1, "lora_path": "everywhere.safetensors"}}
+        answer = respond(event, Job(on_progress=stop), lambda: Settings(lora_dir=adapters), lambda: engine)
+        assert answer["status"] == "error"
+        if hook:
+            hook.remove()
+        assert absent(held) == found.parked
+        assert ask(PROMPTS[3]) == before
+
+
+def test_the_settings_decide_and_describe_tells() -> None:
+    engine = load_engine(Settings(model_name="flux-shapes", memory_mode="modulation_cache", max_pixels=128 * 128))
+    told = engine.held().placement
+    assert (told["mode"], told["device"], told["modulation_cache"]) == ("modulation_cache", "the CPU", True)
+    assert told["in_host_memory_gb"] > 0
+    limited = load_engine(Settings(model_name="flux-shapes", memory_limit_gb=0.03, max_pixels=128 * 128))
+    told = limited.held().placement
+    assert told["memory_gb"] == 0.03
+    assert told["expected_peak_gb"] <= 0.03
+    assert told["streamed_blocks"]
+    with pytest.raises(ModelUnavailable, match=r"flux-shapes: its weights take 0\.02\d GB, and with MEMORY_MODE=full"):
+        load_engine(Settings(model_name="flux-shapes", memory_mode="full", memory_limit_gb=0.01))
+
+
+def test_offload_as_diffusers_does_it_gives_the_same_picture(adapters: Path) -> None:
+    engine = load_engine(Settings(model_name="flux-shapes", memory_mode="model_offload", memory_limit_gb=1))
+    ask, plain = asking(engine, adapters), asking(placed("plain")[0], adapters)
+    for fields in ({}, {"init_image": ask(PROMPTS[1])[0]}, {}):
+        assert ask(PROMPTS[0], **fields) == plain(PROMPTS[0], **fields)
+
+
+class Doubling(nn.Module):
+    """A chain of blocks, and what was in memory when each was at work."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_two_slots_carry_any_number_of_blocks_and_the_next_is_on_its_way() -> None:
+    chain, x = Doubling(5), torch.ones(1, 8)
+    expected = chain(x)
+    stream = Stream(CPU)
+    for block in chain.blocks:
+        stream.stream(block)
+    assert stream.parked == 5 * 256
+    for _ in range(2):  # the first time nobody knows what comes next
+        assert torch.equal(chain(x), expected)
+    assert len(stream._slots) == 2
+    fills: list[Any] = []
+    for slot in stream._slots:
+        slot.fill = lambda parked, copying, fill=slot.fill: (fills.append(parked), fill(parked, copying))[0]
+    assert torch.equal(chain(x), expected)
+    assert fills == [*stream._parked[1:], stream._parked[0]], "each came once, before its turn"
