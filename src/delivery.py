@@ -186,7 +186,7 @@ def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) ->
 
 
 def _side_by_side(work: Callable[[int], T], which: Iterable[int]) -> dict[int, T]:
-    """`work` of each, in threads: Pillow, ISA-L and sockets let go of the interpreter."""
+    """`work` of each, in threads: Pillow and sockets let go of the interpreter; fpng, soon done, does not."""
     numbers = list(which)
     if not numbers:
         return {}
