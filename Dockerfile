@@ -15,12 +15,14 @@ RUN apt-get update \
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/home/worker \
     HF_HOME=/home/worker/huggingface \
+    DIFFUSERS_VERBOSITY=error \
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 WORKDIR /app
-COPY requirements.txt .
-RUN pip install --no-cache-dir -r requirements.txt
+COPY requirements.txt requirements-quantization.txt ./
+RUN pip install --no-cache-dir -r requirements.txt -r requirements-quantization.txt
 
 # BAKE_MODEL=true puts the weights into the image (a hub id as MODEL_NAME):
 #   docker build --build-arg BAKE_MODEL=true --secret id=HF_TOKEN,env=HF_TOKEN -t flux2-endpoint .

@@ -23,6 +23,7 @@ class Pipeline:
     controlnet: bool = False  # hears control pictures through networks beside the model
     references: int = 0  # how many init_images it reads as they are; others start from one, fitted to the size
     max_pixels: int | None = None  # what it draws at most
+    cache_context: bool = False  # tells step caches apart what it steers towards and away from
 
 
 def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
@@ -38,7 +39,7 @@ _NET = f"{_CONTROL} controlnet_conditioning_scale control_guidance_start control
 # By mode; the first is the base, which loads the model.
 FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     {
-        "text-to-image": _row("FluxPipeline", "", _CFG),
+        "text-to-image": _row("FluxPipeline", "", _CFG, cache_context=True),
         "image-to-image": _row("FluxImg2ImgPipeline", "init_image", f"{_CFG} strength"),
         "inpainting": _row("FluxInpaintPipeline", "init_image mask_image", f"{_CFG} {_MASK}"),
         "controlnet": _row("FluxControlNetPipeline", "control_image", f"{_CFG} {_NET}", controlnet=True),
@@ -86,9 +87,15 @@ FLUX_2_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
 )
 KLEIN_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     {
-        "text-to-image": _row("Flux2KleinPipeline", "", ""),
-        "editing": _row("Flux2KleinPipeline", "init_image", "", references=10),
-        "inpainting": _row("Flux2KleinInpaintPipeline", "init_image mask_image", _MASK, max_pixels=_KLEIN_PIXELS),
+        "text-to-image": _row("Flux2KleinPipeline", "", "", cache_context=True),
+        "editing": _row("Flux2KleinPipeline", "init_image", "", references=10, cache_context=True),
+        "inpainting": _row(
+            "Flux2KleinInpaintPipeline",
+            "init_image mask_image",
+            _MASK,
+            max_pixels=_KLEIN_PIXELS,
+            cache_context=True,
+        ),
     }
 )
 # Not distilled: guidance_scale is classifier-free guidance, away from the negative prompt.
@@ -301,6 +308,19 @@ class Scheduler:
         """Whether it can start from a picture with noise: diffusers' `scale_noise`, which only flow schedulers have."""
         return self.flow_match
 
+
+@dataclass(frozen=True)
+class StepCache:
+    """Between two steps that are computed, others are guessed by Taylor's series (TaylorSeer, arXiv 2503.06923)."""
+
+    interval: int  # one step in so many is computed
+    computed_first: int = 3  # steps
+
+
+# Measured on flux-shapes by benchmarks/cpu.py.
+SPEEDS: Mapping[str, StepCache | None] = MappingProxyType(
+    {"exact": None, "balanced": StepCache(interval=2), "fast": StepCache(interval=3)}
+)
 
 _FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 

@@ -82,6 +82,8 @@ def deliver(
     ResponseTooLarge where nothing helps.
     """
     made_by = {"model": model.name, "model_revision": revision}
+    if generation.quantization:
+        made_by["quantization"] = generation.quantization
     nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
@@ -158,6 +160,8 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "output_format": plan.output_format,
         "output_quality": plan.output_quality,
         "scheduler": generation.scheduler,
+        "speed": plan.speed,
+        "quantization": generation.quantization,
         "loras": [{"path": adapter.asked.path, "scale": adapter.asked.scale} for adapter in plan.adapters],
         "controls": [
             {"type": control.type, "controlnet": control.network, "scale": control.scale} for control in plan.controls

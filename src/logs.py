@@ -45,6 +45,8 @@ def configure(settings: Settings) -> None:
     log.addHandler(handler)
     log.setLevel(settings.log_level)
     log.propagate = False
+    for library in ("torchao", "torch.utils._pytree"):  # they warn of what this card does not need
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", level: int = logging.INFO) -> None:

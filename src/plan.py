@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from src.catalog import FAMILIES, MODELS, SCHEDULERS, Model, Pipeline
+from src.catalog import FAMILIES, MODELS, SCHEDULERS, SPEEDS, Model, Pipeline
 from src.controls import OWN_OPTIONS, PlannedControl, decide_controls
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
@@ -55,6 +55,7 @@ class Plan:
     output_format: str
     output_quality: int
     preview: bool = False
+    speed: str = "exact"  # a row of SPEEDS
     pictures: Pictures = field(default_factory=dict)  # of the canvas' size, but for references and image_prompt
     references: Mapping[str, Any] = field(default_factory=dict)  # the fields that a file says of them
     adapters: tuple[Adapter, ...] = ()
@@ -91,6 +92,8 @@ class Plan:
         for name in ("prompt_2", "scheduler", "sigmas", "shift", "strength"):
             if (value := getattr(self, name)) is not None:
                 request[name] = value
+        if self.speed != "exact":
+            request["speed"] = self.speed
         if self.adapters:
             request["loras"] = [adapter.asked.model_dump(exclude_none=True) for adapter in self.adapters]
         if "mask_image" in self.pictures:
@@ -130,6 +133,7 @@ def make_plan(
     guidance_scale = decision.guidance()
     negative_prompt = decision.negative_prompt(pipeline, guidance_scale)
     controls = decision.controls(pipeline, steps, controlnets)
+    speed = decision.speed(mode, pipeline, steps, negative_prompt)
     decision.references(pipeline, pictures)
     decision.loras()
     decision.without_effect()
@@ -160,6 +164,7 @@ def make_plan(
         output_format=request.output_format,
         output_quality=request.output_quality,
         preview=request.preview,
+        speed=speed,
         pictures=_prepared(pictures, pipeline, controls, size, drawn),
         references=_references(request, controls),
         adapters=tuple(adapters),
@@ -298,6 +303,19 @@ class _Decision:
                 f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out",
             )
         return None
+
+    def speed(self, mode: str, pipeline: Pipeline, steps: int, negative_prompt: str | None) -> str:
+        """Whether steps may be guessed from others: never with what is steered away from, unless told apart from it."""
+        asked = self._request.speed
+        if cache := SPEEDS[asked]:
+            if negative_prompt is not None and not pipeline.cache_context:
+                allowed = "exact, or no true_cfg_scale above 1"
+                self._fault("speed", f"{asked} cannot be used by {mode} with a negative prompt; allowed: {allowed}")
+            elif steps <= cache.computed_first:
+                self.warnings.append(
+                    f"speed {asked} has no effect on {steps} steps: the first {cache.computed_first} are computed"
+                )
+        return asked
 
     def controls(self, pipeline: Pipeline, steps: int, preferred: Sequence[str]) -> tuple[PlannedControl, ...]:
         """Who hears each control picture."""

@@ -196,6 +196,9 @@ class Request(BaseModel):
         (), description=f"at most 4 of {{path, scale, weight_name, revision}}; path is {_LORA}"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
+    speed: Literal["exact", "balanced", "fast"] = Field(
+        "exact", description="exact, balanced or fast: the last two guess some steps from others"
+    )
     sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100)] | None = (
         Field(None, description="1 to 100 falling numbers from 1 to above 0, one a step; for experts")
     )

@@ -86,6 +86,13 @@ class Settings(BaseModel):
     quantization: Annotated[str, BeforeValidator(_row_of(("none", *QUANTIZATIONS)))] = Field(
         "none", description="fp8 or nf4: smaller, and not exact"
     )
+    attention_backend: str = Field("auto", description="a name of diffusers' attention backends; auto goes by the card")
+    compile: bool | None = Field(
+        None, description="compile the transformer's blocks before the first job; on cards by default"
+    )
+    compile_cache_dir: Path = Field(
+        Path("/runpod-volume/compile-cache"), description="where what was compiled is kept for the next worker"
+    )
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="the most pixels of one picture, width times height")
     batch_size: int = Field(
         1, ge=1, le=4, description="pictures denoised at once; above 1 the bytes depend on the batch"

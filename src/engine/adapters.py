@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -23,11 +25,14 @@ class Adapters:
         self._limit = limit
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
         self._fitting: set[str] = set()  # names of files that were checked
+        self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
+        parts = {name: getattr(pipeline, name, None) for name in ("transformer", "text_encoder")}
+        self._parts = [part for part in parts.values() if isinstance(part, nn.Module)]
         self._shapes = {
-            f"{part}.{name}": tuple(layer.weight.shape)
-            for part in ("transformer", "text_encoder")
-            if isinstance(getattr(pipeline, part, None), nn.Module)
-            for name, layer in getattr(pipeline, part).named_modules()
+            f"{part}.{name}": (layer.out_features, layer.in_features)
+            for part, network in parts.items()
+            if isinstance(network, nn.Module)
+            for name, layer in network.named_modules()
             if isinstance(layer, nn.Linear)
         }
 
@@ -51,21 +56,36 @@ class Adapters:
     def use(self, adapters: Sequence[Adapter]) -> None:
         """Let exactly these be heard; whatever was set before does not matter."""
         wanted = {adapter.name: adapter for adapter in adapters}
+        if not wanted:
+            self._set_aside()
+            return
+        self._put_back()
         for name in wanted.keys() & self._loaded.keys():
             self._loaded.move_to_end(name)
         for name, adapter in wanted.items():
             if name not in self._loaded:
                 self._make_room(keep=set(wanted))
                 self._load(adapter)
-        if wanted:
-            self._pipeline.enable_lora()
-            self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
-        elif self._loaded:
-            self._pipeline.disable_lora()
+        self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
+
+    def _set_aside(self) -> None:
+        """Leave the model as if no adapter had ever been loaded: the same layers, the same compiled code."""
+        for part in self._parts if self._loaded else ():
+            for name, layer in list(part.named_modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    parent, _, attribute = name.rpartition(".")
+                    self._aside.append((part.get_submodule(parent), attribute, layer))
+                    setattr(part.get_submodule(parent), attribute, layer.get_base_layer())
+
+    def _put_back(self) -> None:
+        while self._aside:
+            parent, attribute, layer = self._aside.pop()
+            setattr(parent, attribute, layer)
 
     def _load(self, adapter: Adapter) -> None:
         try:
-            self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
+            with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
+                self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
         except Exception as error:
             self._forget(adapter.name)
             raise GenerationFailed(f"the adapter {adapter.asked.path} could not be loaded: {error}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from src.engine.modulation import Modulation
+from src.engine.quantization import quantize
 from src.engine.streaming import Stream
 from src.placement import Placement, block_of, in_order, is_modulation
 
@@ -30,6 +31,8 @@ class Placed:
             self.prepare(pipeline)
         elif placement and self._offload is None:
             self._park(pipeline, placement)
+            if placement.quantization:
+                quantize(pipeline.transformer, placement.quantization, device)
             pipeline.to(device)
 
     def _park(self, pipeline: Any, placement: Placement) -> None:
@@ -43,6 +46,11 @@ class Placed:
             blocks = in_order(block for name, _ in network.named_parameters() if (block := block_of(name)))
             for index in indices:
                 stream.stream(network.get_submodule(blocks[index]), without=apart)
+
+    @property
+    def quantization(self) -> str | None:
+        """Of the weights; None is exact."""
+        return self.placement.quantization if self.placement else None
 
     def prepare(self, view: Any) -> None:
         """Let `view` be the pipeline that is called next."""

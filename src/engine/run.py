@@ -22,12 +22,14 @@ from PIL import Image
 from src.catalog import SCHEDULERS, Model, Scheduler
 from src.describe import Held
 from src.engine import schedulers
+from src.engine.acceleration import Compiled
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
 from src.engine.files import Files
 from src.engine.placing import Placed
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
+from src.engine.step_cache import step_cache
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
 from src.job import OnProgress, Progress
 from src.lora import Adapter
@@ -51,6 +53,7 @@ class Generation:
     timings: dict[str, float]  # seconds: encode_prompt, denoise, decode
     warnings: tuple[str, ...]
     peak_memory: int | None  # bytes on the card; None on the CPU
+    quantization: str | None = None  # of the weights; None is exact
 
 
 class Engine:
@@ -61,14 +64,17 @@ class Engine:
         pipeline: Any,
         model: Model,
         revision: str | None,
+        *,
         files: Files | None = None,
         placed: Placed | None = None,
+        compiled: Compiled | None = None,
     ) -> None:
         self.model = model
         self.revision = revision
         self._pipeline = pipeline
         self._views = {model.base.class_name: pipeline}
         self._placed = placed or Placed(pipeline, None, pipeline.device)
+        self._compiled = compiled
         self._alone = threading.Lock()
         files = files or Files(Settings())
         self._adapters = Adapters(pipeline, files.settings.max_loras)
@@ -119,6 +125,7 @@ class Engine:
             timings=watch.seconds,
             warnings=(*self._prompts.truncation(plan), *drawing.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
+            quantization=self._placed.quantization,
         )
 
     def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
@@ -145,7 +152,10 @@ class Engine:
 
     def warm_up(self, plan: Plan, steps: int) -> float:
         """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
-        self.run(plan)
+        if self._compiled:
+            self._compiled.warm_up(lambda: self.run(plan))
+        else:
+            self.run(plan)
         seconds = self.run(plan).timings
         return sum(seconds.values()) + seconds["denoise"] * (steps / plan.steps - 1)
 
@@ -278,7 +288,7 @@ class _Drawing:
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         heard = tuple((adapter.name, adapter.asked.scale) for adapter in plan.adapters)
-        with self._placed.denoising(self._view.scheduler, plan.steps, heard):
+        with self._placed.denoising(self._view.scheduler, plan.steps, heard), step_cache(self._view, plan):
             result = self._view(
                 **self._arguments,
                 **prompt,

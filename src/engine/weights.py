@@ -16,12 +16,13 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
+from src.engine.acceleration import accelerate
 from src.engine.controlnets import values_of
 from src.engine.files import Files, Refused, check_whole, why
 from src.engine.machine import measure
 from src.engine.placing import Placed
 from src.engine.run import Engine
-from src.errors import DeviceFailed, ModelUnavailable
+from src.errors import DeviceFailed, ModelUnavailable, WorkerError
 from src.placement import Weights, Work, place
 from src.settings import Settings
 
@@ -61,11 +62,12 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         log.info("placement: %s", placement, extra={"facts": {"placement": placement.told()}})
         pipeline = _load(index, source.folder, dtype)
         placed = Placed(pipeline, placement, device)
-    except ModelUnavailable:
+        compiled = accelerate(pipeline, settings, device)
+    except WorkerError:
         raise
     except Exception as error:
         raise ModelUnavailable(f"{name}: {why(error, settings)}") from error
-    engine = Engine(pipeline, model, source.revision, files, placed)
+    engine = Engine(pipeline, model, source.revision, files=files, placed=placed, compiled=compiled)
     engine.load_controlnets(settings.controlnets)
     return engine
 

@@ -1,0 +1,271 @@
+"""Compiled blocks, attention kernels, guessed steps, smaller weights: what each changes of a picture, and what not."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from handler import respond
+from src.catalog import MODELS, SPEEDS
+from src.engine import Engine, load_engine
+from src.engine.acceleration import Compiled
+from src.errors import ModelUnavailable, WorkerError
+from src.images import read_parameters
+from src.job import Job, Progress
+from src.placement import QUANTIZATIONS
+from src.plan import Plan, make_plan
+from src.request import read_request
+from src.settings import ROOT, Settings
+from tests.conftest import opened
+
+OUTLINE = {"lora_path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "lora_scale": 1}
+PROMPT = "a large red circle on a blue background"
+
+
+def load(**fields: Any) -> Engine:
+    return load_engine(Settings(model_name="flux-shapes", **fields))
+
+
+def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
+    event = {"input": {"prompt": PROMPT, "seed": 1, **fields}}
+    return respond(event, Job(), lambda: Settings(lora_dir=ROOT / "models"), lambda: engine)
+
+
+def drawn(engine: Engine, **fields: Any) -> np.ndarray[Any, Any]:
+    response = ask(engine, **fields)
+    assert response["status"] == "success", response
+    return np.asarray(opened(response)[0], float)
+
+
+def decibels(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """Peak signal-to-noise ratio; infinite where they are equal."""
+    error = float(((one - other) ** 2).mean())
+    return 10 * np.log10(255**2 / error) if error else float("inf")
+
+
+def plan(engine: Engine, **fields: Any) -> Plan:
+    request, faults = read_request({"input": {"prompt": PROMPT, "seed": 1, **fields}})
+    return make_plan(request, faults, engine.model, max_pixels=2048**2)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Engine:
+    return load()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+class Backend:
+    """A compiler that leaves the graph as it is, and counts how often each kind of graph is made and run."""
+
+    def __init__(self) -> None:
+        self.made = self.run = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        self.made += 1
+
+        def run(*inputs: torch.Tensor) -> Any:
+            self.run += 1
+            return graph(*inputs)
+
+        return run
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_path: Path) -> None:
+    engine, backend = load(memory_limit_gb=0.1, memory_mode="modulation_cache", max_pixels=256 * 256), Backend()
+    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "no" / "kept.bin", backend)
+    before = drawn(engine)
+    assert backend.made == 0, "nobody waits who did not ask for a warm-up"
+    engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    made = backend.made
+    assert 2 <= made <= 4, "for each kind of block one, or one for the first and one for those that follow"
+
+    def compiled_calls(**fields: Any) -> int:
+        ran = backend.run
+        assert decibels(drawn(engine, **fields), drawn(plain, **fields)) > 90
+        return backend.run - ran
+
+    blocks = 8 * 7
+    assert np.array_equal(drawn(engine), before)
+    assert compiled_calls() == blocks
+    assert compiled_calls(width=256, height=192) == blocks, "another size"
+    assert compiled_calls(num_inference_steps=3, scheduler="unipc") == 3 * 7
+    assert compiled_calls(**OUTLINE) == 0, "runs as it is"
+    assert compiled_calls(**{**OUTLINE, "lora_scale": 0.5}) == 0
+    assert compiled_calls() == blocks, "adapters were put aside"
+    assert backend.made == made
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiler_that_fails_costs_no_picture(
+    plain: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("gcc: not found")
+
+    engine = load()
+    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "kept.bin", broken)
+    with caplog.at_level(logging.WARNING, "worker"):
+        engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    assert "torch.compile failed" in caplog.text
+    assert "gcc: not found" in caplog.text
+    assert np.array_equal(drawn(engine), drawn(plain))
+    assert not (tmp_path / "kept.bin").exists()
+
+
+_COMPILING = """
+import sys, torch
+from tests.test_acceleration import load, plan
+engine = load(compile=True, compile_cache_dir=sys.argv[1])
+engine.warm_up(plan(engine, num_inference_steps=2), 8)
+from torch._dynamo.utils import counters
+print("hits", counters["aot_autograd"]["autograd_cache_hit"], "misses", counters["aot_autograd"]["autograd_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
+    folder = tmp_path / "volume" / "compile-cache"
+    folder.parent.mkdir()
+    told = []
+    for home in ("one", "two"):
+        environment = {"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / home), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", _COMPILING, str(folder)],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        told.append(run.stdout.split())
+    assert len(list(folder.glob("*.bin"))) == 1
+    (hits, misses), (later_hits, later_misses) = ((int(words[1]), int(words[3])) for words in told)
+    assert (hits, later_hits + later_misses) == (0, misses), told
+    assert later_hits > later_misses, "most of it was found"
+
+
+def test_attention_backends_go_by_name(plain: Engine) -> None:
+    assert decibels(drawn(load(attention_backend="_native_math")), drawn(plain)) > 90
+    with pytest.raises(WorkerError, match=r"ATTENTION_BACKEND=fastest: .*native"):
+        load(attention_backend="fastest")
+
+
+def computed_steps(engine: Engine, **fields: Any) -> int:
+    """How many steps the last of the blocks was really asked in."""
+    calls = []
+    block = engine._pipeline.transformer.single_transformer_blocks[-1]
+    hook = block.attn.register_forward_hook(lambda *_: calls.append(1))
+    response = ask(engine, **fields)
+    hook.remove()
+    assert response["status"] == "success", response
+    return len(calls)
+
+
+@pytest.mark.parametrize(("speed", "computed", "least"), [("balanced", (5, 16), 40), ("fast", (5, 12), 35)])
+def test_guessed_steps_are_asked_for_and_told(
+    plain: Engine, speed: str, computed: tuple[int, int], least: float
+) -> None:
+    for steps, most in zip((8, 28), computed, strict=True):
+        assert computed_steps(plain, num_inference_steps=steps) == steps
+        assert computed_steps(plain, num_inference_steps=steps, speed=speed) <= most
+        exact, guessed = (drawn(plain, num_inference_steps=steps, speed=way) for way in ("exact", speed))
+        assert least < decibels(exact, guessed) < float("inf")
+    told = ask(plain, speed=speed)
+    assert told["metadata"]["speed"] == speed
+    event = read_parameters(opened(told)[0])
+    assert event is not None
+    assert event["input"]["speed"] == speed
+    few = ask(plain, speed=speed, num_inference_steps=3)
+    assert few["metadata"]["warnings"] == [f"speed {speed} has no effect on 3 steps: the first 3 are computed"]
+
+
+def test_guessed_steps_leave_nothing_to_the_next_request(plain: Engine) -> None:
+    exact, fast = drawn(plain), drawn(plain, speed="fast")
+    for _ in range(2):
+        assert np.array_equal(drawn(plain), exact)
+        assert np.array_equal(drawn(plain, speed="fast"), fast)
+
+        def stop(progress: Progress) -> None:
+            if progress.step == 5:
+                raise TimeoutError
+
+        answer = respond({"input": {"prompt": PROMPT, "speed": "fast"}}, Job(on_progress=stop), Settings, lambda: plain)
+        assert answer["status"] == "error"
+        assert np.array_equal(drawn(plain, speed="fast", width=192), drawn(plain, speed="fast", width=192))
+
+
+def test_guessed_steps_go_with_every_mode_but_not_with_two_directions_mixed(plain: Engine) -> None:
+    start = {"init_image": ask(plain)["images"][0], "strength": 0.9}
+    assert decibels(drawn(plain, **start, speed="fast"), drawn(plain, **start)) > 30
+    away = {"negative_prompt": "a square", "true_cfg_scale": 2}
+    assert decibels(drawn(plain, **away, speed="balanced"), drawn(plain, **away)) > 25
+    refused = ask(plain, **start, **away, speed="fast")
+    (fault,) = refused["errors"]
+    assert fault["field"] == "speed"
+    assert "fast cannot be used by image-to-image with a negative prompt; allowed: exact" in fault["message"]
+
+
+def test_the_catalog_knows_which_pipelines_tell_two_directions_apart() -> None:
+    for model in MODELS:
+        for row in model.pipelines.values():
+            source = inspect.getsource(getattr(diffusers, row.class_name))
+            assert row.cache_context == ("cache_context" in source), row.class_name
+    assert SPEEDS["exact"] is None
+
+
+@pytest.mark.parametrize(("kind", "least"), [("fp8", 40), ("nf4", 25)])
+def test_smaller_weights_are_smaller_and_told_and_nearly_right(plain: Engine, kind: str, least: float) -> None:
+    engine = load(quantization=kind)
+    assert engine._placed.placement is not None
+    assert engine._placed.placement.mode == kind
+    assert sum(block_bytes(engine)) < sum(block_bytes(plain)) * (QUANTIZATIONS[kind] / 4 + 0.05)
+    assert least < decibels(drawn(engine), drawn(plain)) < float("inf")
+    assert least < decibels(drawn(engine, **OUTLINE), drawn(plain, **OUTLINE))
+    assert decibels(drawn(engine, **OUTLINE), drawn(engine)) < 30, "the adapter is heard"
+    told = ask(engine)
+    assert told["metadata"]["quantization"] == kind
+    event = read_parameters(opened(told)[0])
+    assert event is not None
+    assert event["quantization"] == kind
+    assert ask(plain)["metadata"]["quantization"] is None
+
+
+def block_bytes(engine: Engine) -> list[int]:
+    """Of the linears of the blocks, adaptive norms aside, as they are held."""
+    sizes = []
+    for name, layer in engine._pipeline.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name and ".norm" not in name:
+            weight: Any = layer.weight
+            parts = [weight.qdata, weight.scale] if hasattr(weight, "qdata") else [weight]
+            sizes.append(sum(part.numel() * part.element_size() for part in parts))
+    return sizes
+
+
+def test_smaller_weights_and_adaptive_norms_ahead_go_together(plain: Engine) -> None:
+    engine = load(memory_mode="nf4", memory_limit_gb=0.022, max_pixels=128 * 128)
+    assert engine.held().placement["modulation_cache"]
+    assert decibels(drawn(engine), drawn(plain)) > 30
+    assert np.array_equal(drawn(engine), drawn(load(memory_mode="nf4")))
+
+
+def test_without_the_library_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(
+        ModelUnavailable, match=r"fp8 wants torchao.quantization: pip install -r requirements-quantization\.txt"
+    ):
+        load(quantization="fp8")
