@@ -7,13 +7,17 @@ openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, mistralai/Mistral-Small-3.2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 
+from src.catalog import find_model
 from src.placement import Weights
+from tests.small_models import SHAPES, chat_tokenizer
 
 Part = Callable[[], nn.Module]
 
@@ -93,6 +97,47 @@ FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
     "FLUX.2-klein-4B": _klein(5, 20, 24, 7680, lambda: _qwen(2560, 9728, tied=True)),
     "FLUX.2-klein-9B": _klein(8, 24, 32, 12288, lambda: _qwen(4096, 12288, tied=False)),
 }
+
+
+def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The pipeline of a model of full size in the host's memory; its tokenizers are small, their words mean nothing.
+
+    Weights are drawn once and repeated: billions of their own would take minutes.
+    """
+    with init_empty_weights():  # but for buffers
+        parts: dict[str, Any] = {part: make() for part, make in FULL_SIZE[name].items()}
+    drawn = (0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for network in parts.values():
+        filled: dict[int, nn.Parameter] = {}  # weights that two layers share stay one
+        for layer in network.modules():
+            for weight_name, weight in layer.named_parameters(recurse=False):
+                if id(weight) not in filled:
+                    filled[id(weight)] = nn.Parameter(_filled(weight.shape, weight_name, drawn), requires_grad=False)
+                layer.register_parameter(weight_name, filled[id(weight)])
+        network.eval()
+    model = find_model(name)
+    assert model is not None
+    tokenizers: dict[str, Any] = {"tokenizer": chat_tokenizer()}
+    if "text_encoder_2" in parts:
+        tokenizers = {
+            "tokenizer": transformers.CLIPTokenizer.from_pretrained(SHAPES / "tokenizer"),
+            "tokenizer_2": transformers.T5TokenizerFast.from_pretrained(SHAPES / "tokenizer_2"),
+        }
+    options = {"is_distilled": True} if name.startswith("FLUX.2-klein") else {}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name != "FLUX.1-schnell")
+    return getattr(diffusers, model.base.class_name)(scheduler=scheduler, **parts, **tokenizers, **options)
+
+
+def _filled(shape: torch.Size, name: str, drawn: torch.Tensor) -> torch.Tensor:
+    """Norms that leave what they scale as it is, no biases, and for the others `drawn`, again and again."""
+    if len(shape) == 1:
+        return torch.full(shape, float(name == "weight"), dtype=drawn.dtype)
+    weight = torch.empty(shape, dtype=drawn.dtype)
+    flat = weight.view(-1)
+    whole = len(flat) // len(drawn) * len(drawn)
+    flat[:whole].view(-1, len(drawn)).copy_(drawn.expand(whole // len(drawn), -1))
+    flat[whole:].copy_(drawn[: len(flat) - whole])
+    return weight
 
 
 def weigh(name: str, dtype: torch.dtype = torch.bfloat16) -> Weights:

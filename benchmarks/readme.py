@@ -80,7 +80,75 @@ def encoding(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"serving": serving, "encoding": encoding}
+_NEVER = "not measured yet"
+
+
+def gpu(results: dict[str, Any]) -> str:
+    """Seconds and memory of each way on a card, and what the same script shows without one."""
+    models = results["models"]
+    cards = {name: found for name, found in models.items() if results["full_size"]}
+    names = list(cards) or ["FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B"]
+    first = next(iter(models.values()))
+    small = None if results["full_size"] else {row["way"]: row for row in first["ways"]}
+    heads = [f"{name}: s, GB" for name in names] + (["flux-shapes, no card: s, off by"] if small else [])
+    lines = [f"| 1024x1024 | {' | '.join(heads)} |", "| --- " * (1 + len(heads)) + "|"]
+    for row in first["ways"]:
+        cells = []
+        for name in names:
+            found = next((way for way in cards.get(name, {}).get("ways", ()) if way["way"] == row["way"]), None)
+            cells.append(_measured(found, found and found.get("peak_gb"), "GB") if found else _NEVER)
+        if small:
+            cells.append(_measured(row, row.get("max_difference"), "of 255"))
+        lines.append(f"| {row['way']} | {' | '.join(cells)} |")
+    where = (
+        results["machine"]["card"] if results["full_size"] else f"{results['machine']['cores']} cores without a card"
+    )
+    lines += ["", f"`python -m benchmarks.gpu` on {where}, all ways in one run, medians of {results['times']} pictures"]
+    if small:
+        lines[-1] += ","
+        lines.append(
+            "each of a new prompt; without a card the same script pretends cards as narrow for flux-shapes as those are for"
+        )
+        lines.append(
+            "FLUX.1-dev: what it shows there is how far each picture is from the plain one, not how fast a card is."
+        )
+    else:
+        lines[-1] += ", each of a new prompt."
+    return "\n".join(lines)
+
+
+def _measured(row: dict[str, Any], more: float | None, unit: str) -> str:
+    if "error" in row:
+        return "does not fit"
+    return f"{row['seconds']:.2f}" + (f", {more:g} {unit}" if more is not None else "")
+
+
+def cpu(results: dict[str, Any]) -> str:
+    """How far each way is from the plain one, and where the seconds of a start go."""
+    lines = ["| way | largest difference | PSNR: mean | least | seconds: plain | this way |", "| --- " * 6 + "|"]
+    for name, row in results["ways"].items():
+        decibels = [f"{row[key]:.0f} dB" if row[key] else "exact" for key in ("psnr_mean", "psnr_least")]
+        times = row["seconds"]
+        lines.append(
+            f"| {name} | {row['largest_difference']:.0f} of 255 | {decibels[0]} | {decibels[1]} "
+            f"| {times['plain']:.2f} | {times['way']:.2f} |"
+        )
+    spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in results["start"].items())
+    lines += [
+        "",
+        f"flux-shapes in float32 over {results['prompts']} prompts, on {results['machine']['cores']} cores",
+        "(`python -m benchmarks.cpu`); guessed steps save time wherever they are, smaller weights only on cards.",
+        f"A start there: {spent}.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "serving": serving,
+    "encoding": encoding,
+    "gpu": gpu,
+    "cpu": cpu,
+}
 
 
 def filled(text: str) -> str:

@@ -46,17 +46,20 @@ class LoggedEngine:
 
 
 def sleeping_engine(seconds: float) -> Engine:
+    import numpy as np
+    import torch
+
     from benchmarks.photographs import photographs
     from tests.fakes import FakePipeline
 
     class Sleeping(FakePipeline):
-        photograph = photographs(1, 1024)[0]
+        photograph = torch.from_numpy(np.asarray(photographs(1, 1024)[0])).permute(2, 0, 1)[None] / 255
 
         def __call__(self, **arguments: Any) -> SimpleNamespace:
             steps = arguments["num_inference_steps"]
             for _ in range(steps):
                 time.sleep(seconds / 8)
-            return SimpleNamespace(images=[self.photograph])
+            return SimpleNamespace(images=self.photograph)
 
     model = find_model("flux-shapes")
     assert model is not None

@@ -258,7 +258,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
     if row.offload:
         yield _offloaded(weights, machine, work, row.offload)
         return
-    compute = _flops(weights, work) / machine.flops
+    compute = flops(weights, work) / machine.flops
     if row.quantization:
         weights = _quantized(weights, QUANTIZATIONS[row.quantization])
     transformer, working = weights.transformer, _working(weights, work) + work.beside
@@ -312,7 +312,7 @@ def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> 
     parts = weights.networks.values()
     on_card = max(part.size if whole else max(part.blocks.values(), default=0) for part in parts)
     readers = sum(part.size for part in weights.readers.values())
-    compute, transformer = _flops(weights, work) / machine.flops, weights.transformer.size / machine.bandwidth
+    compute, transformer = flops(weights, work) / machine.flops, weights.transformer.size / machine.bandwidth
     return Placement(
         machine,
         modulation_cache=False,
@@ -338,8 +338,8 @@ def _working(weights: Weights, work: Work) -> int:
     return int(max(denoising, pixels * weights.channels * weights.itemsize * _DECODING))
 
 
-def _flops(weights: Weights, work: Work) -> float:
-    """Of one step at the model's own size: two for each weight and token, and attention of all tokens with all."""
+def flops(weights: Weights, work: Work) -> float:
+    """Operations of one step at the model's own size: two for each weight and token, and attention of all with all."""
     transformer, tokens = weights.transformer, work.tokens(work.width * work.height)
     met = sum(size / 2 if name in transformer.halves else size for name, size in transformer.blocks.items())
     products = 2 * tokens * met / weights.itemsize

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 
 
 class FakeVae:
@@ -69,5 +68,6 @@ class FakePipeline:
             arguments["callback_on_step_end"](self, step, 0, {"latents": torch.tensor(self.latents)})
         if self.decode_failures:
             raise self.decode_failures.pop(0)
-        size = arguments["width"], arguments["height"]
-        return SimpleNamespace(images=[Image.new("RGB", size)] * arguments["num_images_per_prompt"])
+        return SimpleNamespace(
+            images=torch.zeros(arguments["num_images_per_prompt"], 3, arguments["height"], arguments["width"])
+        )

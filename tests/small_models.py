@@ -126,7 +126,7 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae.eval(),
         text_encoder=encoder.eval(),
-        tokenizer=_chat_tokenizer(),
+        tokenizer=chat_tokenizer(),
         transformer=transformer.eval(),
         **distilled,
     ).save_pretrained(folder)
@@ -136,7 +136,7 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
         (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def _chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = transformers.Qwen2TokenizerFast(
         vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[], pad_token="<pad>", unk_token="<pad>"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -33,7 +34,6 @@ SAMPLES = (
     "a green star left of a white triangle on a purple background",
     "on an orange background, a big white box",
 )
-_COLUMNS = 4
 _CAPTION = 44
 
 
@@ -55,14 +55,18 @@ def loss_curve(run: Path, file: Path) -> None:
 
 def sample_grid(generate: Generate) -> Image.Image:
     """SAMPLES of seed 1, with their prompts beneath."""
-    pictures = [generate(prompt, seed=1) for prompt in SAMPLES]
-    side = pictures[0].width
+    return captioned([(generate(prompt, seed=1), prompt) for prompt in SAMPLES], columns=4)
+
+
+def captioned(pictures: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
+    """Pictures of one size in rows, each with its words beneath."""
+    side = pictures[0][0].width
     width, height = side + 60, side + _CAPTION + 12
-    sheet = Image.new("RGB", (_COLUMNS * width, -(-len(pictures) // _COLUMNS) * height), "white")
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (prompt, picture) in enumerate(zip(SAMPLES, pictures, strict=True)):
-        x, y = i % _COLUMNS * width, i // _COLUMNS * height
+    for i, (picture, words) in enumerate(pictures):
+        x, y = i % columns * width, i // columns * height
         sheet.paste(picture, (x + 30, y + 6))
-        caption = "\n".join(textwrap.wrap(prompt, 32))
+        caption = "\n".join(textwrap.wrap(words, 32))
         pen.multiline_text((x + width // 2, y + side + 9), caption, fill="black", anchor="ma", align="center")
     return sheet

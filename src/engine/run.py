@@ -295,10 +295,11 @@ class _Drawing:
                 **self._start(generators, prompt["prompt_embeds"]),
                 num_images_per_prompt=len(seeds),
                 generator=generators,
+                output_type="pt",
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"],
             )
-        return list(result.images)
+        return _pictures(result.images)
 
     def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """The noise that a seed means without its control pictures: encoding those draws from the generator first."""
@@ -403,6 +404,12 @@ class _Preview:
         decoded = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
+
+
+def _pictures(values: torch.Tensor) -> list[Image.Image]:
+    """RGB pictures of [pictures, 3, height, width] from 0 to 1: the bytes of diffusers' own, rounded on the device."""
+    planes = values.float().mul(255).round().to(torch.uint8).cpu().numpy()
+    return [Image.merge("RGB", [Image.fromarray(plane) for plane in picture]) for picture in planes]
 
 
 def _finished(picture: Image.Image, plan: Plan) -> Image.Image:
