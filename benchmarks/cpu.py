@@ -27,8 +27,8 @@ from training.report import captioned
 from training.scenes import every_prompt
 
 RESULTS = ROOT / "benchmarks" / "results"
-PROMPTS = [prompt for prompt, _ in every_prompt()][::14]
-SHOWN = PROMPTS[2::5]
+PROMPTS = [prompt for prompt, _ in every_prompt()][::13][:20]
+SHOWN = PROMPTS[1::5]
 SMALL = {"max_pixels": 128 * 128}
 # Way: settings of the worker, fields of the request.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -100,20 +100,17 @@ def gpu(results: dict[str, Any]) -> str:
         if small:
             cells.append(_measured(row, row.get("max_difference"), "of 255"))
         lines.append(f"| {row['way']} | {' | '.join(cells)} |")
-    where = (
-        results["machine"]["card"] if results["full_size"] else f"{results['machine']['cores']} cores without a card"
-    )
-    lines += ["", f"`python -m benchmarks.gpu` on {where}, all ways in one run, medians of {results['times']} pictures"]
+    machine = results["machine"]
+    lines += [
+        "",
+        f"`python -m benchmarks.gpu` on {machine['cores']} cores, card: {machine['card']}; all ways in one run,",
+        f"medians of {results['times']} pictures, each of a new prompt.",
+    ]
     if small:
-        lines[-1] += ","
-        lines.append(
-            "each of a new prompt; without a card the same script pretends cards as narrow for flux-shapes as those are for"
-        )
-        lines.append(
-            "FLUX.1-dev: what it shows there is how far each picture is from the plain one, not how fast a card is."
-        )
-    else:
-        lines[-1] += ", each of a new prompt."
+        lines += [
+            "Without a card the script pretends cards as narrow for flux-shapes as those are for FLUX.1-dev: that shows",
+            "how far pictures are from the plain one, not how fast a card is.",
+        ]
     return "\n".join(lines)
 
 
