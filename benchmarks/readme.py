@@ -108,7 +108,7 @@ def gpu(results: dict[str, Any]) -> str:
     ]
     if small:
         lines += [
-            "Without a card the script pretends cards as narrow for flux-shapes as those are for FLUX.1-dev: that shows",
+            "Without a card it pretends cards as narrow for flux-shapes as those are for FLUX.1-dev: that shows",
             "how far pictures are from the plain one, not how fast a card is.",
         ]
     return "\n".join(lines)
