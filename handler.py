@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -53,8 +54,13 @@ def get_engine() -> Engine:
 
 @cache
 def _load_engine() -> Engine:
+    from src.read_ahead import read_ahead
+
+    read_ahead(get_settings())
+    begun = time.perf_counter()
     from src.engine import load_engine  # torch, which nobody should wait for who only reads this module
 
+    log.info("torch and diffusers imported in %.1f s", time.perf_counter() - begun)
     return load_engine(get_settings())
 
 

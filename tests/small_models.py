@@ -12,7 +12,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from src.catalog import FAMILIES, Model, find_model
-from src.engine.files import check_whole
+from src.files import check_whole
 from src.placement import GB, Machine, Placement, Weights, Work, placements
 from src.settings import ROOT
 

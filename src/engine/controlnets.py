@@ -13,8 +13,8 @@ import torch
 
 from src.catalog import ControlNet, Model, controlnets_for
 from src.controls import PlannedControl
-from src.engine.files import Files, Refused, Source, check_whole, why
 from src.errors import InvalidSettings, ModelUnavailable
+from src.files import Files, Refused, Source, check_whole, why
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
 

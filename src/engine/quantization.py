@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.engine.files import Refused
+from src.files import Refused
 from src.placement import block_of, is_modulation
 
 _ADA = (8, 9)  # compute capability: the first that multiplies in 8 bits

@@ -10,8 +10,8 @@ import diffusers
 import torch
 from PIL import Image
 
-from src.engine.files import Files, Refused, Source, check_whole, why
 from src.errors import ModelUnavailable
+from src.files import Files, Refused, Source, check_whole, why
 
 
 class Redux:

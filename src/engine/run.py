@@ -25,12 +25,12 @@ from src.engine import schedulers
 from src.engine.acceleration import Compiled
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
-from src.engine.files import Files
 from src.engine.placing import Placed
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
 from src.engine.step_cache import step_cache
 from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
+from src.files import Files
 from src.job import OnProgress, Progress
 from src.lora import Adapter
 from src.plan import Plan

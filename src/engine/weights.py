@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from huggingface_hub import snapshot_download
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.controlnets import values_of
-from src.engine.files import Files, Refused, check_whole, why
 from src.engine.machine import measure
 from src.engine.placing import Placed
 from src.engine.run import Engine
 from src.errors import DeviceFailed, ModelUnavailable, WorkerError
+from src.files import Files, Refused, check_whole, why
 from src.placement import Weights, Work, place
 from src.settings import Settings
 
@@ -45,11 +46,12 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name, files = settings.model_name, Files(settings, download)
+    name, files, laps = settings.model_name, Files(settings, download), _Laps()
     try:
         row = find_model(name)
         source = files.find(name, row.repo if row else name, settings.model_revision)
         index, parameters = _check(source.folder)
+        laps.end("find")
         configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
         guided = _is_guided(index, configurations["transformer"])
         model = settle_model(name, class_name=index["_class_name"], guided=guided)
@@ -59,17 +61,37 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
             _work(model, settings, files, dtype.itemsize),
             settings.placement_mode,
         )
-        log.info("placement: %s", placement, extra={"facts": {"placement": placement.told()}})
+        log.info("placement: %s", placement.told(), extra={"facts": {"placement": placement.told()}})
+        laps.end("plan")
         pipeline = _load(index, source.folder, dtype)
+        laps.end("read")
         placed = Placed(pipeline, placement, device)
         compiled = accelerate(pipeline, settings, device)
+        laps.end("place")
     except WorkerError:
         raise
     except Exception as error:
         raise ModelUnavailable(f"{name}: {why(error, settings)}") from error
     engine = Engine(pipeline, model, source.revision, files=files, placed=placed, compiled=compiled)
     engine.load_controlnets(settings.controlnets)
+    log.info("%s is loaded: %s", name, laps, extra={"facts": {"seconds": laps.seconds}})
     return engine
+
+
+class _Laps:
+    """Where the seconds of a start go."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """All since the last end was `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self._begun = round(now - self._begun, 2), now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds} s" for name, seconds in self.seconds.items())
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:

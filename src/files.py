@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
@@ -93,7 +92,7 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
         network = networks.setdefault("" if file.parent == folder else file.parent.name, {})
         try:
-            with safe_open(file, "pt") as tensors:  # reads the header and compares the length
+            with safe_open(file, "np") as tensors:  # reads the header and compares the length
                 network |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - a handle, no mapping
         except SafetensorError as error:
             raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
@@ -135,7 +134,7 @@ def why(error: Exception, settings: Settings) -> str:
             return f"is not on this machine and the hub cannot be reached ({hint})"
         case OSError(errno=errno.ENOSPC):
             return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
-        case MemoryError() | torch.OutOfMemoryError():
+        case Exception() if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             return "there is not enough memory for its weights: choose a larger card or a smaller model"
         case RuntimeError() if "allocate memory" in str(error):
             return "there is not enough memory for its weights: choose a larger machine or a smaller model"

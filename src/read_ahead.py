@@ -1,0 +1,58 @@
+"""A model's weights on their way into memory while torch is still being imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from threading import Thread
+
+import psutil
+from huggingface_hub import snapshot_download
+
+from src.catalog import find_model
+from src.files import Files
+from src.settings import Settings
+
+_READERS, _CHUNK = 4, 16 << 20
+
+
+def read(file: Path) -> None:
+    """To its end, and forget it: the system has it in its cache then."""
+    memory = bytearray(_CHUNK)
+    with file.open("rb", buffering=0) as stream:
+        while stream.readinto(memory):
+            pass
+
+
+def read_ahead(
+    settings: Settings,
+    download: Callable[..., str] = snapshot_download,
+    *,
+    read: Callable[[Path], None] = read,
+    share: float = 0.7,
+) -> Thread:
+    """Start to read the weights of MODEL_NAME; load_engine then finds them in memory.
+
+    Only what is on this machine, and only what takes less than a `share` of the memory that is free: what cannot stay
+    is read in vain. Several files side by side, which is what network volumes are fast at. Whatever goes wrong is for
+    load_engine to say.
+    """
+    thread = Thread(target=_read_ahead, args=(settings, download, read, share), name="read ahead", daemon=True)
+    thread.start()
+    return thread
+
+
+def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable[[Path], None], share: float) -> None:
+    row = find_model(settings.model_name)
+    files = Files(settings, partial(download, local_files_only=True))
+    try:
+        repo = row.repo if row else settings.model_name
+        folder = files.find(settings.model_name, repo, settings.model_revision).folder
+        weights = sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+        if sum(file.stat().st_size for file in weights) < share * psutil.virtual_memory().available:
+            with ThreadPoolExecutor(_READERS) as readers:
+                list(readers.map(read, weights))
+    except Exception:  # noqa: BLE001 - nobody waits for it, and load_engine will meet the same
+        return
