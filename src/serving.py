@@ -147,6 +147,10 @@ class Worker:
             except InvalidRequest as error:
                 raise InvalidSettings(f"WARMUP_SIZES: {error}") from error
             log.debug("warming up with %dx%d", width, height)
+            if (several := self._settings.batch_size) > 1 and not pictures:  # another shape, to compile for
+                seeds = tuple(range(several))
+                batch = replace(plan, prompts=plan.prompts * several, seeds=seeds, batch_size=several)
+                self.on_device(partial(engine.warm_up, batch, model.num_inference_steps))
             seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
             log.info("warm-up: a picture of %dx%d takes about %.2f s", width, height, seconds)
             self._prefetch.saw(seconds)

@@ -25,6 +25,7 @@ from src.job import Job, Progress
 from src.placement import QUANTIZATIONS
 from src.plan import Plan, make_plan
 from src.request import read_request
+from src.serving import Worker
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 
@@ -110,6 +111,22 @@ def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_
     assert compiled_calls(**OUTLINE) == 0, "runs as it is"
     assert compiled_calls(**{**OUTLINE, "lora_scale": 0.5}) == 0
     assert compiled_calls() == blocks, "adapters were put aside"
+    assert backend.made == made
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_batches_are_compiled_too_where_they_are_drawn(tmp_path: Path) -> None:
+    engine, backend = load(), Backend()
+    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "no" / "kept.bin", backend)
+    worker = Worker(pytest.fail, Settings(batch_size=2, warmup_sizes=((64, 64),)))
+    worker.warm_up(engine)
+    worker.close()
+    made = backend.made
+    for batch_size, calls in ((2, 8 * 7), (1, 2 * 8 * 7)):
+        ran, settings = backend.run, Settings(batch_size=batch_size)
+        event = {"input": {"prompt": PROMPT, "seed": 1, "num_images": 2}}
+        assert respond(event, Job(), lambda of=settings: of, lambda: engine)["status"] == "success"
+        assert backend.run - ran == calls
     assert backend.made == made
 
 

@@ -110,14 +110,18 @@ def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_bytes_over_many_prompts(way: str, adapters: Path) -> None:
-    plain, engine = asking(placed("plain")[0], adapters), asking(placed(way)[0], adapters)
-    assert len(PROMPTS) == 20
-    small = {"width": 64, "height": 64, "num_inference_steps": 4}
-    for prompt, scheduler, adapter, count in itertools.product(PROMPTS, SCHEDULERS, (False, True), (1, 4)):
+def test_the_same_bytes_over_many_prompts(adapters: Path) -> None:
+    plain = asking(placed("plain")[0], adapters)
+    engines = {
+        way: asking(placed(way)[0], adapters) for way in ("modulation_cache", "streaming", "mixture", "all_away")
+    }
+    assert len(set(PROMPTS)) == 20
+    small = {"width": 64, "height": 64, "num_inference_steps": 3}
+    for adapter, scheduler, prompt, count in itertools.product((False, True), SCHEDULERS, PROMPTS, (1, 4)):
         wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": count, **small}
-        assert engine(prompt, **wish) == plain(prompt, **wish), wish
+        expected = plain(prompt, **wish)
+        for way, engine in engines.items():
+            assert engine(prompt, **wish) == expected, (way, prompt, wish)
 
 
 def test_with_guidance_away_from_a_prompt_and_in_batches(adapters: Path) -> None:
