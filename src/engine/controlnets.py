@@ -71,8 +71,9 @@ def _named(net: ControlNet, files: Files) -> Iterator[None]:
 class ControlNets:
     """Those of one model. What CONTROLNETS names stays; of others only what the latest plan asked for."""
 
-    def __init__(self, pipeline: Any, model: Model, files: Files) -> None:
+    def __init__(self, pipeline: Any, model: Model, files: Files, device: torch.device) -> None:
         self._pipeline = pipeline
+        self._device = device
         self._model = model
         self._files = files
         self._kept: set[str] = set()
@@ -147,4 +148,4 @@ class ControlNets:
                 use_safetensors=True,
                 local_files_only=True,
             )
-            self._loaded[net.name] = found.to(self._pipeline.device).eval()
+            self._loaded[net.name] = found.to(self._device).eval()

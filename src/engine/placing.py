@@ -24,7 +24,6 @@ class Placed:
         self._modulation: Modulation | None = None
         self._stream: Stream | None = None
         self._offload = placement.offload if placement else None
-        self._hooked: Any = None  # the view that diffusers' offload is set up for
         if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
             pipeline.enable_sequential_cpu_offload(device=device)
         elif self._offload == "model":
@@ -53,10 +52,9 @@ class Placed:
         return self.placement.quantization if self.placement else None
 
     def prepare(self, view: Any) -> None:
-        """Let `view` be the pipeline that is called next."""
-        if self._offload == "model" and view is not self._hooked:
+        """Let `view` be the pipeline that is called next, with the networks that it has now."""
+        if self._offload == "model":
             view.enable_model_cpu_offload(device=self.device)
-            self._hooked = view
 
     def denoising(self, scheduler: Any, steps: int, adapters: Hashable) -> AbstractContextManager[None]:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""

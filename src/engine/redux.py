@@ -17,8 +17,9 @@ from src.files import Files, Refused, Source, check_whole, why
 class Redux:
     """Reads pictures for one model."""
 
-    def __init__(self, pipeline: Any, files: Files) -> None:
+    def __init__(self, pipeline: Any, files: Files, device: torch.device) -> None:
         self._pipeline = pipeline
+        self._device = device
         self._files = files
         self._source: Source | None = None
         self._prior: Any = None
@@ -53,7 +54,7 @@ class Redux:
                 use_safetensors=True,
                 local_files_only=True,
                 **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
-            ).to(self._pipeline.device)
-        seen = self._prior.encode_image(picture, self._pipeline.device, 1)
+            ).to(self._device)
+        seen = self._prior.encode_image(picture, self._device, 1)
         words: torch.Tensor = self._prior.image_embedder(seen).image_embeds
         return words * scale

@@ -78,9 +78,10 @@ class Engine:
         self._alone = threading.Lock()
         files = files or Files(Settings())
         self._adapters = Adapters(pipeline, files.settings.max_loras)
-        self._controlnets = ControlNets(pipeline, model, files)
-        self._redux = Redux(pipeline, files)
-        self._prompts = Prompts(pipeline, self._redux, self._placed.device)
+        device = self._placed.device
+        self._controlnets = ControlNets(pipeline, model, files, device)
+        self._redux = Redux(pipeline, files, device)
+        self._prompts = Prompts(pipeline, self._redux, device)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
