@@ -149,6 +149,7 @@ class Bench:
         pipeline = self._build().to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_attention_slicing()
+        pipeline.transformer.set_attention_backend("native")  # another way's stays on in diffusers
 
         def draw(prompt: str, steps: int) -> Image.Image:
             generator = torch.Generator("cpu").manual_seed(1)

@@ -24,11 +24,11 @@ _IN_FLIGHT = 24
 # Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
 # weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
 _DECODING = 9.3
-_TABLES = 2  # of adaptive norms computed ahead: of a prompt and of what it steers away from
+TABLES = 2  # of adaptive norms computed ahead: of a prompt and of what it steers away from
 # Of the time that moving and computing share, what is lost: layers streamed on an L20 took 1.05 times the time of
 # everything resident.
 _STREAMING = 0.05
-_SLOTS = 2  # the block that is at work and the next one, on its way
+SLOTS = 2  # the block that is at work and the next one, on its way
 
 
 class DoesNotFit(Exception):
@@ -134,7 +134,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Machine:
-    """A card and its host, as they are free and as fast as they were measured."""
+    """A card and its host: what is free of them, and how fast they were measured."""
 
     name: str
     memory: int  # bytes of the card
@@ -267,7 +267,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
         modulation = transformer.modulation
         apart = sum(modulation.values()) if modulation_cache else 0
         alone = max(modulation.values(), default=0) if modulation_cache else 0
-        tables = _TABLES * work.num_inference_steps * apart // weights.width
+        tables = TABLES * work.num_inference_steps * work.batch_size * apart // weights.width
         blocks = [
             size + (0 if modulation_cache else modulation.get(name, 0)) for name, size in transformer.blocks.items()
         ]
@@ -276,7 +276,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
             sizes = [blocks[index] for index in passing]
             moving = sum(sizes) / machine.bandwidth
             for streamed, bytes_read, largest_read in reading:
-                slots = _SLOTS * max((alone, largest_read, *sizes))
+                slots = SLOTS * max((alone, largest_read, *sizes))
                 parked = sum(sizes) + bytes_read + apart
                 yield Placement(
                     machine,

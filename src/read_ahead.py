@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Thread
 
-import psutil
 from huggingface_hub import snapshot_download
 
 from src.catalog import find_model
 from src.files import Files
+from src.host import host_memory
 from src.settings import Settings
 
 _READERS, _CHUNK = 4, 16 << 20
@@ -51,8 +50,18 @@ def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable
         repo = row.repo if row else settings.model_name
         folder = files.find(settings.model_name, repo, settings.model_revision).folder
         weights = sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
-        if sum(file.stat().st_size for file in weights) < share * psutil.virtual_memory().available:
-            with ThreadPoolExecutor(_READERS) as readers:
-                list(readers.map(read, weights))
+        if sum(file.stat().st_size for file in weights) < share * host_memory().free:
+            waiting = iter(weights)
+
+            def work() -> None:
+                for file in waiting:
+                    read(file)
+
+            # No pool: its threads would keep a start alive that was refused.
+            readers = [Thread(target=work, daemon=True) for _ in range(_READERS)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
     except Exception:  # noqa: BLE001 - nobody waits for it, and load_engine will meet the same
         return

@@ -27,7 +27,7 @@ from src.plan import Plan, make_plan
 from src.request import read_request
 from src.serving import Worker
 from src.settings import ROOT, Settings
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 
 OUTLINE = {"lora_path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "lora_scale": 1}
 PROMPT = "a large red circle on a blue background"
@@ -147,6 +147,22 @@ def test_a_compiler_that_fails_costs_no_picture(
     assert not (tmp_path / "kept.bin").exists()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_memory_that_only_compiling_lacks_costs_no_start_and_is_not_tried_again(plain: Engine, tmp_path: Path) -> None:
+    tried = []
+
+    def hungry(*_: Any) -> Any:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = load()
+    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "kept.bin", hungry)
+    for size in (64, 128):
+        engine.warm_up(plan(engine, num_inference_steps=2, width=size), 8)
+    assert len(tried) <= 2, "freed and tried once more"
+    assert np.array_equal(drawn(engine), drawn(plain))
+
+
 _COMPILING = """
 import sys, torch
 from tests.test_acceleration import load, plan
@@ -260,6 +276,14 @@ def test_smaller_weights_are_smaller_and_told_and_nearly_right(plain: Engine, ki
     assert event is not None
     assert event["quantization"] == kind
     assert ask(plain)["metadata"]["quantization"] is None
+
+
+def test_smaller_weights_draw_in_every_mode(plain: Engine) -> None:
+    sent = base64_of(opened(ask(plain))[0])
+    for kind in QUANTIZATIONS:
+        engine = load(quantization=kind)
+        for fields in ({"init_image": sent}, {"control_image": sent, "preprocess": True}):
+            assert decibels(drawn(engine, **fields), drawn(plain, **fields)) > 20, (kind, fields)
 
 
 def block_bytes(engine: Engine) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -241,3 +242,35 @@ def test_xlabs_format_is_read(ask: Ask, tmp_path: Path) -> None:
     save_file(own, tmp_path / "loras" / "own.safetensors")
     one, other = (ask(lora_path=f"{name}.safetensors", lora_scale=1) for name in ("xlabs", "own"))
     assert pixels(one) == pixels(other) != pixels(ask())
+
+
+def test_a_file_that_would_change_other_layers_is_refused(ask: Ask, tmp_path: Path) -> None:
+    """diffusers loads a norm that it finds beside the adapter into the model itself, for good."""
+    before = pixels(ask())
+    norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.full((32,), 3.0)}
+    save_file({**load_file(OUTLINE), **norm}, tmp_path / "loras" / "norms.safetensors")
+    told = refused(ask(lora_path="norms.safetensors"))
+    assert "holds more than LoRA layers" in told["lora_path"]
+    assert "attn.norm_q.weight" in told["lora_path"]
+    assert pixels(ask()) == before
+
+
+def test_an_adapter_that_fails_to_load_leaves_no_layer_of_its_own(
+    engine: Engine, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = engine._pipeline
+    load = pipeline.load_lora_weights
+    failures: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no")]
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        load(*arguments, **options)
+        if failures:
+            raise failures.pop(0)
+
+    monkeypatch.setattr(pipeline, "load_lora_weights", failing)
+    answer = ask(lora_path="outline.safetensors", lora_scale=1)
+    assert answer["error_code"] == "generation_failed", "it was tried once more where memory was short"
+    before = pixels(ask())
+    assert not any(isinstance(layer, BaseTunerLayer) for layer in pipeline.transformer.modules())
+    assert pixels(ask(lora_path="outline.safetensors", lora_scale=1)) != before
+    assert pixels(ask()) == before

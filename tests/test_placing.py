@@ -224,6 +224,15 @@ def test_offload_as_diffusers_does_it_gives_the_same_picture(adapters: Path) -> 
         assert ask(PROMPTS[0], **fields) == plain(PROMPTS[0], **fields)
 
 
+def test_offload_reaches_a_controlnet_in_every_request(adapters: Path) -> None:
+    engine = load_engine(Settings(model_name="flux-shapes", memory_mode="model_offload", memory_limit_gb=1))
+    ask = asking(engine, adapters)
+    sent = ask(PROMPTS[1])[0]
+    for prompt in PROMPTS[:3]:
+        ask(prompt, control_image=sent, preprocess=True, num_inference_steps=2)
+        assert hasattr(engine._views["FluxControlNetPipeline"].controlnet, "_hf_hook")
+
+
 class Doubling(nn.Module):
     """A chain of blocks, and what was in memory when each was at work."""
 

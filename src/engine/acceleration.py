@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
-from src.errors import GenerationFailed, InvalidSettings
+from src.errors import GenerationFailed, InvalidSettings, OutOfMemory
 from src.settings import Settings
 
 log = logging.getLogger("worker")
@@ -36,13 +37,15 @@ def accelerate(pipeline: Any, settings: Settings, device: torch.device) -> Compi
     if device.type == "cuda":
         pipeline.vae.to(memory_format=torch.channels_last)
     wanted = major >= _AMPERE if settings.compile is None else settings.compile
+    wanted = wanted and settings.placement_mode != "sequential_offload"  # whose hooks no graph can hold
     return Compiled(pipeline.transformer, _kept(settings, device)) if wanted else None
 
 
 def _kept(settings: Settings, device: torch.device) -> Path:
     """A file for what was compiled for this model, this card and these versions."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    kind = f"{torch.__version__} {diffusers.__version__} {card} {settings.model_name} {settings.placement_mode}"
+    kind = f"{torch.__version__} {diffusers.__version__} {card} {settings.model_name}"
+    kind += f" {settings.placement_mode} {settings.attention_backend}"
     return settings.compile_cache_dir / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.bin"
 
 
@@ -55,6 +58,7 @@ class Compiled:
 
     def __init__(self, transformer: Any, kept: Path, backend: str | Callable[..., Any] = "inductor") -> None:
         self._kept = kept
+        self._failed = False
         transformer.requires_grad_(False)  # as adapters leave it, or what was compiled before them would not fit after
         for kind in ("transformer_blocks", "single_transformer_blocks"):
             for block in getattr(transformer, kind):
@@ -66,13 +70,17 @@ class Compiled:
 
     def warm_up(self, draw: Callable[[], object]) -> None:
         """Compile what `draw` needs; where that fails the blocks stay as they are, with a warning."""
+        if self._failed:
+            draw()
+            return
         try:
             with torch.compiler.set_stance("default"):
                 draw()
-        except GenerationFailed as error:
-            reason = " ".join(str(error.__cause__).split())[:300]
+        except (GenerationFailed, OutOfMemory) as error:  # compiling takes memory that drawing does not
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
             log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
             torch.compiler.set_stance("force_eager")
+            self._failed = True
             draw()
         else:
             self._keep()
@@ -82,7 +90,7 @@ class Compiled:
         if artifacts and not self._kept.exists():
             try:
                 self._kept.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
-                unfinished = self._kept.with_suffix(".unfinished")
+                unfinished = self._kept.with_suffix(f".{os.getpid()}")
                 unfinished.write_bytes(artifacts[0])
                 unfinished.rename(self._kept)
             except OSError as error:

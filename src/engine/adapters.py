@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from src.errors import Fault, GenerationFailed, redact
+from src.engine.memory import free_memory, is_out_of_memory
+from src.errors import Fault, GenerationFailed, OutOfMemory, redact
 from src.lora import Adapter
 
 
@@ -64,13 +65,18 @@ class Adapters:
             self._loaded.move_to_end(name)
         for name, adapter in wanted.items():
             if name not in self._loaded:
-                self._make_room(keep=set(wanted))
-                self._load(adapter)
+                self._make_room(self._limit - 1, keep=set(wanted))
+                try:
+                    self._load(adapter)
+                except OutOfMemory as error:
+                    free_memory(error)
+                    self._make_room(0, keep=set(wanted))
+                    self._load(adapter)
         self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
 
     def _set_aside(self) -> None:
         """Leave the model as if no adapter had ever been loaded: the same layers, the same compiled code."""
-        for part in self._parts if self._loaded else ():
+        for part in self._parts:
             for name, layer in list(part.named_modules()):
                 if isinstance(layer, BaseTunerLayer):
                     parent, _, attribute = name.rpartition(".")
@@ -88,14 +94,18 @@ class Adapters:
                 self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
         except Exception as error:
             self._forget(adapter.name)
+            if is_out_of_memory(error):
+                raise OutOfMemory(
+                    f"there is no room for the adapter {adapter.asked.path} beside the model: a lower MEMORY_LIMIT_GB "
+                    "on the worker leaves some"
+                ) from error
             raise GenerationFailed(f"the adapter {adapter.asked.path} could not be loaded: {error}") from error
         self._loaded[adapter.name] = adapter.asked.path
 
-    def _make_room(self, keep: set[str]) -> None:
+    def _make_room(self, most: int, keep: set[str]) -> None:
+        """Forget the least recently used, but for `keep`, until `most` are left."""
         for name in list(self._loaded):
-            if len(self._loaded) < self._limit:
-                return
-            if name not in keep:
+            if len(self._loaded) > most and name not in keep:
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -111,6 +121,8 @@ class Adapters:
         layers = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
         if not layers:
             return "holds no LoRA layers"
+        if others := [name for name in tensors if ".lora_" not in name and "alpha" not in name]:
+            return f"holds more than LoRA layers, which would change the model for everybody: {', '.join(others)}"[:300]
         for layer in sorted(layers):
             here = self._shapes.get(layer)
             if here is None:

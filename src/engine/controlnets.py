@@ -13,7 +13,8 @@ import torch
 
 from src.catalog import ControlNet, Model, controlnets_for
 from src.controls import PlannedControl
-from src.errors import InvalidSettings, ModelUnavailable
+from src.engine.memory import is_out_of_memory
+from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory
 from src.files import Files, Refused, Source, check_whole, why
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
@@ -148,4 +149,12 @@ class ControlNets:
                 use_safetensors=True,
                 local_files_only=True,
             )
-            self._loaded[net.name] = found.to(self._device).eval()
+            try:
+                self._loaded[net.name] = found.to(self._device).eval()
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(
+                        f"there is no room for the ControlNet {net.name} beside the model: where CONTROLNETS of the "
+                        "worker names it, the model leaves some"
+                    ) from error
+                raise

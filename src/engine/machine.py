@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 
+from src.host import host_memory
 from src.placement import GB, Machine
 
 _SIDE = {"cpu": 1024, "cuda": 4096}  # of the matrices whose product is timed
@@ -20,14 +20,15 @@ def measure(device: torch.device, dtype: torch.dtype, memory_limit_gb: float | N
 
     `memory_limit_gb` is the most that may be used of the device, in gigabytes; on a card torch holds us to it.
     """
-    host, most = psutil.virtual_memory(), int(memory_limit_gb * GB) if memory_limit_gb else None
+    host, most = host_memory(), int(memory_limit_gb * GB) if memory_limit_gb else None
     speed = _flops(device, dtype), _bandwidth(device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was just measured with
         free, total = torch.cuda.mem_get_info(device)
         if most:
-            torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
-        return Machine(torch.cuda.get_device_name(device), min(free, most or free), host.available, *speed)
-    everything = host.total + psutil.swap_memory().total
+            torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0))
+        return Machine(torch.cuda.get_device_name(device), min(free, most or free), host.free, *speed)
+    everything = host.total
     if most and most < everything:  # as if there were a card of that size
         return Machine("the CPU", most, everything - most, *speed)
     return Machine("the CPU", everything, everything, *speed, shared=True)

@@ -15,9 +15,7 @@ from torch import nn
 
 from src.engine.streaming import Stream
 from src.errors import GenerationFailed
-from src.placement import is_modulation
-
-_REMEMBERED = 2  # tables: of a prompt, and of what it steers away from
+from src.placement import TABLES, is_modulation
 
 
 class Modulation:
@@ -78,7 +76,7 @@ class Modulation:
         others: tuple[Any, ...],
     ) -> _Table:
         """Row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
-        del self._tables[: 1 - _REMEMBERED]
+        del self._tables[: 1 - TABLES]
         heard = [nn.functional.silu(self._embedder.forward(each, *others)) for each in timesteps]
         answers = []
         for linear, parked in zip(linears, self._parked, strict=True):

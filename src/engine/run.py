@@ -5,7 +5,6 @@ Knows nothing of requests, of how a model is found, or of how pictures travel.
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 import time
@@ -25,6 +24,7 @@ from src.engine import schedulers
 from src.engine.acceleration import Compiled
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
+from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.placing import Placed
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
@@ -36,8 +36,6 @@ from src.lora import Adapter
 from src.plan import Plan
 from src.settings import Settings
 
-# How a full host, a full card and cuBLAS say it where torch has no class for it.
-_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 # Request field -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
 _ARGUMENTS = {"init_image": "image", "mask_image": "mask_image", "control_image": "control_image"}
 _SECONDS_BETWEEN_PREVIEWS = 1.0
@@ -175,9 +173,9 @@ class Engine:
         try:
             return self._prompts.read(plan, prompt)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            _free_memory(error)
+            free_memory(error)
         return self._prompts.read(plan, prompt)
 
     def _view(self, plan: Plan) -> Any:
@@ -185,7 +183,8 @@ class Engine:
         name = plan.pipeline.class_name
         if name not in self._views:
             networks = {"controlnet": None} if plan.pipeline.controlnet else {}  # set for each plan
-            view = getattr(diffusers, name).from_pipe(self._pipeline, torch_dtype=self._pipeline.dtype, **networks)
+            with torch.inference_mode(False), torch.no_grad():  # fp8 weights cannot be looked at within it
+                view = getattr(diffusers, name).from_pipe(self._pipeline, dtype=self._pipeline.dtype, **networks)
             view.set_progress_bar_config(disable=True)
             self._views[name] = view
         return self._views[name]
@@ -261,9 +260,9 @@ class _Drawing:
             try:
                 return self._call(seeds, prompt)
             except Exception as error:
-                if not _is_out_of_memory(error) or not self._thrift.try_harder(self._watch.phase, len(seeds)):
+                if not is_out_of_memory(error) or not self._thrift.try_harder(self._watch.phase, len(seeds)):
                     raise
-                _free_memory(error)
+                free_memory(error)
             self._watch.steps_done = step
             if self._thrift.one_by_one and len(seeds) > 1:
                 return [picture for seed in seeds for picture in self.draw((seed,), prompt)]
@@ -435,8 +434,8 @@ def _as_worker_errors(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, ValueError, TypeError) as error:
-        if _is_out_of_memory(error):
-            _free_memory(error)
+        if is_out_of_memory(error):
+            free_memory(error)
             raise OutOfMemory(
                 f"{plan.width}x{plan.height} with {len(plan.seeds)} image(s) needs more memory than there is; ask for "
                 "a smaller width, height or num_images, or choose a larger card"
@@ -444,18 +443,6 @@ def _as_worker_errors(plan: Plan) -> Iterator[None]:
         if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
             raise DeviceFailed(f"the device failed and this worker must be replaced: {_first_line(error)}") from error
         raise GenerationFailed(f"the model refused these tensors: {_first_line(error)}") from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-    )
-
-
-def _free_memory(error: BaseException) -> None:
-    traceback.clear_frames(error.__traceback__)  # their locals hold the very tensors that did not fit
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:

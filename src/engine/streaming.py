@@ -6,18 +6,20 @@ Knows nothing of FLUX; src/placement.py decides what lives where.
 from __future__ import annotations
 
 import logging
+import mmap
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from src.placement import SLOTS
+
 log = logging.getLogger("worker")
 
 _ALIGNED = 256  # bytes; where CUDA's own allocations begin
-_SLOTS = 2  # the block that is at work and the next one, on its way
 
 
 class Stream:
@@ -57,7 +59,7 @@ class Stream:
         """The slot that holds `parked`, or where it is on its way to now."""
         if not self._slots:
             size = max(each.size for each in self._parked)
-            self._slots = [_Slot(size, self.device) for _ in range(_SLOTS)]
+            self._slots = [_Slot(size, self.device) for _ in range(SLOTS)]
         for slot in self._slots:
             if slot.holds is parked:
                 return slot
@@ -83,7 +85,7 @@ class Parked:
         # What stands in the place of a weight: of its shape and type, and two or four bytes long.
         self._absent = [torch.zeros((), dtype=w.dtype, device=stream.device).expand(w.shape) for w in self._weights]
         self.size = sum(map(_aligned, self._weights))
-        self.home = torch.empty(self.size, dtype=torch.uint8)
+        self.home = torch.frombuffer(mmap.mmap(-1, self.size), dtype=torch.uint8)  # whole pages, to be pinned
         _pin(self, stream.device)
         for weight, there in zip(self._weights, self._views(self.home), strict=True):
             there.copy_(weight.data)
@@ -92,8 +94,8 @@ class Parked:
     @contextmanager
     def here(self) -> Iterator[None]:
         """Within it the weights are on the device."""
-        self.arrive()
         try:
+            self.arrive()
             yield
         finally:
             self.leave()
@@ -173,5 +175,7 @@ def _pin(parked: Parked, device: torch.device) -> None:
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if error := int(cuda.cudaHostRegister(parked.home.data_ptr(), parked.size, 0)):
         log.warning("host memory cannot be pinned (CUDA error %s): weights will come slowly", error)
+        with suppress(RuntimeError):  # the next call would raise the error that is told already
+            torch.zeros(1, device=device)
         return
     weakref.finalize(parked, cuda.cudaHostUnregister, parked.home.data_ptr())
