@@ -33,6 +33,7 @@ from src.engine import Engine
 from src.engine.acceleration import accelerate
 from src.engine.machine import measure
 from src.engine.placing import Placed
+from src.engine.quantization import Quantization
 from src.placement import GB, DoesNotFit, Machine, Placement, Weights, Work, flops, place, smallest
 from src.plan import Plan, make_plan
 from src.request import read_request
@@ -169,6 +170,8 @@ class Bench:
         machine = measure(self.device, self.dtype, settings.memory_limit_gb)
         placement = place(self.weights, replace(machine, shared=False), self.work, settings.placement_mode)
         pipeline = self._build()
+        if placement.quantization:
+            Quantization(placement.quantization, self.device).quantize(pipeline.transformer)
         placed = Placed(pipeline, placement, self.device)
         compiled = accelerate(pipeline, settings, self.device)
         engine = Engine(pipeline, self.model, None, placed=placed, compiled=compiled)

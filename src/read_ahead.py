@@ -50,6 +50,8 @@ def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable
         repo = row.repo if row else settings.model_name
         folder = files.find(settings.model_name, repo, settings.model_revision).folder
         weights = sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+        if any(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's: smaller ones
+            weights = [file for file in weights if file.parent.name != "transformer"]
         if sum(file.stat().st_size for file in weights) < share * host_memory().free:
             waiting = iter(weights)
 

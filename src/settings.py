@@ -86,6 +86,9 @@ class Settings(BaseModel):
     quantization: Annotated[str, BeforeValidator(_row_of(("none", *QUANTIZATIONS)))] = Field(
         "none", description="fp8 or nf4: smaller, and not exact"
     )
+    quantized_dir: Path = Field(
+        Path("/runpod-volume/quantized"), description="where quantized weights are kept for the next worker"
+    )
     attention_backend: str = Field("auto", description="a name of diffusers' attention backends; auto goes by the card")
     compile: bool | None = Field(
         None, description="compile the transformer's blocks before the first job; on cards by default"

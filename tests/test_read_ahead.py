@@ -60,3 +60,11 @@ def test_nothing_is_downloaded_and_nothing_is_said(hub: Hub, tmp_path: Path) -> 
 
 def test_what_memory_cannot_hold_is_not_read() -> None:
     assert read_by(Settings(model_name="flux-shapes"), share=0) == set()
+
+
+def test_weights_that_are_kept_in_a_smaller_form_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "abc-nf4-bitsandbytes-1.pt").touch()
+    here = {"model_name": "flux-shapes", "quantized_dir": tmp_path}
+    assert "transformer" not in read_by(Settings.model_validate({**here, "quantization": "nf4"}))
+    assert "transformer" in read_by(Settings.model_validate({**here, "quantization": "fp8"}))
+    assert "transformer" in read_by(Settings.model_validate(here))

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from src.engine.modulation import Modulation
-from src.engine.quantization import quantize
 from src.engine.streaming import Stream
 from src.placement import Placement, block_of, in_order, is_modulation
 
@@ -30,8 +29,6 @@ class Placed:
             self.prepare(pipeline)
         elif placement and self._offload is None:
             self._park(pipeline, placement)
-            if placement.quantization:
-                quantize(pipeline.transformer, placement.quantization, device)
             pipeline.to(device)
 
     def _park(self, pipeline: Any, placement: Placement) -> None:

@@ -36,11 +36,6 @@ class Stream:
         self._last: Parked | None = None
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    @property
-    def parked(self) -> int:
-        """Bytes of the weights that are not on the device."""
-        return sum(parked.size for parked in self._parked)
-
     def park(self, *layers: nn.Module) -> Parked:
         """Take the weights of `layers` into the host's memory; they are absent but within `Parked.here`."""
         parked = Parked(self, layers)
@@ -66,6 +61,12 @@ class Stream:
         slot = next(slot for slot in self._slots if not slot.at_work)
         slot.fill(parked, self._copying)
         return slot
+
+    def release(self, parked: Parked) -> None:
+        """The slot that holds `parked`, if any does, may be taken by others."""
+        for slot in self._slots:
+            if slot.holds is parked:
+                slot.end()
 
     def follows(self, parked: Parked) -> None:
         """Remember that `parked` comes after the last one."""
@@ -112,7 +113,7 @@ class Parked:
     def leave(self) -> None:
         """The slot is for others, once the computing that was asked for so far is done."""
         self._set(self._absent)
-        self._stream.bring(self).end()
+        self._stream.release(self)
 
     def _set(self, tensors: Iterable[torch.Tensor]) -> None:
         for weight, tensor in zip(self._weights, tensors, strict=True):

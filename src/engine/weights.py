@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
@@ -21,9 +23,10 @@ from src.engine.acceleration import accelerate
 from src.engine.controlnets import values_of
 from src.engine.machine import measure
 from src.engine.placing import Placed
+from src.engine.quantization import Quantization
 from src.engine.run import Engine
 from src.errors import DeviceFailed, ModelUnavailable, WorkerError
-from src.files import Files, Refused, check_whole, why
+from src.files import Files, Refused, Source, check_whole, why
 from src.placement import Weights, Work, place
 from src.settings import Settings
 
@@ -63,7 +66,9 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         )
         log.info("placement: %s", placement.told(), extra={"facts": {"placement": placement.told()}})
         laps.end("plan")
-        pipeline = _load(index, source.folder, dtype)
+        kind = placement.quantization
+        quantization = Quantization(kind, device, settings.quantized_dir) if kind else None
+        pipeline = _load(index, source, dtype, quantization)
         laps.end("read")
         placed = Placed(pipeline, placement, device)
         compiled = accelerate(pipeline, settings, device)
@@ -109,20 +114,38 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
     )
 
 
-def _load(index: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Any:
-    """The pipeline with all its parts, in the host's memory.
+def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantization: Quantization | None) -> Any:
+    """The pipeline with all its parts, in the host's memory but for weights that were quantized on the device.
 
     FLUX.2-dev names a processor of words and pictures, which wants torchvision; its tokenizer is all that is needed.
     """
+    folder = source.folder
     processors = [
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
+    parts: dict[str, Any] = dict.fromkeys(processors)
+    kept = quantization.file(_fingerprint(source)) if quantization else None
+    if quantization and kept and kept.is_file():
+        of = getattr(diffusers, index["transformer"][1])
+        with init_empty_weights():
+            parts["transformer"] = of.from_config(of.load_config(folder / "transformer")).to(dtype).eval()
+        quantization.restore(parts["transformer"], kept)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **dict.fromkeys(processors)
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
+    if quantization and kept and "transformer" not in parts:
+        quantization.quantize(pipeline.transformer)
+        quantization.keep(pipeline.transformer, kept)
     for name in processors:
         pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
     return pipeline
+
+
+def _fingerprint(source: Source) -> str:
+    """Tells models apart by their commit, or by where their files are and when they were written."""
+    files = sorted((source.folder / "transformer").glob("*.safetensors"))
+    seen = [source.revision] if source.revision else [f"{file} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256(str(seen).encode()).hexdigest()[:16]
 
 
 def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[str, Any]:
