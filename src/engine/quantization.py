@@ -31,9 +31,9 @@ class Quantization:
         self._row = _KINDS[kind]
         self._device = device
         self._folder = folder
-        products = "-products" if _has_products(device) else ""
+        made_for = f"{device.type}{'-products' if _has_products(device) else ''}"
         try:
-            self._name = f"{kind}-{self._row.library}-{version(self._row.library)}{products}"
+            self._name = f"{kind}-{self._row.library}-{version(self._row.library)}-{made_for}"
         except PackageNotFoundError as error:
             raise Refused(f"{kind} wants {error.name}: pip install -r requirements-quantization.txt") from error
 
