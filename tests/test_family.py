@@ -109,7 +109,7 @@ def test_every_mode_draws_what_was_sent_in_its_exact_size_and_the_same_again(eng
 def test_the_same_bytes_with_everything_away_that_can_be(
     family: str, dtype: torch.dtype, hub: Hub, tmp_path: Path
 ) -> None:
-    """Adaptive norms ahead and every block streamed: in every mode, with every scheduler that can do it."""
+    """Adaptive norms ahead and every block streamed: in every mode, and in bfloat16 with every scheduler."""
     folder = small(family, tmp_path / "tune")
     hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(controlnet(tmp_path / "net", 7))
     plain, thrifty = (load_engine(Settings(model_name=str(folder)), download_into(tmp_path / "home")) for _ in "12")
@@ -117,15 +117,17 @@ def test_the_same_bytes_with_everything_away_that_can_be(
         held._pipeline.to(dtype)
     least = min(all_placements(weights_of(folder)), key=lambda found: found.resident)
     thrifty._placed = Placed(thrifty._pipeline, least, torch.device("cpu"))
-    for mode in plain.model.pipelines:
-        fields = everywhere(plain, mode)
-        if {"negative_prompt", "true_cfg_scale"} <= plain.model.pipelines[mode].takes:
-            fields |= {"negative_prompt": "a blue square", "true_cfg_scale": 2}
-        assert drawn(thrifty, **fields) == drawn(plain, **fields), mode
-    fields = everywhere(plain, next(iter(plain.model.pipelines))) | {"num_inference_steps": 3}
-    for name, row in SCHEDULERS.items():
-        if row.starts_midway or "strength" not in plain.model.base.takes:
-            assert drawn(thrifty, **fields, scheduler=name) == drawn(plain, **fields, scheduler=name), name
+    if dtype is torch.float32:
+        for mode in plain.model.pipelines:
+            fields = everywhere(plain, mode)
+            if {"negative_prompt", "true_cfg_scale"} <= plain.model.pipelines[mode].takes:
+                fields |= {"negative_prompt": "a blue square", "true_cfg_scale": 2}
+            assert drawn(thrifty, **fields) == drawn(plain, **fields), mode
+    else:  # the type in which timesteps are rounded
+        fields = everywhere(plain, next(iter(plain.model.pipelines))) | {"num_inference_steps": 3}
+        for name, row in SCHEDULERS.items():
+            if row.starts_midway or "strength" not in plain.model.base.takes:
+                assert drawn(thrifty, **fields, scheduler=name) == drawn(plain, **fields, scheduler=name), name
 
 
 def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:
