@@ -33,9 +33,11 @@ class LoggedEngine:
     """An engine that writes down when it was busy."""
 
     def __init__(self, engine: Engine, log: Path) -> None:
-        self.model, self.revision, self.warm_up = engine.model, engine.revision, engine.warm_up
         self._engine = engine
         self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
         began = time.time()
@@ -53,7 +55,7 @@ def sleeping_engine(seconds: float) -> Engine:
     from tests.fakes import FakePipeline
 
     class Sleeping(FakePipeline):
-        photograph = torch.from_numpy(np.asarray(photographs(1, 1024)[0])).permute(2, 0, 1)[None] / 255
+        photograph = torch.from_numpy(np.array(photographs(1, 1024)[0])).permute(2, 0, 1)[None] / 255
 
         def __call__(self, **arguments: Any) -> SimpleNamespace:
             steps = arguments["num_inference_steps"]
