@@ -22,6 +22,8 @@ from src.engine.streaming import Stream
 from src.errors import ModelUnavailable
 from src.job import Job, Progress
 from src.placement import Placement, Weights, is_modulation
+from src.plan import make_plan
+from src.request import read_request
 from src.settings import ROOT, Settings
 from tests.small_models import all_placements, weights_of
 from training.scenes import every_prompt
@@ -30,6 +32,7 @@ SHAPES = ROOT / "models" / "flux-shapes"
 CPU = torch.device("cpu")
 PROMPTS = [prompt for prompt, _ in every_prompt()][::13][:20]
 SCHEDULERS = ("euler", "dpmpp_2m", "heun")
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 # Ways to place flux-shapes: adaptive norms ahead, how many of the transformer's 7 and T5's 2 blocks stream.
 WAYS = {
     "modulation_cache": (True, 0, 0),
@@ -109,6 +112,23 @@ def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
     assert plain(PROMPTS[0], adapter=True) != plain(PROMPTS[0]), "or nothing was shown"
 
 
+def test_the_plain_way_is_diffusers_itself_also_for_prompts_that_are_remembered() -> None:
+    engine, _ = placed("plain")
+    pipeline = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for scheduler in SCHEDULERS:
+        for prompt in PROMPTS * 2:
+            request, faults = read_request({"input": {"prompt": prompt, "seed": 5, "scheduler": scheduler, **SMALL}})
+            plan = make_plan(request, faults, engine.model, max_pixels=128 * 128)
+            (ours,) = engine.run(plan).pictures
+            pipeline.scheduler = engine._pipeline.scheduler
+            with torch.inference_mode():
+                generator = torch.Generator().manual_seed(5)
+                (theirs,) = pipeline(prompt, max_sequence_length=32, generator=generator, **SMALL).images
+            assert ours.tobytes() == theirs.tobytes(), (scheduler, prompt)
+        assert len(engine._prompts._remembered) == len(PROMPTS)
+
+
 @pytest.mark.slow
 def test_the_same_bytes_over_many_prompts(adapters: Path) -> None:
     plain = asking(placed("plain")[0], adapters)
@@ -116,9 +136,8 @@ def test_the_same_bytes_over_many_prompts(adapters: Path) -> None:
         way: asking(placed(way)[0], adapters) for way in ("modulation_cache", "streaming", "mixture", "all_away")
     }
     assert len(set(PROMPTS)) == 20
-    small = {"width": 64, "height": 64, "num_inference_steps": 2}
     for adapter, scheduler, prompt, count in itertools.product((False, True), SCHEDULERS, PROMPTS, (1, 4)):
-        wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": count, **small}
+        wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": count, **SMALL}
         expected = plain(prompt, **wish)
         for way, engine in engines.items():
             assert engine(prompt, **wish) == expected, (way, prompt, wish)
