@@ -144,5 +144,10 @@ def weigh(name: str, dtype: torch.dtype = torch.bfloat16) -> Weights:
     """The sizes of a model of full size; takes no memory."""
     with torch.device("meta"):
         parts = {part: build() for part, build in FULL_SIZE[name].items()}
+    return weigh_parts(parts, dtype)
+
+
+def weigh_parts(parts: Mapping[str, Any], dtype: torch.dtype) -> Weights:
+    """The sizes of networks, by their names in a pipeline."""
     sizes = {part: {tensor: weight.numel() for tensor, weight in net.named_parameters()} for part, net in parts.items()}
-    return Weights.of(sizes, dict(parts["transformer"].config), dict(parts["vae"].config), dtype.itemsize)
+    return Weights.of(sizes, parts["transformer"].config, parts["vae"].config, dtype.itemsize)

@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.full_size import build
+from benchmarks.full_size import build, weigh_parts
 from benchmarks.machine import machine
 from src.catalog import Model, find_model
 from src.engine import Engine
@@ -34,7 +34,7 @@ from src.engine.acceleration import accelerate
 from src.engine.machine import measure
 from src.engine.placing import Placed
 from src.engine.quantization import Quantization
-from src.placement import GB, DoesNotFit, Machine, Placement, Weights, Work, flops, place, smallest
+from src.placement import GB, DoesNotFit, Machine, Placement, Work, flops, place, smallest
 from src.plan import Plan, make_plan
 from src.request import read_request
 from src.settings import ROOT, Settings
@@ -60,7 +60,6 @@ class Way:
     speed: str = "exact"
 
 
-# What has no figure of its own in the README is compared with the first.
 LADDER = (
     Way("plain diffusers", plain=True),
     Way("this worker, everything resident", {"compile": False, "attention_backend": "native", "memory_mode": "full"}),
@@ -111,7 +110,8 @@ class Bench:
         self.model: Model = found
         steps = STEPS.get(name, found.num_inference_steps)
         self.work = Work(found.width, found.height, steps, found.max_sequence_length, found.width * found.height)
-        self.weights = weigh(self._build())
+        parts = {name: part for name, part in self._build().components.items() if isinstance(part, torch.nn.Module)}
+        self.weights = weigh_parts(parts, self.dtype)
         self.machine: Machine = measure(self.device, self.dtype)
         self.floor = steps * flops(self.weights, self.work) / self.machine.flops
         self.plain: np.ndarray[Any, Any] | None = None
@@ -196,16 +196,6 @@ class Bench:
         if self.model.name == "flux-shapes":
             return diffusers.FluxPipeline.from_pretrained(ROOT / self.model.repo, dtype=self.dtype)
         return build(self.model.name, self.dtype)
-
-
-def weigh(pipeline: Any) -> Weights:
-    """The sizes of what a pipeline holds."""
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    parameters = {
-        name: {tensor: weight.numel() for tensor, weight in network.named_parameters()}
-        for name, network in networks.items()
-    }
-    return Weights.of(parameters, pipeline.transformer.config, pipeline.vae.config, pipeline.dtype.itemsize)
 
 
 @contextmanager

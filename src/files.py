@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from src.catalog import MODELS
 from src.placement import DoesNotFit
 from src.settings import ROOT, Settings
+
+log = logging.getLogger("worker")
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
@@ -97,6 +101,18 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
         except SafetensorError as error:
             raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
     return networks
+
+
+def keep(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make `file` for the next worker, whole or not at all; a folder that cannot be made keeps nothing."""
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
+        write(unfinished)
+        unfinished.rename(file)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk in a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        log.info("%s is not kept: %s", file, error)
 
 
 def _is_hub_id(name: str) -> bool:

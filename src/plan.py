@@ -65,6 +65,11 @@ class Plan:
     preserve_unmasked: bool = False
     warnings: tuple[str, ...] = ()
 
+    @property
+    def heard(self) -> tuple[tuple[str, float], ...]:
+        """The adapters that count, and how much: what is remembered under other ones is of no use."""
+        return tuple((adapter.name, adapter.asked.scale) for adapter in self.adapters)
+
     def batches(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The seeds of the pictures that are denoised together, with their prompt."""
         for prompt, numbers in itertools.groupby(range(len(self.seeds)), key=lambda i: self.prompts[i]):

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from types import ModuleType
 
-import fpng  # type: ignore[import-untyped]
+import fpng
 from PIL import Image
 
 _HEADER_ENDS = 8 + 4 + 4 + 13 + 4  # signature; IHDR's length, name, data, checksum

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import diffusers
 import torch
 
 from src.errors import GenerationFailed, InvalidSettings, OutOfMemory
+from src.files import keep
 from src.settings import Settings
 
 log = logging.getLogger("worker")
@@ -88,10 +88,4 @@ class Compiled:
     def _keep(self) -> None:
         artifacts = torch.compiler.save_cache_artifacts()
         if artifacts and not self._kept.exists():
-            try:
-                self._kept.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
-                unfinished = self._kept.with_suffix(f".{os.getpid()}")
-                unfinished.write_bytes(artifacts[0])
-                unfinished.rename(self._kept)
-            except OSError as error:
-                log.info("what was compiled is not kept: %s", error)
+            keep(self._kept, lambda unfinished: unfinished.write_bytes(artifacts[0]))

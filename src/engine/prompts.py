@@ -97,6 +97,6 @@ def _key(plan: Plan, prompt: str) -> Hashable:
         plan.prompt_2,
         plan.negative_prompt,
         plan.max_sequence_length,
-        tuple((adapter.name, adapter.asked.scale) for adapter in plan.adapters),
+        plan.heard,
         (*pictures, plan.image_prompt_scale),
     )

@@ -5,8 +5,6 @@ Adaptive norms stay as they are: they scale everything, and are small once compu
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from src.files import Refused
+from src.files import Refused, keep
 from src.placement import block_of, is_modulation
-
-log = logging.getLogger("worker")
 
 _ADA = (8, 9)  # compute capability: the first that multiplies in 8 bits
 
@@ -47,14 +43,7 @@ class Quantization:
 
     def keep(self, transformer: Any, file: Path) -> None:
         """Write the weights; nothing is kept where the folder cannot be made."""
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        try:
-            file.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
-            torch.save(transformer.state_dict(), unfinished)
-            unfinished.rename(file)
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk in a RuntimeError
-            unfinished.unlink(missing_ok=True)
-            log.info("quantized weights are not kept: %s", error)
+        keep(file, lambda unfinished: torch.save(transformer.state_dict(), unfinished))
 
     def restore(self, transformer: Any, file: Path) -> None:
         """Give `transformer`, which has no weights yet, those that were kept; no code in them is run."""
@@ -96,7 +85,7 @@ class _Nf4:
     library = "bitsandbytes"
 
     def quantize(self, transformer: Any, device: torch.device) -> None:
-        from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
+        from bitsandbytes.nn import Params4bit
 
         for name, layer, small in self._replaced(transformer):
             small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
@@ -104,7 +93,7 @@ class _Nf4:
             transformer.set_submodule(name, small.to(device))
 
     def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
-        from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
+        from bitsandbytes.nn import Params4bit
 
         for name, _, small in self._replaced(transformer):
             told = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.weight")}
@@ -117,14 +106,14 @@ class _Nf4:
 
     def _replaced(self, transformer: Any) -> Iterator[tuple[str, nn.Linear, Any]]:
         """Each chosen layer with an empty one that may stand in its place."""
-        from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
+        from bitsandbytes.nn import Linear4bit
 
         for name, layer in list(transformer.named_modules()):
             if _is_chosen(layer, name):
                 yield (
                     name,
                     layer,
-                    Linear4bit(  # type: ignore[no-untyped-call]
+                    Linear4bit(
                         layer.in_features,
                         layer.out_features,
                         bias=layer.bias is not None,

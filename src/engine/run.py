@@ -287,8 +287,7 @@ class _Drawing:
         torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        heard = tuple((adapter.name, adapter.asked.scale) for adapter in plan.adapters)
-        with self._placed.denoising(self._view.scheduler, plan.steps, heard), step_cache(self._view, plan):
+        with self._placed.denoising(self._view.scheduler, plan.steps, plan.heard), step_cache(self._view, plan):
             result = self._view(
                 **self._arguments,
                 **prompt,
