@@ -35,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         event = _event(options)
         started = time.perf_counter()
         print(f"model    {get_settings().model_name}")
-        get_engine()
+        engine = get_engine()
         load = time.perf_counter() - started
+        if options.picture:
+            _check_maker(options.picture, engine.model.name, engine.revision)
     except (WorkerError, OSError, ValueError) as error:
         return _fail(str(error))
 
@@ -97,7 +99,7 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
         if (value := getattr(options, f"field_{name}")) is not None
     }
     if options.picture:
-        event = _event_of(options.picture)
+        event = {"input": _carried(options.picture).get("input")}
     else:
         event = {"input": {}} if "prompt" in given else json.loads(options.input.read_text(encoding="utf-8"))
     if not isinstance(event, dict) or not isinstance(event.get("input"), dict):
@@ -105,13 +107,25 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
     return {**event, "input": {**event["input"], **given}}
 
 
-def _event_of(file: Path) -> dict[str, Any]:
-    """The event that the picture's file carries."""
+def _carried(file: Path) -> dict[str, Any]:
+    """What the picture's file carries: its event, and who made it."""
     with Image.open(file) as picture:
-        event = read_parameters(picture)
-    if event is None:
+        carried = read_parameters(picture)
+    if carried is None:
         raise ValueError(f"{file}: carries no request; only this worker's own pictures do")
-    return {"input": event.get("input")}
+    return carried
+
+
+def _check_maker(file: Path, model: str, revision: str | None) -> None:
+    """Another model would make another picture."""
+    made_by = _carried(file)
+    if made_by.get("model") != model:
+        raise ValueError(f"{file}: was made by {made_by.get('model')}, and this is {model}; set MODEL_NAME")
+    if made_by.get("model_revision") != revision:
+        raise ValueError(
+            f"{file}: was made by revision {made_by.get('model_revision')} of {model}, and this is {revision}; set "
+            "MODEL_REVISION"
+        )
 
 
 def _value(name: str, text: str) -> object:
@@ -128,6 +142,8 @@ def _value(name: str, text: str) -> object:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    if name == "init_images" and isinstance(value, list):
+        return [_picture(text) if isinstance(text, str) else text for text in value]
     if name == "controls" and isinstance(value, list):
         entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
         for entry in entries:

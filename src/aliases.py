@@ -15,21 +15,47 @@ from src.errors import Fault
 # Replicate, fal, Black Forest Labs, RunPod's public endpoints, Hugging Face, OpenAI.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
+        "inputs": "prompt",
         "num_outputs": "num_images",
         "num_images_per_prompt": "num_images",
         "n": "num_images",
         "steps": "num_inference_steps",
         "num_steps": "num_inference_steps",
         "guidance": "guidance_scale",
+        "real_cfg_scale": "true_cfg_scale",
         "image": "init_image",
         "image_url": "init_image",
         "input_image": "init_image",
+        "images": "init_images",
+        "image_urls": "init_images",
+        "input_images": "init_images",
         "mask": "mask_image",
         "mask_url": "mask_image",
+        "mask_image_url": "mask_image",
         "prompt_strength": "strength",
+        "control_image_url": "control_image",
+        "preprocessed_image": "control_image",
+        "redux_image": "image_prompt",
+        "image_prompt_strength": "image_prompt_scale",
+        "lora_weights": "lora_path",
+        "hf_lora": "lora_path",
         "image_format": "output_format",
         "quality": "output_quality",
         "sampler": "scheduler",
+    }
+)
+
+_NO_CHECKER = "this worker has no safety checker"
+# What they send that changes no picture here: taken with a warning that says why.
+WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
+    {
+        "enable_safety_checker": _NO_CHECKER,
+        "disable_safety_checker": _NO_CHECKER,
+        "safety_tolerance": _NO_CHECKER,
+        "prompt_upsampling": "prompts are read as they are",
+        "go_fast": "ask for speed: balanced or fast",
+        "acceleration": "ask for speed: balanced or fast",
+        "sync_mode": "/run and /runsync say it",
     }
 )
 
@@ -44,33 +70,51 @@ NAMED_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "landscape_16_9": (1024, 576),
     }
 )
-_SIZES = ("image_size", "size")
+_SIZES = ("image_size", "size", "target_size")
+_MORE_IMAGES = tuple(f"input_image_{i}" for i in range(2, 11))  # Black Forest Labs' further pictures
 _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
 
 
-def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """`received` under the fields' own names; a fault where two names of one field disagree."""
-    fields = {name: value for name, value in received.items() if name not in ALIASES and name not in _SIZES}
+def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
+    """`received` under the fields' own names, a fault where two names of one field disagree, and what is ignored."""
+    nested = received.get("parameters")  # Hugging Face's {"inputs": ..., "parameters": {...}}
+    if not isinstance(nested, Mapping):
+        return _renamed(received)
+    beside = {name: value for name, value in received.items() if name != "parameters"}
+    fields, faults, ignored = _renamed({**nested, **beside})
+    if beside.keys() & nested.keys():
+        faults.append(Fault("parameters", "holds fields that also stand beside it"))
+    return fields, faults, ignored
+
+
+def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
+    others = {*ALIASES, *_SIZES, *WITHOUT_EFFECT, *_MORE_IMAGES}
+    fields = {name: value for name, value in received.items() if name not in others}
     faults: list[Fault] = []
 
     def put(name: str, alias: str, value: object) -> None:
-        if name in fields and fields[name] != value:
+        if fields.get(name) is not None and fields[name] != value:
             faults.append(Fault(alias, f"is another name of {name}, which says something else"))
-        fields.setdefault(name, value)
+        elif fields.get(name) is None:
+            fields[name] = value
 
+    said = {name: value for name, value in received.items() if value is not None}
     for alias, name in ALIASES.items():
-        if alias in received:
-            put(name, alias, received[alias])
+        if alias in said:
+            put(name, alias, said[alias])
+    if more := [said[alias] for alias in _MORE_IMAGES if alias in said]:
+        put("init_images", "input_image_2", more)
     for alias in _SIZES:
-        if alias in received:
-            size = _size(received[alias])
+        if alias in said:
+            size = _size(said[alias])
             if size is None:
                 allowed = f'"1024x768", {{"width": 1024, "height": 768}} or one of {", ".join(NAMED_SIZES)}'
                 faults.append(Fault(alias, f"is no size; allowed: {allowed}"))
             else:
                 for name, value in zip(("width", "height"), size, strict=True):
                     put(name, alias, value)
-    return fields, faults
+    ignored = (f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said)
+    return fields, faults, tuple(ignored)
 
 
 def _size(value: object) -> tuple[Any, Any] | None:

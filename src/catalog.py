@@ -32,7 +32,7 @@ def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
 
 _TEXT = "prompt_2 image_prompt image_prompt_scale preview"  # what all of FLUX.1 can
 _CFG = f"negative_prompt true_cfg_scale {_TEXT}"
-_MASK = "strength preserve_unmasked"
+_MASK = "strength preserve_unmasked outpaint"
 _CONTROL = "control_type preprocess"
 _NET = f"{_CONTROL} controlnet_conditioning_scale control_guidance_start control_guidance_end"
 
@@ -68,7 +68,7 @@ CONTROL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
 KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     {
         "text-to-image": _row("FluxKontextPipeline", "", _CFG, own_sizes=True),
-        "editing": _row("FluxKontextPipeline", "init_image", _CFG, own_sizes=True),
+        "editing": _row("FluxKontextPipeline", "init_image", _CFG, own_sizes=True, references=1),
         "inpainting": _row(
             "FluxKontextInpaintPipeline", "init_image mask_image", f"{_CFG} {_MASK}", strength=1.0, own_sizes=True
         ),
@@ -149,6 +149,7 @@ MODELS: tuple[Model, ...] = (
         "FLUX.1-schnell",
         "schnell",
         "Apache-2.0",
+        gated=True,  # since April 2025, its licence being as free as ever
         num_inference_steps=4,
         guidance_scale=3.5,
         max_sequence_length=256,
@@ -250,41 +251,57 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class Hearing:
+    """How a ControlNet is best heard on one type of picture, as its card says."""
+
+    conditioning_scale: float
+    guidance_end: float = 1.0
+    mode: int | None = None  # the type's number in a union network
+
+
+@dataclass(frozen=True)
 class ControlNet:
     """A network that hears control pictures; `repo` as a model's."""
 
     name: str
     repo: str
-    types: Mapping[str, int | None]  # what its picture may be, and the number of that in a union network
-    conditioning_scale: float = 0.7  # as its card recommends
-    guidance_end: float = 1.0
+    types: Mapping[str, Hearing]  # what its picture may be
     architecture: str = "FLUX.1"
     licence: str = _DEV
 
 
-_UNION = MappingProxyType({"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "low quality": 6})
+_UNION = MappingProxyType(
+    {
+        kind: Hearing(0.5, mode=mode)
+        for mode, kind in enumerate(("canny", "tile", "depth", "blur", "pose", "gray", "low quality"))
+    }
+)
 
 # Of those that hear a type, the first counts, unless CONTROLNETS names another. Their cards on the hub say the types,
 # numbers and scales. XLabs' networks are missing: diffusers' image-to-image and inpainting cannot feed them.
 CONTROLNETS: tuple[ControlNet, ...] = (
-    ControlNet("Union-Pro", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro", _UNION, conditioning_scale=0.5),
+    ControlNet("Union-Pro", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro", _UNION),
     ControlNet(
         "Union-Pro-2.0",
         "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
-        dict.fromkeys(("canny", "soft edge", "depth", "pose", "gray")),
-        guidance_end=0.8,
+        {
+            "canny": Hearing(0.7, 0.8),
+            "soft edge": Hearing(0.7, 0.8),
+            "depth": Hearing(0.8, 0.8),
+            "pose": Hearing(0.9, 0.65),
+            "gray": Hearing(0.9, 0.8),
+        },
     ),
-    ControlNet("Union", "InstantX/FLUX.1-dev-Controlnet-Union", _UNION, conditioning_scale=0.5),
-    ControlNet("Canny", "InstantX/FLUX.1-dev-Controlnet-Canny", {"canny": None}, conditioning_scale=0.6),
-    ControlNet("Depth", "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", {"depth": None}, conditioning_scale=0.6),
-    ControlNet("Jasper-Depth", "jasperai/Flux.1-dev-Controlnet-Depth", {"depth": None}, conditioning_scale=0.6),
-    ControlNet("Normals", "jasperai/Flux.1-dev-Controlnet-Surface-Normals", {"normals": None}, conditioning_scale=0.6),
-    ControlNet("Upscaler", "jasperai/Flux.1-dev-Controlnet-Upscaler", {"low resolution": None}, conditioning_scale=0.6),
+    ControlNet("Union", "InstantX/FLUX.1-dev-Controlnet-Union", _UNION),
+    ControlNet("Canny", "InstantX/FLUX.1-dev-Controlnet-Canny", {"canny": Hearing(0.6)}),
+    ControlNet("Depth", "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", {"depth": Hearing(0.6)}),
+    ControlNet("Jasper-Depth", "jasperai/Flux.1-dev-Controlnet-Depth", {"depth": Hearing(0.6)}),
+    ControlNet("Normals", "jasperai/Flux.1-dev-Controlnet-Surface-Normals", {"normals": Hearing(0.6)}),
+    ControlNet("Upscaler", "jasperai/Flux.1-dev-Controlnet-Upscaler", {"low resolution": Hearing(0.6)}),
     ControlNet(
         "flux-shapes-canny",
         "models/flux-shapes-canny",
-        {"canny": None},
-        conditioning_scale=1.0,
+        {"canny": Hearing(1.0)},
         architecture="flux-shapes",
         licence="MIT",
     ),

@@ -6,10 +6,11 @@ Pure decisions: pictures and weights are somebody else's.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from src.catalog import CONTROL_TYPES, ControlNet, Model, Pipeline, controlnets_for
+from src.catalog import CONTROL_TYPES, ControlNet, Hearing, Model, Pipeline, controlnets_for
 from src.errors import Fault
 from src.pictures import PREPROCESSORS
 from src.request import Control, Request, show
@@ -59,7 +60,8 @@ def decide_controls(
             name = OWN_OPTIONS[option] if field == "control_image" else f"{field}.{option}"
             faults.append(Fault(name, message))
 
-        kind = (control.type or (types[0] if len(types) == 1 else "")).lower().replace("_", " ").replace("-", " ")
+        said = control.type or (types[0] if len(types) == 1 else "")
+        kind = " ".join(re.sub("[_-]", " ", said.lower()).split())
         if not kind:
             wrong("type", f"is required with {field}; {model.name} allows: {', '.join(types)}")
         elif kind not in types:
@@ -69,15 +71,16 @@ def decide_controls(
         if control.preprocess and kind not in PREPROCESSORS:
             wrong("preprocess", f"knows {', '.join(PREPROCESSORS)}; send a {kind} picture as it is")
         net = next((net for net in nets if kind in net.types), None)
-        end = control.end if control.end is not None else net.guidance_end if net else 1.0
+        hearing = net.types[kind] if net else Hearing(1.0)
+        end = hearing.guidance_end if control.end is None else control.end
         # As diffusers counts them.
         heard = [i for i in range(steps) if i / steps >= control.start and (i + 1) / steps <= end]
         if steps > 0 and not heard:
             wrong("start", f"and the end leave none of {steps} steps to hear it, got {control.start:g} and {end:g}")
-        scale = control.scale if control.scale is not None else net.conditioning_scale if net else 1.0
-        decided.append(PlannedControl(control, kind, net, net.types[kind] if net else None, scale, control.start, end))
+        scale = hearing.conditioning_scale if control.scale is None else control.scale
+        decided.append(PlannedControl(control, kind, net, hearing.mode, scale, control.start, end))
     if request.control_image is None:
-        without = [name for name in OWN_OPTIONS.values() if name in request.model_fields_set & pipeline.takes]
+        without = [name for name in OWN_OPTIONS.values() if name in request.said & pipeline.takes]
         faults += [Fault(name, "has no effect without control_image; each of controls has its own") for name in without]
     if not pipeline.controlnet:
         if len(decided) > 1:

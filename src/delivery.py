@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from src.catalog import Model
 from src.errors import ResponseTooLarge, redact
-from src.images import FORMATS, encode_image
+from src.images import FORMATS, can_carry, encode_image
 from src.job import Job, Progress
 from src.plan import Plan
 from src.storage import Bucket
@@ -88,11 +88,12 @@ def deliver(
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
 
+    parameters = [{"input": plan.parameters(i), **made_by, **nets} for i in range(len(plan.seeds))]
+
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
         def one(i: int) -> bytes:
-            parameters = {"input": plan.parameters(i), **made_by, **nets}
             picture = generation.pictures[i]
-            return encode_image(picture, coding.format, coding.quality, parameters, lossless=coding.lossless)
+            return encode_image(picture, coding.format, coding.quality, parameters[i], lossless=coding.lossless)
 
         job.report(Progress("encode_images"))
         with _timed(timings, "encode_images"):
@@ -131,6 +132,8 @@ def deliver(
         warnings.append(
             f"{len(carried)} picture(s) came as {used} instead of {asked}: a response may have {max_bytes / 1e6:g} MB"
         )
+    if not all(can_carry(used.format, told) for told in parameters):
+        warnings.append(f"files do not carry this request: a {used.format} has no room for it")
     if carried:
         texts = {i: Base64(base64.b64encode(file), "ascii") for i, file in carried.items()}
         response["images"] = [texts.get(i) for i in range(len(plan.seeds))]
@@ -162,7 +165,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "scheduler": generation.scheduler,
         "speed": plan.speed,
         "quantization": generation.quantization,
-        "loras": [{"path": adapter.asked.path, "scale": adapter.asked.scale} for adapter in plan.adapters],
+        "loras": [adapter.told() for adapter in plan.adapters],
         "controls": [
             {"type": control.type, "controlnet": control.network, "scale": control.scale} for control in plan.controls
         ],

@@ -14,7 +14,7 @@ from typing import Any
 from src.aliases import ALIASES, NAMED_SIZES
 from src.catalog import FAMILIES, SCHEDULERS, Model, controlnets_for
 from src.plan import Plan
-from src.request import Request
+from src.request import MAX_SIDE, Request
 from src.settings import Settings
 
 
@@ -50,6 +50,8 @@ def describe(model: Model, revision: str | None, settings: Settings, held: Held)
             },
             "limits": {
                 "max_pixels": settings.max_pixels,
+                "max_side": MAX_SIDE,
+                "max_guidance_scale": model.max_guidance_scale,
                 "max_sequence_length": model.max_sequence_length,
                 "max_response_mb": settings.max_response_mb,
                 "request_timeout": settings.request_timeout,
@@ -61,13 +63,16 @@ def describe(model: Model, revision: str | None, settings: Settings, held: Held)
             },
             "controlnets": {
                 net.name: {
-                    "types": list(net.types),
-                    "conditioning_scale": net.conditioning_scale,
+                    "types": {
+                        kind: {"conditioning_scale": hearing.conditioning_scale, "guidance_end": hearing.guidance_end}
+                        for kind, hearing in net.types.items()
+                    },
                     "licence": net.licence,
                     "loaded": net.name in held.controlnets,
                 }
                 for net in controlnets_for(model, settings.controlnets)
             },
+            "image_prompt": settings.redux_model if "image_prompt" in model.base.takes else None,
             "placement": dict(held.placement),
             "aliases": dict(ALIASES),
             "named_sizes": {name: list(size) for name, size in NAMED_SIZES.items()},
@@ -95,7 +100,7 @@ def show_plan(plan: Plan) -> dict[str, Any]:
         }
         for control in plan.controls
     ]
-    told["adapters"] = [adapter.asked.model_dump(exclude_none=True) for adapter in plan.adapters]
+    told["adapters"] = [adapter.told() for adapter in plan.adapters]
     told |= {"pipeline": plan.pipeline.class_name, "pictures": dict(told.pop("references"))}
     for name in ("canvas", "prompts", "seeds", "warnings", "sigmas"):
         told[name] = None if told[name] is None else list(told[name])

@@ -29,12 +29,13 @@ class Format:
     mime: str
     quality: bool
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_text: int | None = None  # bytes of a request that its file can carry
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
         "PNG": Format("image/png", quality=False),
-        "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}),
+        "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}, max_text=65_000),  # a segment
         "WEBP": Format("image/webp", quality=True),
     }
 )
@@ -52,9 +53,12 @@ def encode_image(
 
     `lossless` is for WEBP: every pixel is kept, and the file is smaller than a PNG and takes longer.
 
-    `parameters` is kept in the file as JSON: PNG text, or the EXIF user comment of JPEG and WEBP.
+    `parameters` is kept in the file as JSON, where that can carry it: PNG text, or the EXIF user comment of JPEG and
+    WEBP.
     """
-    text = None if parameters is None else json.dumps(parameters, ensure_ascii=False)
+    text = None
+    if parameters is not None and can_carry(format, parameters):
+        text = json.dumps(parameters, ensure_ascii=False)
     if format == "PNG":
         return encode_png(image, {} if text is None else {_PARAMETERS: text, "Software": _SOFTWARE})
     options: dict[str, Any] = {"quality": quality, **FORMATS[format].options}
@@ -63,11 +67,21 @@ def encode_image(
     if text is not None:
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = _SOFTWARE
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-le")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _UNICODE + _utf_16(text)
         options["exif"] = exif
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def can_carry(format: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a file of `format` has room for `parameters`."""
+    room = FORMATS[format].max_text
+    return room is None or len(_utf_16(json.dumps(parameters, ensure_ascii=False))) <= room
+
+
+def _utf_16(text: str) -> bytes:
+    return text.encode("utf-16-le")
 
 
 def image_to_base64(

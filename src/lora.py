@@ -8,21 +8,24 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
-from huggingface_hub import errors, hf_hub_download, list_repo_files
+from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, list_repo_files
 from safetensors import SafetensorError, safe_open
 
 from src.errors import Fault, redact
 from src.job import Job
 from src.pictures import Refused, open_url
-from src.request import Lora, Request
+from src.request import Lora, Request, reference
 from src.settings import Settings
 
-_SUFFIX = ".safetensors"
+_SUFFIX, _PARTIAL = ".safetensors", ".partial"
 _FETCH_SECONDS = 600
 
 
@@ -34,6 +37,16 @@ class Adapter:
     file: Path
     asked: Lora
     field: str  # of the request, that named it
+
+    def told(self) -> dict[str, Any]:
+        """What was asked, as others may read it: a URL that may hold a token is told by its digest."""
+        path = self.asked.path.strip()
+        shown = reference(path) if _is_url(path) else path
+        return self.asked.model_dump(exclude_none=True) | {"path": shown}
+
+
+_alive: WeakValueDictionary[int, Adapter] = WeakValueDictionary()  # whose files somebody may still read
+_trimming = threading.Lock()
 
 
 class Library:
@@ -54,18 +67,22 @@ class Library:
                 _check_header(file)
                 stat = file.stat()
                 digest = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-                adapters.append(Adapter(f"lora_{digest[:16]}", file, lora, field))
+                adapter = Adapter(f"lora_{digest[:16]}", file, lora, field)
+                _alive[id(adapter)] = adapter
+                adapters.append(adapter)
             except Refused as error:
                 faults.append(Fault(field, redact(str(error))))
         return tuple(adapters), tuple(faults)
 
     def _find(self, lora: Lora, job: Job) -> Path:
         path = lora.path.strip()
-        if path.lower().startswith("https://"):
+        if _is_url(path):
+            _only_for_the_hub(lora)
             return self._cached(path, job, lambda folder: _fetch(path, folder, self._most_bytes, job.check))
         if "://" in path:
             raise Refused("must be a hub id (owner/name), an https URL or a file in LORA_DIR")
         if file := self._in_folder(path):
+            _only_for_the_hub(lora)
             return file
         parts = path.split("/")
         if path.startswith((".", "~")) or len(parts) < 2 or not all(parts):
@@ -77,8 +94,11 @@ class Library:
     def _in_folder(self, path: str) -> Path | None:
         """The file below LORA_DIR that `path` names; links and dots lead nowhere else."""
         root = self._folder.resolve()
-        file = (root / path).resolve()
-        if not file.is_relative_to(root) or not file.is_file():
+        try:
+            file = (root / path).resolve()
+            if not file.is_relative_to(root) or not file.is_file():
+                return None
+        except (OSError, ValueError):  # too long for a name, or no name at all
             return None
         if file.suffix != _SUFFIX:
             raise Refused(f"is no {_SUFFIX} file: other formats can run code")
@@ -96,6 +116,9 @@ class Library:
                 weight_name = found[0]
             if not weight_name.endswith(_SUFFIX):
                 raise Refused(f"weight_name must end in {_SUFFIX}: other formats can run code")
+            size = get_hf_file_metadata(hf_hub_url(repo, weight_name, revision=lora.revision), token=self._token).size
+            if size and size > self._most_bytes:
+                raise Refused(f"has {size:,} bytes, more than LORA_CACHE_GB allows")
             return Path(hf_hub_download(repo, weight_name, revision=lora.revision, token=self._token, local_dir=folder))
         except errors.GatedRepoError:
             raise Refused("is gated, and the worker's HF_TOKEN has no access") from None
@@ -103,9 +126,11 @@ class Library:
             raise Refused("there is no such repo on the hub, or the worker may not see it") from None
         except errors.RevisionNotFoundError:
             raise Refused(f"the repo has no revision {lora.revision!r}") from None
-        except errors.EntryNotFoundError:
+        except errors.RemoteEntryNotFoundError:
             raise Refused(f"the repo has no file {weight_name!r}") from None
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        except Refused:
+            raise
+        except Exception as error:
             raise Refused(f"could not be downloaded: {type(error).__name__}") from error
 
     def _cached(self, key: str, job: Job, get: Callable[[Path], Path]) -> Path:
@@ -119,26 +144,28 @@ class Library:
             os.utime(folder)
             return known[0]
         job.step_aside()
-        partial = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.partial")
+        partial = folder.with_name(f"{folder.name}.{time.monotonic_ns()}{_PARTIAL}")
         partial.mkdir(parents=True)
         try:
             file = get(partial).relative_to(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except BaseException:
+            with _trimming:
+                if not folder.exists():  # or another job fetched the same meanwhile
+                    partial.rename(folder)
+                self._trim(keep=folder)
+            return folder / file
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        self._trim(keep=folder)
-        return folder / file
 
     def _trim(self, keep: Path) -> None:
-        """Delete what was not used for longest, until the rest fits."""
-        folders = sorted((f for f in self._cache.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        """Delete what was not used for longest and nobody holds, until the rest fits."""
+        held = {keep, *(folder for adapter in list(_alive.values()) for folder in adapter.file.parents)}
+        folders = [folder for folder in self._cache.iterdir() if folder.suffix != _PARTIAL]
+        folders.sort(key=lambda folder: folder.stat().st_mtime)
         sizes = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in folders}
         for folder in folders:
             if sum(sizes.values()) <= self._most_bytes:
                 return
-            if folder != keep:
+            if folder not in held:
                 shutil.rmtree(folder, ignore_errors=True)
                 del sizes[folder]
 
@@ -149,6 +176,15 @@ def _wanted(request: Request) -> Sequence[tuple[str, Lora]]:
     if request.lora_path is not None:
         loras.insert(0, ("lora_path", Lora(path=request.lora_path, scale=request.lora_scale)))
     return loras
+
+
+def _is_url(path: str) -> bool:
+    return path.lower().startswith("https://")
+
+
+def _only_for_the_hub(lora: Lora) -> None:
+    if lora.weight_name or lora.revision:
+        raise Refused("is no hub id: weight_name and revision belong to those alone")
 
 
 def _fetch(url: str, folder: Path, most_bytes: int, check: Callable[[], None]) -> Path:
@@ -162,7 +198,7 @@ def _fetch(url: str, folder: Path, most_bytes: int, check: Callable[[], None]) -
 def _check_header(file: Path) -> None:
     try:
         with safe_open(file, "np") as tensors:
-            if not list(tensors.keys()):
-                raise Refused("holds no tensors")
+            if not any("lora" in name for name in tensors.keys()):  # noqa: SIM118 - it is no dict
+                raise Refused("holds no LoRA layers")
     except (SafetensorError, OSError) as error:
         raise Refused(f"is no whole {_SUFFIX} file ({error})"[:200]) from None

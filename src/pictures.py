@@ -22,13 +22,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from src.errors import Fault, redact
 from src.job import Job
-from src.request import PICTURES, Request
+from src.request import PICTURES, Borders, Request
 
 Fetch = Callable[[str], bytes]
 Pictures = Mapping[str, tuple[Image.Image, ...]]  # by what they are for, a key of PICTURES, in the request's order
 
 MAX_BYTES = 20_000_000  # what /runsync carries
 MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
+MAX_PIXELS_TOGETHER = 2 * MAX_PIXELS  # of a request
 MIN_SIDE = 16
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 ALLOWED = (
@@ -52,13 +53,17 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> tup
     if any(_is_url(source) for *_, source in sources):
         job.step_aside()
     pictures: dict[str, tuple[Image.Image, ...]] = {}
-    faults = []
+    faults, room = [], MAX_PIXELS_TOGETHER
     for kind, field, source in sources:
         try:
             file = read_source(source, fetch or partial(fetch_url, check=job.check))
-            pictures[kind] = (*pictures.get(kind, ()), decode(file, PICTURES[kind]))
+            picture = decode(file, PICTURES[kind], room)
+            pictures[kind] = (*pictures.get(kind, ()), picture)
+            room -= picture.width * picture.height
         except Refused as error:
             faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
+    if request.outpaint and "init_image" in pictures:
+        pictures |= widened(pictures, request.outpaint)
     return pictures, tuple(faults)
 
 
@@ -112,12 +117,15 @@ def open_url(url: str, max_bytes: int, seconds: float, check: Callable[[], None]
                 yield chunk
     except SSRFError as error:
         raise Refused(f"may not be fetched: {error}") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise Refused(f"could not be fetched: {type(error).__name__}") from error
 
 
-def decode(file: bytes, mode: str = "RGB") -> Image.Image:
-    """The picture in `file`, upright, in `mode` (RGB or L); what is transparent is white, and black in a mask."""
+def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Image:
+    """The picture in `file`, upright, in `mode` (RGB or L), of `room` pixels at most.
+
+    What is transparent is white, and black in a mask.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below, by our own cap
@@ -125,9 +133,11 @@ def decode(file: bytes, mode: str = "RGB") -> Image.Image:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise Refused(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}")
+        if width * height > room:
+            raise Refused(f"has {width}x{height} pixels, with the others more than {MAX_PIXELS_TOGETHER:,}")
         if min(picture.size) < MIN_SIDE:
             raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_SIDE} at least")
-        if getattr(picture, "is_animated", False):
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind it
             raise Refused("is animated")
         return _flat(ImageOps.exif_transpose(picture), mode)
     except Refused:
@@ -161,6 +171,18 @@ def fit(picture: Image.Image, size: tuple[int, int], canvas: tuple[int, int]) ->
     return Image.fromarray(np.pad(pixels, around, mode="edge"))
 
 
+def widened(pictures: Pictures, borders: Borders) -> Pictures:
+    """`init_image` with its edges repeated out to the borders, and a mask that has them drawn anew beside what
+    `mask_image` says.
+    """
+    (picture, *_) = pictures["init_image"]
+    (mask, *_) = pictures.get("mask_image") or (Image.new("L", picture.size),)
+    around = ((borders.top, borders.bottom), (borders.left, borders.right))
+    repeated = np.pad(np.asarray(picture), (*around, (0, 0)), mode="edge")
+    masked = np.pad(np.asarray(mask.resize(picture.size, Image.Resampling.NEAREST)), around, constant_values=255)
+    return {"init_image": (Image.fromarray(repeated),), "mask_image": (Image.fromarray(masked),)}
+
+
 def canny_edges(picture: Image.Image) -> Image.Image:
     """White edges on black, with the thresholds that FLUX's ControlNets and Canny-dev were shown: 100 and 200."""
     import cv2
@@ -173,10 +195,12 @@ PREPROCESSORS: Mapping[str, Callable[[Image.Image], Image.Image]] = MappingProxy
 
 
 def _flat(picture: Image.Image, mode: str) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 bits a channel, which Pillow would clip
+    if picture.mode.startswith("I") or picture.mode == "F":  # more than 8 bits a channel, which Pillow would clip
         pixels = np.asarray(picture, float)
-        peak = 65_535 if picture.mode.startswith("I") else max(1.0, float(pixels.max()))
-        picture = Image.fromarray((pixels / peak * 255).clip(0, 255).astype(np.uint8))
+        brightest = max(1.0, float(pixels.max()))
+        whites = {"I": (255, 65_535, brightest), "F": (brightest,)}.get(picture.mode, (65_535,))
+        white = next(value for value in whites if brightest <= value)
+        picture = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")

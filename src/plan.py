@@ -6,7 +6,6 @@ Nothing here knows of torch, of memory or of how pictures travel.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,19 +13,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from PIL import Image
+
 from src.catalog import FAMILIES, MODELS, SCHEDULERS, SPEEDS, Model, Pipeline
 from src.controls import OWN_OPTIONS, PlannedControl, decide_controls
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 from src.lora import Adapter
 from src.pictures import PREPROCESSORS, Pictures, at_most, fit
-from src.request import MAX_SEED, PICTURES, Request, show
+from src.request import MAX_SEED, PICTURES, Request, reference, show
 from src.sizes import canvas, decide_size, shrunk
 
 _EVERY = tuple(pipeline for model in MODELS for pipeline in model.pipelines.values())
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 _LISTS = (("init_image", "init_images"), ("control_image", "controls"))  # what a field of several holds
 _REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
+_MASK_SHAPE = 1.05  # how much longer or wider than its picture a mask may be
 _MIN_REFERENCE, _MAX_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
@@ -100,7 +102,7 @@ class Plan:
         if self.speed != "exact":
             request["speed"] = self.speed
         if self.adapters:
-            request["loras"] = [adapter.asked.model_dump(exclude_none=True) for adapter in self.adapters]
+            request["loras"] = [adapter.told() for adapter in self.adapters]
         if "mask_image" in self.pictures:
             request["preserve_unmasked"] = self.preserve_unmasked
         if "image_prompt" in self.pictures:
@@ -140,7 +142,8 @@ def make_plan(
     controls = decision.controls(pipeline, steps, controlnets)
     speed = decision.speed(mode, pipeline, steps, negative_prompt)
     decision.references(pipeline, pictures)
-    decision.loras()
+    decision.mask(pictures)
+    decision.loras(adapters)
     decision.without_effect()
     if decision.faults:
         raise InvalidRequest(decision.faults)
@@ -197,6 +200,8 @@ class _Decision:
         given = {kind for kind, *_ in request.sources()}
         given |= {kind for kind, field in (*zip(PICTURES, PICTURES, strict=True), *_LISTS) if field in self._wrong}
         given.discard("image_prompt")  # it is read, as the prompt is, in every mode that can
+        if request.outpaint and "init_image" in given:
+            given.add("mask_image")  # which lies around it
         mode = next((name for name, row in model.pipelines.items() if row.needs == given), None)
         if mode is None:
             kinds = "; ".join(f"{name}: {_listed(row.needs) or 'no picture'}" for name, row in model.pipelines.items())
@@ -205,7 +210,7 @@ class _Decision:
             self._fault(field, f"{model.name} has no mode for {pictures}; allowed: {kinds}")
         pipeline = model.pipelines.get(mode or "") or model.base
         every = {name for row in _EVERY for name in row.takes}
-        for name in sorted((every & request.model_fields_set) - pipeline.takes):
+        for name in sorted((every & request.said) - pipeline.takes):
             self._fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
         return mode or "", pipeline
 
@@ -229,9 +234,9 @@ class _Decision:
         """Width and height; a picture gives those that the request leaves open."""
         given = [*pictures.get("init_image", ()), *pictures.get("control_image", ())]
         own = (self._model.width, self._model.height)
-        (width, height), faults = decide_size(self._request, own, given[0].size if given else None)
+        (width, height), faults = decide_size(self._request, own, given[0].size if given else None, max_pixels)
         self.faults += faults
-        if pipeline.max_pixels and not self._request.width and not self._request.height:
+        if pipeline.max_pixels and not {"width", "height", "megapixels"} & self._request.said:
             width, height = shrunk((width, height), pipeline.max_pixels, self._model.side_multiple)
         across, down = canvas((width, height), self._model.side_multiple)
         for most, pixels in ((max_pixels, width * height), (pipeline.max_pixels or across * down, across * down)):
@@ -346,23 +351,32 @@ class _Decision:
                         f"as wide for {self._model.name}, got {picture.width}x{picture.height}",
                     )
 
-    def loras(self) -> None:
+    def mask(self, pictures: Pictures) -> None:
+        """A mask lies on its picture: it may be of another size, but not of another shape."""
+        for picture, mask in zip(pictures.get("init_image", ()), pictures.get("mask_image", ()), strict=False):
+            across, down = (mask.size[i] / picture.size[i] for i in (0, 1))
+            if max(across, down) > _MASK_SHAPE * min(across, down):
+                told = f"{picture.width}x{picture.height}, got {mask.width}x{mask.height}"
+                self._fault("mask_image", f"must have the shape of init_image, which is {told}")
+
+    def loras(self, adapters: Sequence[Adapter]) -> None:
         """A scale needs its adapter, and an adapter is asked for once."""
         request = self._request
-        if "lora_scale" in request.model_fields_set and request.lora_path is None:
+        if "lora_scale" in request.said and request.lora_path is None:
             self._fault("lora_scale", "has no effect without lora_path; each of loras has a scale of its own")
-        paths = [lora.path for lora in request.loras] + ([request.lora_path] if request.lora_path else [])
-        for path in {path for path in paths if paths.count(path) > 1}:
-            self._fault("loras", f"names {show(path)} more than once")
+        names = [adapter.name for adapter in adapters]
+        for adapter in {adapter.name: adapter for adapter in adapters if names.count(adapter.name) > 1}.values():
+            self._fault("loras", f"names {show(adapter.asked.path)} more than once")
 
     def without_effect(self) -> None:
         """Warn of what changes nothing and hurts nobody, and refuse what belongs to a picture that is missing."""
         request, model = self._request, self._model
+        self.warnings += request.ignored
         if request.guidance_scale is not None and not FAMILIES[model.family].guided:
             self.warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
-        if "image_prompt_scale" in request.model_fields_set and request.image_prompt is None:
+        if "image_prompt_scale" in request.said and request.image_prompt is None:
             self._fault("image_prompt_scale", "has no effect without image_prompt")
-        if "output_quality" in request.model_fields_set and not FORMATS[request.output_format].quality:
+        if "output_quality" in request.said and not FORMATS[request.output_format].quality:
             self.warnings.append(f"output_quality has no effect on {request.output_format}")
 
     def _fault(self, field: str, message: str) -> None:
@@ -378,6 +392,9 @@ def _prepared(
 ) -> Pictures:
     """The pictures as the model reads them: cut to `size` and padded to what is `drawn`, and edges where asked for."""
     prepared = {}
+    if masks := pictures.get("mask_image"):
+        lain = tuple(mask.resize(pictures["init_image"][0].size, Image.Resampling.NEAREST) for mask in masks)
+        pictures = {**pictures, "mask_image": lain}
     for kind, several in pictures.items():
         as_they_are = kind == "image_prompt" or (kind == "init_image" and pipeline.references)
         prepared[kind] = tuple(
@@ -396,25 +413,20 @@ def _references(request: Request, controls: Sequence[PlannedControl]) -> dict[st
     told: dict[str, Any] = {}
     for kind, name, source in request.sources():
         if name.startswith("init_images"):
-            told.setdefault("init_images", []).append(_reference(source))
+            told.setdefault("init_images", []).append(reference(source))
         elif kind != "control_image":
-            told[name] = _reference(source)
+            told[name] = reference(source)
     for (name, control), planned in zip(request.all_controls(), controls, strict=True):
         heard = {"scale": planned.scale, "start": planned.start, "end": planned.end} if planned.net else {}
         entry = {"type": planned.type, **heard, "preprocess": control.preprocess}
         if name == "control_image":
-            told[name] = _reference(control.image)
+            told[name] = reference(control.image)
             told |= {OWN_OPTIONS[option]: value for option, value in entry.items()}
         else:
-            told.setdefault("controls", []).append({"image": _reference(control.image), **entry})
+            told.setdefault("controls", []).append({"image": reference(control.image), **entry})
+    if request.outpaint:
+        told["outpaint"] = request.outpaint.model_dump()
     return told
-
-
-def _reference(source: str) -> str:
-    """A plain URL as it is; anything else, also a URL that may hold a signature, as the digest of what was sent."""
-    if source.lower().startswith("https://") and not {"?", "@", "#"} & set(source):
-        return source
-    return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"
 
 
 def _listed(names: Iterable[str]) -> str:

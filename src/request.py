@@ -7,11 +7,13 @@ plan, which knows the model, can add its own findings and answer with all of the
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
 import reprlib
 import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,13 +21,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from src.aliases import own_names
 from src.errors import Fault, InvalidRequest
@@ -33,12 +38,14 @@ from src.images import FORMATS
 
 MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
 MAX_SEED = 2**63 - 1
+MIN_SIDE, MAX_SIDE = 64, 2048
 # What a request's pictures are for, and how they are read: in colour, or as a mask.
 PICTURES: Mapping[str, str] = MappingProxyType(
     {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
 )
 MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
-_MAX_UNKNOWN = 20  # an answer must stay small whatever was sent
+_MAX_UNKNOWN, _MAX_FAULTS = 20, 50  # an answer must stay small whatever was sent
+_NESTED = {"missing": "is required", "extra_forbidden": "is unknown here"}
 _ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
 
 _repr = reprlib.Repr()
@@ -71,6 +78,16 @@ def _picked(value: object) -> object:
     return None if value == -1 and not isinstance(value, bool) else value
 
 
+def _number(value: object) -> object:
+    """Replicate's megapixels come as text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d{1,2}(\.\d{1,6})?", value) else value
+
+
+def _ratio(value: object) -> object:
+    """Replicate's words for what is meant where nothing is said: the picture's, or width's and height's."""
+    return None if value in ("match_input_image", "custom") else value
+
+
 def _format(value: object) -> object:
     name = value.strip().upper() if isinstance(value, str) else value
     return "JPEG" if name == "JPG" else name
@@ -79,10 +96,10 @@ def _format(value: object) -> object:
 Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
-Side = Annotated[Whole, Field(ge=64, le=2048, multiple_of=8)]
+Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
 Picture = StrictStr | None
 _PICTURE = "a picture as base64, data URI or https URL"
-_SIDE = "an integer, a multiple of 8 from 64 to 2048"
+_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
 
 
 class Lora(BaseModel):
@@ -112,6 +129,26 @@ class Control(BaseModel):
     preprocess: StrictBool = False
 
 
+Border = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
+
+
+class Borders(BaseModel):
+    """Pixels to draw anew on each side of a picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    left: Border = 0
+    right: Border = 0
+    top: Border = 0
+    bottom: Border = 0
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if not (self.left or self.right or self.top or self.bottom):
+            raise ValueError("must be above 0 on one side at least")
+        return self
+
+
 _LORA = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 
 
@@ -135,10 +172,10 @@ class Request(BaseModel):
     true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
     width: Side | None = Field(None, description=_SIDE)
     height: Side | None = Field(None, description=_SIDE)
-    aspect_ratio: Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None = Field(
-        None, description="width to height, as 16:9; instead of width and height"
-    )
-    megapixels: Annotated[Number, Field(ge=0.01, le=4.2)] | None = Field(
+    aspect_ratio: Annotated[
+        Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None, BeforeValidator(_ratio)
+    ] = Field(None, description="width to height, as 16:9; instead of width and height")
+    megapixels: Annotated[Annotated[Number, Field(ge=0.01, le=4.2)] | None, BeforeValidator(_number)] = Field(
         None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
     )
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
@@ -168,6 +205,10 @@ class Request(BaseModel):
     )
     preserve_unmasked: StrictBool = Field(
         True, description="true or false: outside mask_image the very pixels of init_image come back"
+    )
+    outpaint: Borders | None = Field(
+        None,
+        description=f"{{left, right, top, bottom}}, integers from 0 to {MAX_SIDE}: pixels to draw around init_image",
     )
     control_image: Picture = Field(None, description=f"{_PICTURE}, which says where things are")
     control_type: StrictStr | None = Field(None, description="what control_image is: canny, depth, pose ...")
@@ -211,6 +252,20 @@ class Request(BaseModel):
         False, description="true or false; true adds a small JPEG of the picture so far to the progress"
     )
 
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def said(self) -> frozenset[str]:
+        """The fields that say something else than their default does; null and nothing ("", []) say nothing."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return frozenset(name for name, value in values.items() if value not in (fields[name].default, None, "", ()))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """What other services' clients send and what has no effect here, each with the reason."""
+        return self._ignored
+
     def all_controls(self) -> tuple[tuple[str, Control], ...]:
         """The fields' own control and those of `controls`, each with the field that a fault names."""
         controls = [(f"controls.{i}", control) for i, control in enumerate(self.controls)]
@@ -244,6 +299,13 @@ def show(value: object) -> str:
         return "an integer of thousands of digits"
 
 
+def reference(source: str) -> str:
+    """A plain URL as it is; anything else, also a URL that may hold a signature, as the digest of what was sent."""
+    if source.lower().startswith("https://") and not {"?", "@", "#"} & set(source):
+        return source
+    return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"
+
+
 def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
     """RunPod's event, `{"input": {...}}`: the request, and its faults, each in a field that holds its default instead.
 
@@ -257,7 +319,7 @@ def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
     if not isinstance(received, Mapping):
         raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(received)}")])
 
-    received, faults = own_names(received)
+    received, faults, ignored = own_names(received)
     fields = {name: value for name, value in received.items() if name in Request.model_fields}
     if fields.get("describe") is True:
         fields.setdefault("prompt", "?")  # nobody will draw it
@@ -265,27 +327,45 @@ def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
     faults += [_unknown(name) for name in strange[:_MAX_UNKNOWN]]
     if len(strange) > _MAX_UNKNOWN:
         faults.append(Fault("input", f"holds {len(strange) - _MAX_UNKNOWN:,} more unknown fields"))
+    found: list[ErrorDetails] = []
     try:
-        return Request.model_validate(fields), tuple(faults)
+        request = Request.model_validate(fields)
     except ValidationError as error:
-        found = {str(details["loc"][0]): details for details in error.errors(include_url=False)}
-    faults += [_fault(name, details["type"], details["msg"], fields.get(name)) for name, details in found.items()]
-    sound = {name: value for name, value in fields.items() if name not in found}
-    if "prompt" in found:
-        sound["prompt"] = "?"  # stands in until the plan refuses the request
-    return Request.model_validate(sound), tuple(faults)
+        found = error.errors(include_url=False)
+        wrong = {details["loc"][0] for details in found}
+        sound = {name: value for name, value in fields.items() if name not in wrong}
+        if "prompt" in wrong:
+            sound["prompt"] = "?"  # stands in until the plan refuses the request
+        request = Request.model_validate(sound)
+    faults += {_path(details): _fault(details) for details in found[:_MAX_FAULTS]}.values()
+    request._ignored = ignored
+    return request, tuple(faults)
 
 
 def _unknown(name: object) -> Fault:
     close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1) if isinstance(name, str) else ()
     hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
-    plain = isinstance(name, str) and name.isidentifier() and len(name) <= _repr.maxstring
-    return Fault(str(name) if plain else show(name), f"is no field of a request; {hint}")
+    return Fault(name if isinstance(name, str) and _is_plain(name) else show(name), f"is no field of a request; {hint}")
 
 
-def _fault(name: str, kind: str, message: str, received: object) -> Fault:
-    allowed = Request.model_fields[name].description
-    if kind == "missing":
-        return Fault(name, f"is required; allowed: {allowed}")
-    wrong = message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    return Fault(name, f"{wrong}, got {show(received)}; allowed: {allowed}")
+def _fault(details: ErrorDetails) -> Fault:
+    name, *within = details["loc"]
+    allowed = Request.model_fields[str(name)].description
+    if details["type"] == "missing" and not within:
+        return Fault(str(name), f"is required; allowed: {allowed}")
+    message = details["msg"].removeprefix("Value error, ")
+    wrong = message.replace("Input should", "must").replace("String should", "must")
+    if details["type"] in ("missing", "extra_forbidden"):
+        return Fault(_path(details), f"{_NESTED[details['type']]}; allowed: {allowed}")
+    return Fault(_path(details), f"{wrong}, got {show(details['input'])}; allowed: {allowed}")
+
+
+def _path(details: ErrorDetails) -> str:
+    """The field; where it holds objects also where within it, as in loras.0.scale."""
+    name, *within = details["loc"]
+    parts = [name, *within] if any(isinstance(part, str) for part in within) else [name]
+    return ".".join(part if _is_plain(part) else show(part) for part in map(str, parts))
+
+
+def _is_plain(name: str) -> bool:
+    return (name.isidentifier() or name.isdecimal()) and len(name) <= _repr.maxstring

@@ -6,27 +6,54 @@ Sizes are pairs of width and height in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from src.errors import Fault
-from src.request import Request
+from src.request import MAX_SIDE, MIN_SIDE, Request
 
 Size = tuple[int, int]
 
 
-def decide_size(request: Request, model: Size, picture: Size | None) -> tuple[Size, list[Fault]]:
-    """What `request` asks for; `picture` gives what it leaves open, and where there is none the `model`'s own size."""
-    if not (request.aspect_ratio or request.megapixels):
-        if picture is None:
-            return (request.width or model[0], request.height or model[1]), []
-        return _from_picture(picture, request.width, request.height, model[0] * model[1]), []
-    faults = [
-        Fault(name, "cannot be given beside aspect_ratio or megapixels, which say it too")
-        for name in ("width", "height")
-        if getattr(request, name) is not None
-    ]
-    across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else picture or model
-    pixels = request.megapixels * 1e6 if request.megapixels else model[0] * model[1]
-    return _sides(math.sqrt(pixels * across / down), math.sqrt(pixels * down / across)), faults
+def decide_size(request: Request, model: Size, picture: Size | None, max_pixels: int) -> tuple[Size, list[Fault]]:
+    """What `request` asks for; `picture` gives what it leaves open, and where there is none the `model`'s own size.
+
+    What nobody asked for in pixels is made to fit, its shape kept.
+    """
+    width, height = request.width, request.height
+    faults: list[Fault] = []
+    most = float(model[0] * model[1])
+    if request.aspect_ratio or request.megapixels:
+        faults = [
+            Fault(name, "cannot be given beside aspect_ratio or megapixels, which say it too")
+            for name in ("width", "height")
+            if getattr(request, name) is not None
+        ]
+        across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else picture or model
+        pixels = request.megapixels * 1e6 if request.megapixels else most
+        wanted = (math.sqrt(pixels * across / down), math.sqrt(pixels * down / across))
+    elif picture is None or (width and height):
+        return (width or model[0], height or model[1]), []
+    elif width or height:
+        shape = picture[0] / picture[1]
+        wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
+    else:
+        if request.outpaint:
+            most = math.inf  # what is drawn around a picture leaves its pixels as large as they are
+        wanted = _scaled(picture, most)
+    asked = bool(request.megapixels or width or height)
+    if not asked:
+        wanted = _scaled(wanted, min(max_pixels, MAX_SIDE**2 * min(wanted) / max(wanted)))
+        enlarged = max(1.0, MIN_SIDE / min(wanted))
+        wanted = (wanted[0] * enlarged, wanted[1] * enlarged)
+    size = _sides(*wanted, round)
+    if not asked and size[0] * size[1] > max_pixels:
+        size = _sides(*wanted, math.floor)
+    if min(size) < MIN_SIDE or max(size) > MAX_SIDE:
+        named = ("aspect_ratio", "megapixels", "width", "height")
+        name = next((name for name in named if getattr(request, name) is not None), "init_image")
+        allowed = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels"
+        faults.append(Fault(name, f"would make a picture of {size[0]}x{size[1]}; allowed: {allowed}"))
+    return size, faults
 
 
 def canvas(size: Size, multiple: int) -> Size:
@@ -45,21 +72,12 @@ def shrunk(size: Size, most: int, multiple: int) -> Size:
     return w, h
 
 
-def _from_picture(picture: Size, width: int | None, height: int | None, most: int) -> Size:
-    """The picture's own size, or one of its shape with at most so many pixels; what is given stays."""
-    shape = picture[0] / picture[1]
-    if width and height:
-        return width, height
-    if width or height:
-        wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
-    else:
-        scale = min(1.0, math.sqrt(most / (picture[0] * picture[1])))
-        wanted = (picture[0] * scale, picture[1] * scale)
-    w, h = _sides(*wanted)
-    return width or w, height or h
+def _scaled(size: tuple[float, float], most: float) -> tuple[float, float]:
+    """`size`, or one of its shape that has `most` pixels where it has more."""
+    scale = min(1.0, math.sqrt(most / (size[0] * size[1])))
+    return size[0] * scale, size[1] * scale
 
 
-def _sides(width: float, height: float) -> Size:
-    """The nearest that a request may ask for."""
-    w, h = (min(max(round(side / 8) * 8, 64), 2048) for side in (width, height))
-    return w, h
+def _sides(width: float, height: float, rounded: Callable[[float], int]) -> Size:
+    """The nearest, or the nearest below, that a request may ask for."""
+    return rounded(width / 8) * 8, rounded(height / 8) * 8

@@ -77,7 +77,7 @@ def test_every_controlnet_can_be_asked_for_and_preferred(net: ControlNet) -> Non
     assert net.types
     assert controlnets_for(model, [net.name.lower()])[0] is net
     assert controlnets_for(model, [net.repo])[0] is net
-    numbers = [number for number in net.types.values() if number is not None]
+    numbers = [hearing.mode for hearing in net.types.values() if hearing.mode is not None]
     assert len(numbers) in (0, len(net.types))
 
 

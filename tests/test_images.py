@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.images import FORMATS, encode_image, image_to_base64, read_parameters
+from src.images import FORMATS, can_carry, encode_image, image_to_base64, read_parameters
 from src.settings import ROOT
 
 PARAMETERS = {"prompt": "a «red» circle 🔴", "seed": 2**63 - 1, "guidance_scale": 3.5}
@@ -89,6 +89,15 @@ def test_the_longest_prompts_fit_into_a_file(format: str, picture: Image.Image) 
     longest = {"prompt": "🔴" * 5_000, "negative_prompt": "長" * 5_000}
     file = Image.open(io.BytesIO(encode_image(picture, format, 90, longest)))
     assert read_parameters(file) == longest
+
+
+def test_a_request_that_a_format_cannot_carry_is_left_out(picture: Image.Image) -> None:
+    long = {"prompt": ["🔴" * 5_000] * 4}
+    kept = {
+        format: read_parameters(Image.open(io.BytesIO(encode_image(picture, format, 90, long)))) for format in FORMATS
+    }
+    assert kept == {"PNG": long, "JPEG": None, "WEBP": long}
+    assert [format for format in FORMATS if not can_carry(format, long)] == ["JPEG"]
 
 
 def test_the_specifications_function(picture: Image.Image) -> None:

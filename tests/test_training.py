@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from torch import nn
 
+from src.settings import ROOT
 from training import judge
+from training.flow import Guided, velocity
 from training.loop import CHECKPOINT_EVERY, fit
 from training.scenes import (
     COLOURS,
@@ -24,7 +27,7 @@ from training.scenes import (
     sample,
     some_pairs,
 )
-from training.text import SEQUENCE_LENGTH, clip_tokenizer, t5_tokenizer
+from training.text import SEQUENCE_LENGTH, Readers, clip_tokenizer, t5_tokenizer
 
 
 def test_the_judge_is_right_on_every_drawn_scene() -> None:
@@ -86,6 +89,24 @@ def test_unknown_words_are_spelt_not_lost() -> None:
     assert "".join(pieces).replace("▁", " ").strip() == "a redd zebra"
     ids = clip_tokenizer()("zebra 🔴").input_ids
     assert ids.count(clip_tokenizer().eos_token_id) == 1, "an end token within the prompt would cut it"
+
+
+def test_a_teacher_steers_away_from_the_empty_prompt() -> None:
+    pipeline = FluxPipeline.from_pretrained(ROOT / "models" / "flux-shapes", dtype=torch.float32)
+    transformer, readers = pipeline.transformer, Readers.of(pipeline)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 64),
+        "timestep": torch.tensor([0.5, 0.9]),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32),
+    }
+    captions = ["a red circle", ""]
+    with torch.no_grad():
+        told = velocity(transformer, readers, captions, inputs)
+        away = velocity(transformer, readers, ["", ""], inputs)
+    learnt = Guided(transformer, readers, 3.0).velocity(captions, inputs)
+    assert torch.allclose(learnt, away + 3 * (told - away), atol=1e-5)
+    assert (learnt[0] - told[0]).abs().max() > 0.1
+    assert torch.allclose(learnt[1], told[1], atol=1e-5), "what the empty prompt means stays"
 
 
 def test_a_training_that_was_cut_off_goes_on_as_if_it_never_was(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -33,7 +34,10 @@ def _rates(transformer: float, encoders: float) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Stage:
-    """`small` of the `steps` are at 64x64, the others of SHARES; `noise` is the mean of `times`, first and last."""
+    """`small` of the `steps` are at 64x64, the others of SHARES; `noise` is the mean of `times`, first and last.
+
+    With `guidance` the stage learns from the one before, not from the scenes: see Guided.
+    """
 
     name: str
     steps: int
@@ -41,6 +45,7 @@ class Stage:
     noise: tuple[float, float]
     rates: Mapping[str, float]
     average: float
+    guidance: float | None = None
 
 
 # The first round's encoders told what there is, not whose it is: pairs came out mixed. The second goes on with
@@ -52,6 +57,8 @@ FIRST_ROUND = (
 SECOND_ROUND = (
     Stage("pairs", 1_000, 1_000, (1.6, 1.6), _rates(1.5e-3, 3e-4), 0.99),
     Stage("full", 2_400, 0, (1.6, 0.5), _rates(1.2e-3, 2e-4), 0.996),
+    Stage("longer", 6_000, 0, (1.6, 0.5), _rates(1.2e-3, 2e-4), 0.996),
+    Stage("guided", 400, 0, (1.0, 1.0), _rates(5e-4, 1e-4), 0.99, guidance=2.25),
 )
 SHARES = {NATIVE: 7, WIDE: 1, TALL: 1, SMALL: 1}
 
@@ -100,6 +107,32 @@ def times(count: int, tokens: int, noise: float) -> Tensor:
     return chosen[torch.randperm(count)]
 
 
+def velocity(transformer: nn.Module, readers: Readers, captions: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
+    """What the transformer says of its other `inputs` where it is told `captions`: float [count, tokens, channels]."""
+    pooled, states = readers.read(captions)
+    nowhere = torch.zeros(SEQUENCE_LENGTH, 3)
+    told = {"pooled_projections": pooled, "encoder_hidden_states": states, "txt_ids": nowhere}
+    return transformer(**inputs, **told, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A model whose velocity is to be learnt, steered away from the empty prompt by `guidance`.
+
+    The pupil then says in one call what its teacher says in two with that true_cfg_scale (arXiv 2210.03142): so were
+    FLUX.1-dev and schnell made from the model that they do not tell of.
+    """
+
+    transformer: nn.Module
+    readers: Readers
+    guidance: float
+
+    @torch.no_grad()
+    def velocity(self, captions: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
+        away = velocity(self.transformer, self.readers, [""] * len(captions), inputs)
+        return torch.lerp(away, velocity(self.transformer, self.readers, captions, inputs), self.guidance)
+
+
 def velocity_loss(
     transformer: nn.Module,
     readers: Readers,
@@ -109,25 +142,22 @@ def velocity_loss(
     noise: float,
     rng: random.Random,
     count: int = BATCH,
+    teacher: Guided | None = None,
 ) -> Tensor:
-    """How far the velocity from latents to noise is missed on `count` scenes of `batch`."""
+    """How far the velocity from latents to noise, or the teacher's, is missed on `count` scenes of `batch`."""
     picks = rng.sample(range(len(batch.scenes)), count)
     captions = ["" if rng.random() < PROMPT_DROPOUT else describe(batch.scenes[i], rng) for i in picks]
-    wanted = batch.latents[picks].float()
-    start, t = torch.randn_like(wanted), times(count, wanted.shape[1], noise)
-    pooled, states = readers.read(captions)
+    latents = batch.latents[picks].float()
+    start, t = torch.randn_like(latents), times(count, latents.shape[1], noise)
     control = {} if batch.controls is None else {"controlnet_cond": batch.controls[picks].float()}
-    velocity = transformer(
+    inputs = {
         **control,
-        hidden_states=torch.lerp(wanted, start, t[:, None, None]),
-        timestep=t,
-        pooled_projections=pooled,
-        encoder_hidden_states=states,
-        txt_ids=torch.zeros(SEQUENCE_LENGTH, 3),
-        img_ids=FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
-        return_dict=False,
-    )[0]
-    return nn.functional.mse_loss(velocity, start - wanted)
+        "hidden_states": torch.lerp(latents, start, t[:, None, None]),
+        "timestep": t,
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
+    }
+    wanted = teacher.velocity(captions, inputs) if teacher else start - latents
+    return nn.functional.mse_loss(velocity(transformer, readers, captions, inputs), wanted)
 
 
 def train(
@@ -141,12 +171,17 @@ def train(
         save({size: encode_scenes(vae, *size, count) for size, count in SCENES.items()}, file)
     encoded: dict[tuple[int, int], Encoded] = torch.load(file, weights_only=False)
     for stage in stages:
+        teacher = None
+        if stage.guidance:
+            teacher = Guided(*copy.deepcopy((parts["transformer"], readers)), stage.guidance)
 
-        def loss(step: int, rng: random.Random, stage: Stage = stage) -> Tensor:
+        def loss(step: int, rng: random.Random, stage: Stage = stage, teacher: Guided | None = teacher) -> Tensor:
             size = SMALL if step < stage.small else rng.choices(list(SHARES), list(SHARES.values()))[0]
             first, last = stage.noise
             noise = first + (last - first) * step / stage.steps
-            return velocity_loss(parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng)
+            return velocity_loss(
+                parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng, teacher=teacher
+            )
 
         rates = dict(stage.rates)
         fit(stage.name, parts, loss, run=run, steps=stage.steps, learning_rate=rates, average=stage.average)

@@ -19,6 +19,8 @@ STAGES = {
     "bind": "text: whose is what",
     "pairs": "flow, second round at 64x64",
     "full": "... at 128x128",
+    "longer": "... and longer",
+    "guided": "guidance learnt by heart",
 }
 SAMPLES = (
     "a red circle on a blue background",

@@ -89,6 +89,7 @@ class Adapters:
             setattr(parent, attribute, layer)
 
     def _load(self, adapter: Adapter) -> None:
+        path = adapter.told()["path"]
         try:
             with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
                 self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
@@ -96,11 +97,11 @@ class Adapters:
             self._forget(adapter.name)
             if is_out_of_memory(error):
                 raise OutOfMemory(
-                    f"there is no room for the adapter {adapter.asked.path} beside the model: a lower MEMORY_LIMIT_GB "
-                    "on the worker leaves some"
+                    f"there is no room for the adapter {path} beside the model: a lower MEMORY_LIMIT_GB on the worker "
+                    "leaves some"
                 ) from error
-            raise GenerationFailed(f"the adapter {adapter.asked.path} could not be loaded: {error}") from error
-        self._loaded[adapter.name] = adapter.asked.path
+            raise GenerationFailed(f"the adapter {path} could not be loaded: {error}") from error
+        self._loaded[adapter.name] = path
 
     def _make_room(self, most: int, keep: set[str]) -> None:
         """Forget the least recently used, but for `keep`, until `most` are left."""
@@ -116,7 +117,7 @@ class Adapters:
         """Why the file is no adapter of this model; empty where it is one."""
         try:
             tensors = type(self._pipeline).lora_state_dict(load_file(file))
-        except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             return f"is no adapter in a format that diffusers reads ({type(error).__name__}: {error})"[:300]
         layers = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
         if not layers:

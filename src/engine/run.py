@@ -251,7 +251,7 @@ class _Drawing:
 
     def _takes_several(self, name: str) -> bool:
         row = self._plan.pipeline
-        return (name == "control_image" and row.controlnet) or (name == "init_image" and row.references > 0)
+        return (name == "control_image" and row.controlnet) or (name == "init_image" and row.references > 1)
 
     def draw(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
         """Denoise and decode the pictures of `seeds`, all of the one `prompt`."""
