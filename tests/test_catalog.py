@@ -37,6 +37,7 @@ EXTRAS = {  # what a pipeline needs for a request's field
     "true_cfg_scale": {"true_cfg_scale"},
     "strength": {"strength"},
     "preserve_unmasked": {"mask_image"},
+    "outpaint": {"mask_image"},
     "prompt_2": {"prompt_2", "pooled_prompt_embeds"},
     "image_prompt": {"pooled_prompt_embeds"},
     "control_type": {"control_image"},
@@ -166,6 +167,13 @@ def test_the_readme_shows_every_row_as_it_is(model: Model) -> None:
 def test_the_readme_names_every_scheduler() -> None:
     line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `scheduler`"))
     assert set(SCHEDULERS) == set(re.findall(r"`(\w+)`", line)) - {"scheduler"}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_a_model_can_what_its_family_can(model: Model) -> None:
+    head = find_model(FAMILIES[model.family].model)
+    assert head is not None
+    assert model.pipelines == head.pipelines
 
 
 LABELS = {"kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev"}

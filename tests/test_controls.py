@@ -54,7 +54,9 @@ def test_a_type_is_heard_by_the_first_network_that_knows_it_unless_another_is_pr
     assert (control.net.name, control.mode, control.scale, control.start, control.end) == ("Union-Pro", 2, 0.5, 0, 1)
     (control,) = plan(control_image=PLAIN, control_type="depth", controlnets=("union-pro-2.0",)).controls
     assert control.net is not None
-    assert (control.net.name, control.mode, control.scale, control.end) == ("Union-Pro-2.0", None, 0.7, 0.8)
+    assert (control.net.name, control.mode, control.scale, control.end) == ("Union-Pro-2.0", None, 0.8, 0.8)
+    (control,) = plan(control_image=PLAIN, control_type=" Pose", controlnets=("union-pro-2.0",)).controls
+    assert (control.scale, control.end) == (0.9, 0.65)
     (control,) = plan("FLUX.1-Canny-dev", control_image=PLAIN).controls
     assert (control.net, control.type) == (None, "canny")
     (control,) = plan("flux-shapes", control_image=PLAIN).controls
@@ -107,7 +109,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
         )
     )
     assert "controls.0.scale" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN, "scale": 1}])
-    assert set(faults(controls=[{"image": PLAIN, "type": "canny", "scale": 3}])) == {"controls"}
+    assert set(faults(controls=[{"image": PLAIN, "type": "canny", "scale": 3}])) == {"controls.0.scale"}
     assert set(faults(controls=[{"type": "canny"}])) == {"controls"}
     assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
     assert (

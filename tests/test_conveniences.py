@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import local_test
 from handler import handler, respond
@@ -15,11 +16,12 @@ from src.aliases import ALIASES, NAMED_SIZES
 from src.catalog import find_model
 from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
+from src.images import encode_image
 from src.job import Job
 from src.plan import Plan, make_plan
 from src.request import Request, read_request
 from src.settings import ROOT, Settings
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 from tests.fakes import FakePipeline
 from training import judge
 
@@ -66,7 +68,10 @@ def test_two_names_that_agree_are_fine_and_a_conflict_is_refused() -> None:
         ({"aspect_ratio": "16:9", "megapixels": 1}, (1336, 752)),
         ({"aspect_ratio": "9:16", "megapixels": 0.25}, (376, 664)),
         ({"megapixels": 1}, (1000, 1000)),
-        ({"aspect_ratio": "9999:1"}, (2048, 64)),
+        ({"aspect_ratio": "32:1"}, (2048, 64)),
+        ({"aspect_ratio": "custom", "width": 256, "height": 64}, (256, 64)),
+        ({"aspect_ratio": "match_input_image", "megapixels": "0.25"}, (496, 496)),
+        ({"image_size": None, "target_size": {"width": 256, "height": 64}}, (256, 64)),
     ],
 )
 def test_sizes_in_words(size: dict[str, Any], pixels: tuple[int, int]) -> None:
@@ -80,6 +85,54 @@ def test_sizes_that_are_none_or_say_two_things_are_refused() -> None:
     assert "beside aspect_ratio" in faults(aspect_ratio="1:1", width=256)["width"]
     assert "aspect_ratio" in faults(aspect_ratio="wide")
     assert "width" in faults(size="100x100")
+    assert "a picture of 2664x1504; allowed: sides of 64" in faults(aspect_ratio="16:9", megapixels=4)["aspect_ratio"]
+    assert "aspect_ratio" in faults(aspect_ratio="9999:1")
+
+
+def test_a_call_of_hugging_face_is_understood() -> None:
+    request, faults = read_request({"input": {"inputs": "a fox", "parameters": {"steps": 3, "guidance_scale": None}}})
+    assert (request.prompt, request.num_inference_steps, faults) == (("a fox",), 3, ())
+    twice = {"prompt": "a fox", "seed": 1, "parameters": {"seed": 2}}
+    assert [fault.field for fault in read_request({"input": twice})[1]] == ["parameters"]
+    nested: dict[str, Any] = {}
+    for _ in range(2_000):
+        nested = {"parameters": nested}
+    for wrong in ({"parameters": 5}, {"parameters": []}, nested):
+        assert "is no field" in faults_of(wrong)["parameters"]
+
+
+def faults_of(fields: dict[str, Any]) -> dict[str, str]:
+    return {fault.field: fault.message for fault in read_request({"input": {"prompt": "x", **fields}})[1]}
+
+
+def test_several_pictures_under_other_names() -> None:
+    request, faults = read_request(
+        {"input": {"prompt": "x", "input_image": "a", "input_image_2": "b", "input_image_3": "c"}}
+    )
+    assert (request.init_image, request.init_images, faults) == ("a", ("b", "c"), ())
+    assert read_request({"input": {"prompt": "x", "image_urls": ["a", "b"]}})[0].init_images == ("a", "b")
+
+
+def test_what_has_no_effect_here_is_taken_with_a_warning() -> None:
+    decided = plan(enable_safety_checker=True, go_fast=False, safety_tolerance=None)
+    assert decided.warnings == (
+        "enable_safety_checker has no effect: this worker has no safety checker",
+        "go_fast has no effect: ask for speed: balanced or fast",
+    )
+
+
+def test_null_and_what_is_the_default_anyway_say_nothing() -> None:
+    nothing = {"strength": None, "control_type": None, "image_prompt_scale": None, "preprocess": False,
+               "preserve_unmasked": True, "image": None, "size": None, "loras": [], "outpaint": None}  # fmt: skip
+    assert plan(**nothing, seed=1) == plan(seed=1)
+    for name in ("FLUX.2-dev", "FLUX.2-klein-4B"):
+        row = find_model(name)
+        assert row is not None
+        fields = {"negative_prompt": "", "preview": False, "true_cfg_scale": 1, "prompt_2": None}
+        assert (
+            make_plan(*read_request({"input": {"prompt": "x", **fields}}), row, max_pixels=2**22).mode
+            == "text-to-image"
+        )
 
 
 def answer(**fields: Any) -> dict[str, Any]:
@@ -140,7 +193,10 @@ def test_describe_tells_what_is_held_and_what_could_be() -> None:
     before = told(describe=True)["describe"]
     assert outline in before["adapters"]["lora_dir"]
     assert before["adapters"]["in_memory"] == []
-    assert before["controlnets"]["flux-shapes-canny"]["types"] == ["canny"]
+    assert before["controlnets"]["flux-shapes-canny"]["types"] == {
+        "canny": {"conditioning_scale": 1.0, "guidance_end": 1.0}
+    }
+    assert (before["limits"]["max_side"], before["limits"]["max_guidance_scale"]) == (2048, 20)
     assert before["controlnets"]["flux-shapes-canny"]["loaded"] is False
     assert before["placement"]["mode"] == "full"
     assert before["placement"]["device"] == "the CPU"
@@ -157,6 +213,19 @@ def test_a_dry_run_tells_the_plan() -> None:
     assert (response["plan"]["width"], response["plan"]["canvas"]) == (72, [80, 128])
     assert response["plan"]["pipeline"] == "FluxPipeline"
     json.dumps(response)
+    picture = base64_of(Image.new("RGB", (128, 128)))
+    control = {"image": picture, "type": "canny", "preprocess": True}
+    lora = {"path": "flux-shapes-outline/pytorch_lora_weights.safetensors"}
+    fields = {"init_image": picture, "mask_image": picture, "controls": [control], "loras": [lora], "sigmas": [1, 0.5]}
+    settings = Settings(model_name="flux-shapes", lora_dir=ROOT / "models")
+    engine = load_engine(settings)
+    told = respond({"input": {"prompt": "x", "dry_run": True, **fields}}, Job(), lambda: settings, lambda: engine)[
+        "plan"
+    ]
+    assert told["adapters"] == [{**lora, "scale": 0.7}]
+    assert [control["controlnet"] for control in told["controls"]] == ["flux-shapes-canny"]
+    assert told["pictures"]["init_image"].startswith("sha256:")
+    json.dumps(told)
     bad = respond({"input": {"dry_run": True}}, Job(), Settings, lambda: Engine(pipeline, MODEL, None))
     assert bad["error_code"] == "invalid_request"
 
@@ -183,11 +252,18 @@ def test_a_picture_made_from_another_is_repeated_with_it(tmp_path: Path) -> None
 
 
 def test_a_picture_of_others_cannot_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from PIL import Image
-
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     assert local_test.main(["--from", str(tmp_path / "x.png")]) == 1
     assert "carries no request" in capsys.readouterr().err
+
+
+def test_a_picture_of_another_model_is_not_repeated_as_if_it_were_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_by = {"input": {"prompt": "x"}, "model": "FLUX.1-dev", "model_revision": "abc"}
+    (tmp_path / "x.png").write_bytes(encode_image(Image.new("RGB", (64, 64)), parameters=made_by))
+    assert local_test.main(["--from", str(tmp_path / "x.png"), "--quiet"]) == 1
+    assert "was made by FLUX.1-dev, and this is flux-shapes; set MODEL_NAME" in capsys.readouterr().err
 
 
 def test_describe_and_dry_run_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

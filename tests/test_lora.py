@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from handler import respond
 from src.engine import Engine, load_engine
 from src.job import Job
+from src.lora import Library
+from src.request import Lora, Request
 from src.settings import ROOT, Settings
 from tests.conftest import opened
-from tests.hub import Hub, Repo
+from tests.hub import REVISION, Hub, Repo
 from training import judge
 
 OUTLINE = ROOT / "models" / "flux-shapes-outline" / "pytorch_lora_weights.safetensors"
@@ -145,26 +147,34 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "empty.safetensors").write_bytes(b"")
     return {
         "shapes.safetensors": "was made for another model", "dev.safetensors": "was made for another model",
-        "sdxl.safetensors": "", "none.safetensors": "holds no LoRA layers", "half.safetensors": "only one half",
+        "sdxl.safetensors": "was made for another model", "none.safetensors": "holds no LoRA layers",
+        "half.safetensors": "only one half",
         "truncated.safetensors": "is no whole", "pickle.safetensors": "is no whole", "adapter.bin": "can run code",
         "empty.safetensors": "is no whole",
     }  # fmt: skip
 
 
-def test_bad_adapters_are_refused_before_the_device_is_used(ask: Ask, tmp_path: Path) -> None:
+def test_bad_adapters_are_refused_before_the_device_is_used(
+    ask: Ask, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = pixels(ask())
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda *_: pytest.fail("the device was used"))
     for name, reason in bad_files(tmp_path / "loras").items():
         message = refused(ask(lora_path=name))["lora_path"]
         assert reason in message, (name, message)
         told = refused(ask(loras=[{"path": "outline.safetensors"}, {"path": name}]))
         assert list(told) == ["loras.1"]
+    monkeypatch.setattr(engine, "run", run)
     assert pixels(ask()) == before
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "../secret.safetensors", "../../etc/passwd", "link.safetensors", "~/x.safetensors", "file:///etc/passwd",
-     "http://example.com/x.safetensors", "missing.safetensors", "", "a//b"],
+    ["/etc/passwd", "../secret.safetensors", "../../etc/passwd", "link.safetensors", "~/x.safetensors",
+     "file:///etc/passwd",
+     "http://example.com/x.safetensors", "missing.safetensors", "", "a//b", "a\0b", "a" * 300, "a/b\0c", "ü/🔴",
+     "https://[::1/x.safetensors"],
 )  # fmt: skip
 def test_there_is_no_way_out_of_the_folder(path: str, ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "secret.safetensors").write_bytes(OUTLINE.read_bytes())
@@ -180,7 +190,8 @@ def test_a_scale_needs_its_adapter_and_an_adapter_comes_once(ask: Ask) -> None:
     assert "without lora_path" in refused(ask(lora_scale=1))["lora_scale"]
     one = {"path": "outline.safetensors"}
     assert "more than once" in refused(ask(loras=[one, one]))["loras"]
-    assert "loras" in refused(ask(loras=[{"file": "x"}]))
+    assert "more than once" in refused(ask(loras=[one, {"path": "./outline.safetensors"}]))["loras"]
+    assert set(refused(ask(loras=[{"file": "x"}]))) == {"loras.0.path", "loras.0.file"}
 
 
 def test_the_hub_is_asked_once_and_the_cache_keeps_within_its_size(ask: Ask, hub: Hub, tmp_path: Path) -> None:
@@ -199,9 +210,79 @@ def test_the_hub_is_asked_once_and_the_cache_keeps_within_its_size(ask: Ask, hub
     assert pixels(ask(loras=[{"path": "someone/other", "weight_name": "style.safetensors", "scale": 0.7}])) == styled
     assert "no file 'x.safetensors'" in refused(ask(lora_path="someone/outline/x.safetensors"))["lora_path"]
     assert "no such repo" in refused(ask(lora_path="someone/nothing"))["lora_path"]
-    files = list((tmp_path / "cache").rglob("*.safetensors"))
-    assert sum(file.stat().st_size for file in files) <= 10_000_000
+    assert "no revision 'x'" in refused(ask(loras=[{"path": "someone/outline", "revision": "x"}]))["loras.0"]
+    assert pixels(ask(loras=[{"path": "someone/outline", "revision": REVISION, "scale": 0.7}])) == styled
+    hub.down = True
+    try:
+        assert "could not be downloaded" in refused(ask(lora_path="someone/outline/y.safetensors"))["lora_path"]
+    finally:
+        hub.down = False
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def stored(folder: Path, hub: Hub, count: int) -> list[str]:
+    """Repos on the hub that hold an adapter of 3 MB each."""
+    (folder / "big").mkdir()
+    save_file({"lora": torch.zeros(750_000)}, folder / "big" / "big.safetensors")
+    names = [f"someone/big{i}" for i in range(count)]
+    for name in names:
+        hub.repos[name] = Repo(folder / "big")
+    return names
+
+
+def asking(*paths: str) -> Request:
+    return Request(prompt=("x",), loras=tuple(Lora(path=path) for path in paths))
+
+
+def test_the_cache_drops_what_was_not_used_for_longest_and_nobody_holds(hub: Hub, tmp_path: Path) -> None:
+    names = stored(tmp_path, hub, 5)
+    library = Library(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.007))
+
+    def kept() -> int:
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
+
+    for name in names[:2]:
+        library.load(asking(name), Job())
+    library.load(asking(names[0]), Job())
+    library.load(asking(names[2]), Job())
+    assert kept() == 2
+    asked = hub.requests
+    library.load(asking(names[0], names[2]), Job())
+    assert hub.requests == asked, "the second was the one that went"
+    held, faults = library.load(asking(*names[1:]), Job())
+    assert faults == ()
+    assert all(adapter.file.is_file() for adapter in held), "more than the limit while one request holds them"
+    del held
+    library.load(asking(names[0]), Job())
+    assert kept() == 2
+
+
+def test_a_file_too_large_for_the_cache_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    (name,) = stored(tmp_path, hub, 1)
+    library = Library(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.002))
+    adapters, (fault,) = library.load(asking(name), Job())
+    assert "bytes, more than LORA_CACHE_GB allows" in fault.message
+    assert (adapters, list((tmp_path / "cache").iterdir())) == ((), [])
+
+
+def test_an_adapter_at_an_address_is_fetched_once_and_its_token_is_told_nobody(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetched(url: str, *_: object) -> Iterator[bytes]:
+        asked.append(url)
+        yield OUTLINE.read_bytes()
+
+    monkeypatch.setattr("src.lora.open_url", fetched)  # the SDK fetches from no address that a test could serve
+    url = "https://example.com/outline.safetensors?token=my-secret"
+    first, again = ask(lora_path=url), ask(lora_path=url)
+    assert pixels(first) == pixels(again) == pixels(ask(lora_path="outline.safetensors"))
+    assert asked == [url]
+    assert first["metadata"]["loras"][0]["path"].startswith("sha256:")
+    assert "my-secret" not in json.dumps(first["metadata"]) + opened(first)[0].info["parameters"]
+    wrong = refused(ask(loras=[{"path": url, "revision": "main"}]))
+    assert "weight_name and revision belong to" in wrong["loras.0"]
 
 
 def test_kohyas_format_is_read(ask: Ask, tmp_path: Path) -> None:

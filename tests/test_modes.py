@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from handler import handler
+from handler import get_engine, handler
 from src.catalog import find_model
 from src.errors import InvalidRequest
 from src.images import read_parameters
@@ -85,6 +87,26 @@ def test_inpainting_changes_nothing_outside_the_mask_and_puts_the_colour_inside(
     assert right >= 45
 
 
+def test_outpainting_goes_on_beyond_the_edges_and_keeps_the_picture() -> None:
+    right = 0
+    for seed, colour in enumerate(("red", "green", "purple", "white", "orange", "black")):
+        scene = draw(lone("blue", "square", colour), 96, 96)
+        asked = {"outpaint": {"left": 32, "top": 32}, "init_image": base64_of(scene), "seed": seed}
+        response = ask(prompt=f"a blue square on a {colour} background", **asked, strength=1)
+        (picture,) = opened(response)
+        assert (response["metadata"]["mode"], picture.size) == ("inpainting", (128, 128))
+        assert np.array_equal(np.asarray(picture)[32:, 32:], np.asarray(scene))
+        around = judge.name_colours(picture)[:28]
+        right += bool((around == list(COLOURS).index(colour)).mean() > 0.9)
+        again = read_parameters(picture)
+        assert again is not None
+        assert again["input"]["outpaint"] == {"left": 32, "right": 0, "top": 32, "bottom": 0}
+        repeated = ask(**{**again["input"], "init_image": base64_of(scene)})
+        assert opened(repeated)[0].tobytes() == picture.tobytes()
+    assert right >= 5
+    assert "cannot be used by text-to-image" in faults(outpaint={"left": 8})["outpaint"]
+
+
 def test_without_preserving_the_model_redraws_the_rest() -> None:
     fields = {"prompt": "a red circle", "init_image": base64_of(SCENE), "mask_image": base64_of(MASK)}
     kept, drawn = answer(**fields), answer(**fields, preserve_unmasked=False)
@@ -106,7 +128,7 @@ def test_the_same_request_gives_the_same_bytes_in_any_order() -> None:
     ("picture", "given", "size"),
     [
         ((128, 128), {}, (128, 128)),
-        ((100, 60), {}, (96, 64)),
+        ((100, 60), {}, (104, 64)),
         ((1000, 500), {}, (184, 88)),
         ((300, 300), {"width": 96}, (96, 96)),
         ((300, 150), {"height": 96}, (192, 96)),
@@ -149,7 +171,26 @@ def test_a_file_carries_what_it_was_made_with() -> None:
     assert len(event["input"]["init_image"]) == 7 + 64
 
 
-def test_a_bad_picture_is_refused_and_the_worker_goes_on() -> None:
+def test_a_bad_picture_is_refused_before_the_device_is_used_and_the_worker_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = ask(prompt="a red circle")["images"]
+    run = get_engine().run
+    monkeypatch.setattr(get_engine(), "run", lambda *_: pytest.fail("the device was used"))
     failed = ask(prompt="a red circle", init_image="file:///etc/passwd", width=63)
     assert [fault["field"] for fault in failed["errors"]] == ["width", "init_image"]
-    assert ask(prompt="a red circle")["status"] == "success"
+    animated = io.BytesIO()
+    SCENE.save(animated, "GIF", save_all=True, append_images=[MASK.convert("RGB")])
+    whole = base64_of(SCENE)
+    for bad in (
+        whole[:200], base64_of(SCENE.resize((1, 1))), base64.b64encode(animated.getvalue()).decode(), "not base64!",
+        base64.b64encode(b"<html>").decode(), "https://169.254.169.254/latest/meta-data/", "https://[::1", "",
+    ):  # fmt: skip
+        for fields in ({"init_image": bad}, {"init_image": whole, "mask_image": bad}, {"control_image": bad}):
+            failed = ask(prompt="a red circle", **fields)
+            assert failed["error_code"] == "invalid_request", (bad[:40], failed)
+            assert next(name for name, value in fields.items() if value == bad) in {
+                f["field"] for f in failed["errors"]
+            }
+    monkeypatch.setattr(get_engine(), "run", run)
+    assert ask(prompt="a red circle")["images"] == before

@@ -52,6 +52,19 @@ def test_colour_modes_become_rgb(mode: str) -> None:
     assert near(decoded, expected, most=25 if mode == "P" else 3)
 
 
+def test_a_camera_s_second_picture_is_not_heard() -> None:
+    two = file_of(PHOTO, "MPO", save_all=True, append_images=[PHOTO.transpose(0)])
+    assert near(decode(two), PHOTO, most=10)
+
+
+@pytest.mark.parametrize("white", [255, 65_535, 1_000_000])
+def test_integers_of_32_bits_are_as_bright_as_they_can_be_meant(white: int) -> None:
+    grey = np.asarray(PHOTO.convert("L"), np.int64)
+    levels = (grey * white // grey.max()).astype(np.int32)
+    expected = Image.fromarray((levels / white * 255).astype(np.uint8)).convert("RGB")
+    assert near(decode(file_of(Image.fromarray(levels), "TIFF")), expected, most=1)
+
+
 def test_orientation_is_heard() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees, as phones do
@@ -100,6 +113,7 @@ def bomb_in_text() -> bytes:
         (b"<!DOCTYPE html><html></html>", "HTML"),
         (b"PK\x03\x04" + bytes(100), "ZIP"),
         (file_of(PHOTO, "GIF"), "GIF"),
+        (file_of(PHOTO, "GIF", save_all=True, append_images=[PHOTO.transpose(0)]), "GIF"),
         (file_of(Image.new("RGB", (1, 1))), "has 1x1 pixels"),
         (file_of(PHOTO, "PNG", save_all=True, append_images=[PHOTO.transpose(0)]), "is animated"),
         (file_of(PHOTO, "WEBP", save_all=True, append_images=[PHOTO.transpose(0)]), "is animated"),
@@ -162,6 +176,16 @@ def test_private_addresses_are_never_asked(url: str) -> None:
         fetch_url(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["https://[::1", "https://example.com:99999/x", "https://.com/", f"https://{'a' * 70}.com/", "https://a\u2028b.com/",
+     "https://", "https:///x", "https://\x00/", "https://a b/"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(Refused):
+        fetch_url(url)
+
+
 class Site(BaseHTTPRequestHandler):
     """A web server of bad manners."""
 
@@ -176,6 +200,8 @@ class Site(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             match self.path:
+                case "/page":
+                    self.wfile.write(b"<!DOCTYPE html><html>not here</html>")
                 case "/photo":
                     self.wfile.write(file_of(PHOTO))
                 case "/endless":
@@ -211,6 +237,8 @@ def test_fetching(site: str) -> None:
     ):
         with pytest.raises(Refused, match=reason):
             fetch_url(f"{site}/{path}")
+    with pytest.raises(Refused, match="HTML"):
+        decode(fetch_url(f"{site}/page"))
     with pytest.raises(Refused, match=r"within 0\.2 seconds"):
         list(open_url(f"{site}/drip", max_bytes=1_000, seconds=0.2, check=lambda: None))
 
@@ -245,3 +273,30 @@ def test_fit_keeps_the_aspect_and_repeats_the_edges() -> None:
     assert padded.getpixel((40, 0)) == PHOTO.getpixel((40, 0))
     assert fit(PHOTO, (96, 64), (96, 64)) is PHOTO
     assert fit(Image.new("L", (20, 20), 255), (64, 64), (80, 64)).size == (80, 64)
+
+
+def test_many_large_pictures_are_too_many() -> None:
+    large = base64.b64encode(huge_png(7_992)).decode()
+    fields = {"init_images": [large] * 4}
+    loaded, faults = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
+    assert [fault.field for fault in faults] == ["init_images.2", "init_images.3"]
+    assert "with the others more than 128,000,000" in faults[0].message
+    assert len(loaded["init_image"]) == 2
+
+
+def test_what_is_drawn_around_a_picture_is_white_in_its_mask() -> None:
+    fields = {"init_image": base64.b64encode(file_of(PHOTO)).decode(), "outpaint": {"left": 8, "bottom": 4}}
+    loaded, _ = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
+    (picture,), (mask,) = loaded["init_image"], loaded["mask_image"]
+    assert picture.size == mask.size == (104, 68)
+    assert near(picture.crop((8, 0, 104, 64)), PHOTO, most=0.001)
+    assert picture.getpixel((0, 5)) == PHOTO.getpixel((0, 5))
+    around = np.full((68, 104), 255)
+    around[:64, 8:] = 0
+    assert np.array_equal(np.asarray(mask), around)
+    hole = Image.new("L", (48, 32))
+    hole.paste(255, (0, 0, 24, 32))
+    fields["mask_image"] = base64.b64encode(file_of(hole)).decode()
+    (mask,) = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())[0]["mask_image"]
+    around[:64, 8:56] = 255
+    assert np.array_equal(np.asarray(mask), around)

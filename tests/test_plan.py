@@ -119,3 +119,58 @@ def test_a_size_that_comes_from_a_picture_is_one_that_the_model_draws_whole(pict
 def test_a_size_whose_canvas_is_too_large_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="at most 1,048,576 pixels, got 1016x1032 = 1,064,960"):
         klein_inpainting((100, 100), width=1016, height=1032)
+
+
+def from_picture(model: str, picture: tuple[int, int], max_pixels: int = 2**22, **fields: Any) -> Plan:
+    row = find_model(model)
+    assert row is not None
+    request, faults = read_request({"input": {"prompt": "x", "init_image": "x", **fields}})
+    return make_plan(request, faults, row, {"init_image": (Image.new("RGB", picture),)}, max_pixels=max_pixels)
+
+
+@pytest.mark.parametrize(
+    ("picture", "most", "size"),
+    [
+        ((1920, 1080), 2**22, (1368, 768)),
+        ((1920, 1080), 2**20, (1360, 768)),
+        ((5000, 300), 2**22, (2048, 120)),
+        ((32, 32), 2**22, (64, 64)),
+    ],
+)
+def test_a_size_that_comes_from_a_picture_keeps_its_shape(
+    picture: tuple[int, int], most: int, size: tuple[int, int]
+) -> None:
+    decided = from_picture("FLUX.1-dev", picture, most)
+    assert (decided.width, decided.height) == size
+
+
+def test_a_shape_that_cannot_be_drawn_is_refused() -> None:
+    for picture, fields, name in (((512, 2048), {"width": 1024}, "width"), ((50, 3000), {}, "init_image")):
+        with pytest.raises(InvalidRequest, match="allowed: sides of 64 to 2048") as caught:
+            from_picture("FLUX.1-dev", picture, **fields)
+        assert [fault.field for fault in caught.value.faults] == [name]
+    with pytest.raises(InvalidRequest, match="at most 1,048,576 pixels"):
+        klein_inpainting((100, 100), megapixels=2)
+
+
+def test_a_picture_to_be_edited_is_read_whole_whatever_shape_is_asked_for() -> None:
+    (read,) = from_picture("FLUX.1-Kontext-dev", (800, 800), width=1024, height=576).pictures["init_image"]
+    assert read.size == (800, 800)
+
+
+def test_a_mask_lies_on_its_picture() -> None:
+    row = find_model("FLUX.1-dev")
+    assert row is not None
+    request, faults = read_request({"input": {"prompt": "x", "init_image": "x", "mask_image": "x"}})
+
+    def masked(*size: int) -> Plan:
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, size[0], size[1] // 4))
+        pictures = {"init_image": (Image.new("RGB", (256, 128)),), "mask_image": (mask,)}
+        return make_plan(request, faults, row, pictures, max_pixels=2**22)
+
+    for size in ((256, 128), (128, 64), (130, 64)):
+        (mask,) = masked(*size).pictures["mask_image"]
+        assert (mask.size, mask.getbbox()) == ((256, 128), (0, 0, 256, 32))
+    with pytest.raises(InvalidRequest, match="must have the shape of init_image, which is 256x128, got 128x128"):
+        masked(128, 128)

@@ -226,3 +226,17 @@ def test_the_readme_shows_every_field() -> None:
 def test_the_schema_allows_a_prompt_and_a_list_of_them() -> None:
     kinds = {kind["type"] for kind in Request.model_json_schema()["properties"]["prompt"]["anyOf"]}
     assert kinds == {"string", "array"}
+
+
+def test_what_is_wrong_within_a_field_is_named_where_it_is() -> None:
+    fields = {
+        "controls": [{"image": 5, "bogus": 1}, {"type": "canny"}],
+        "loras": [{"path": "a", "scale": 9}],
+        "outpaint": {"left": -1},
+        "🔴": 1,
+    }
+    errors = {fault["field"]: fault["message"] for fault in refused({"input": {"prompt": "a cat", **fields}})["errors"]}
+    assert set(errors) >= {"controls.0.image", "controls.0.bogus", "controls.1.image", "loras.0.scale", "outpaint.left"}
+    assert errors["controls.1.image"].startswith("is required; allowed: at most 4 of {image")
+    flood = {"controls": [{"image": "x", **{f"{n:04}" * 15: n for n in range(5_000)}}]}
+    assert len(refused({"input": {"prompt": "a cat", **flood}})["errors"]) <= 60
