@@ -31,6 +31,9 @@ def main() -> None:
     readers = text.bind(text.train(run), run)
     parts = flow.train(vae, readers, run, flow.SECOND_ROUND, first["transformer"])
 
+    for tokenizer in (readers.tokenizer, readers.tokenizer_2):
+        tokenizer.backend_tokenizer.no_padding()  # of the training's batches
+        tokenizer.backend_tokenizer.no_truncation()
     pipeline = FluxPipeline(
         scheduler=networks.scheduler(),
         vae=vae,

@@ -58,7 +58,7 @@ SECOND_ROUND = (
     Stage("pairs", 1_000, 1_000, (1.6, 1.6), _rates(1.5e-3, 3e-4), 0.99),
     Stage("full", 2_400, 0, (1.6, 0.5), _rates(1.2e-3, 2e-4), 0.996),
     Stage("longer", 6_000, 0, (1.6, 0.5), _rates(1.2e-3, 2e-4), 0.996),
-    Stage("guided", 400, 0, (1.0, 1.0), _rates(5e-4, 1e-4), 0.99, guidance=2.25),
+    Stage("guided", 250, 0, (1.0, 1.0), _rates(5e-4, 1e-4), 0.99, guidance=2.25),
 )
 SHARES = {NATIVE: 7, WIDE: 1, TALL: 1, SMALL: 1}
 
