@@ -49,7 +49,8 @@ class Stage:
 
 
 # The first round's encoders told what there is, not whose it is: pairs came out mixed. The second goes on with
-# its transformer and with encoders that were taught that. Outlines are drawn at less noise than colours.
+# its transformer and with encoders that were taught that. Outlines are drawn at less noise than colours, and two of
+# them are learnt slowly.
 FIRST_ROUND = (
     Stage("flow", 3_500, 2_000, (1.6, 1.6), _rates(1.5e-3, 3e-4), 0.996),
     Stage("finish", 700, 0, (0.5, 0.5), _rates(7e-4, 1e-4), 0.99),
@@ -119,8 +120,7 @@ def velocity(transformer: nn.Module, readers: Readers, captions: list[str], inpu
 class Guided:
     """A model whose velocity is to be learnt, steered away from the empty prompt by `guidance`.
 
-    The pupil then says in one call what its teacher says in two with that true_cfg_scale (arXiv 2210.03142): so were
-    FLUX.1-dev and schnell made from the model that they do not tell of.
+    The pupil then says in one call what its teacher says in two with that true_cfg_scale (arXiv 2210.03142).
     """
 
     transformer: nn.Module

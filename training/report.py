@@ -20,7 +20,7 @@ STAGES = {
     "pairs": "flow, second round at 64x64",
     "full": "... at 128x128",
     "longer": "... and longer",
-    "guided": "guidance learnt by heart",
+    "guided": "... guidance by heart",
 }
 SAMPLES = (
     "a red circle on a blue background",
@@ -37,6 +37,7 @@ SAMPLES = (
     "on an orange background, a big white box",
 )
 _CAPTION = 44
+_PANELS = 5  # of the loss curve, in a row
 
 
 class Generate(Protocol):
@@ -45,11 +46,12 @@ class Generate(Protocol):
 
 def loss_curve(run: Path, file: Path) -> None:
     """Draw the losses that `run` logged, one panel a stage, into the PNG `file`."""
-    figure = Figure(figsize=(20, 3), layout="constrained")
+    rows = -(-len(STAGES) // _PANELS)
+    figure = Figure(figsize=(4 * _PANELS, 3 * rows), layout="constrained")
     for number, (stage, label) in enumerate(STAGES.items(), start=1):
-        rows = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
-        axes = figure.add_subplot(1, len(STAGES), number)
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
+        logged = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
+        axes = figure.add_subplot(rows, _PANELS, number)
+        axes.plot([row["step"] for row in logged], [row["loss"] for row in logged], linewidth=1)
         axes.set(title=label, xlabel="step", yscale="log")
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=80)
