@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from src.errors import Fault
+from src.wording import show
 
 # Replicate, fal, Black Forest Labs, RunPod's public endpoints, Hugging Face, OpenAI.
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -78,12 +79,16 @@ _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
 def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
     """`received` under the fields' own names, a fault where two names of one field disagree, and what is ignored."""
     nested = received.get("parameters")  # Hugging Face's {"inputs": ..., "parameters": {...}}
-    if not isinstance(nested, Mapping):
-        return _renamed(received)
     beside = {name: value for name, value in received.items() if name != "parameters"}
-    fields, faults, ignored = _renamed({**nested, **beside})
-    if beside.keys() & nested.keys():
-        faults.append(Fault("parameters", "holds fields that also stand beside it"))
+    if nested is None:
+        return _renamed(beside)
+    if not isinstance(nested, Mapping):
+        fields, faults, ignored = _renamed(beside)
+        return fields, [*faults, Fault("parameters", f"must be an object of fields, got {show(nested)}")], ignored
+    within = {name: value for name, value in nested.items() if value is not None}
+    fields, faults, ignored = _renamed({**beside, **within})
+    if twice := [name for name in within if beside.get(name) is not None and not _same(beside[name], within[name])]:
+        faults.append(Fault("parameters", f"says something else than what stands beside it: {show(twice)}"))
     return fields, faults, ignored
 
 
@@ -93,8 +98,9 @@ def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], 
     faults: list[Fault] = []
 
     def put(name: str, alias: str, value: object) -> None:
-        if fields.get(name) is not None and fields[name] != value:
-            faults.append(Fault(alias, f"is another name of {name}, which says something else"))
+        if fields.get(name) is not None and not _same(fields[name], value):
+            told = f"is another name of {name}, which says something else: {show(fields[name])}, and here {show(value)}"
+            faults.append(Fault(alias, told))
         elif fields.get(name) is None:
             fields[name] = value
 
@@ -109,12 +115,19 @@ def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], 
             size = _size(said[alias])
             if size is None:
                 allowed = f'"1024x768", {{"width": 1024, "height": 768}} or one of {", ".join(NAMED_SIZES)}'
-                faults.append(Fault(alias, f"is no size; allowed: {allowed}"))
+                faults.append(Fault(alias, f"is no size, got {show(said[alias])}; allowed: {allowed}"))
             else:
                 for name, value in zip(("width", "height"), size, strict=True):
                     put(name, alias, value)
     ignored = (f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said)
     return fields, faults, tuple(ignored)
+
+
+def _same(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except RecursionError:  # too deep to be anything that a field takes
+        return False
 
 
 def _size(value: object) -> tuple[Any, Any] | None:

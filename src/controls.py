@@ -5,7 +5,6 @@ Pure decisions: pictures and weights are somebody else's.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from src.catalog import CONTROL_TYPES, ControlNet, Hearing, Model, Pipeline, controlnets_for
 from src.errors import Fault
 from src.pictures import PREPROCESSORS
-from src.request import Control, Request, show
+from src.request import Control, Request
+from src.wording import did_you_mean, show
 
 # An option of an entry of `controls`, and the field that says it of control_image; some want a ControlNet.
 OWN_OPTIONS = {
@@ -65,8 +65,7 @@ def decide_controls(
         if not kind:
             wrong("type", f"is required with {field}; {model.name} allows: {', '.join(types)}")
         elif kind not in types:
-            close = difflib.get_close_matches(kind, types, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(kind, types)
             wrong("type", f"cannot be {show(control.type)}{hint}; {model.name} allows: {', '.join(types)}")
         if control.preprocess and kind not in PREPROCESSORS:
             wrong("preprocess", f"knows {', '.join(PREPROCESSORS)}; send a {kind} picture as it is")

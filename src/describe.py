@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.aliases import ALIASES, NAMED_SIZES
+from src.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
 from src.catalog import FAMILIES, SCHEDULERS, Model, controlnets_for
 from src.plan import Plan
 from src.request import MAX_SIDE, Request
@@ -75,6 +75,7 @@ def describe(model: Model, revision: str | None, settings: Settings, held: Held)
             "image_prompt": settings.redux_model if "image_prompt" in model.base.takes else None,
             "placement": dict(held.placement),
             "aliases": dict(ALIASES),
+            "without_effect": dict(WITHOUT_EFFECT),
             "named_sizes": {name: list(size) for name, size in NAMED_SIZES.items()},
             "delivery": "image_urls" if settings.bucket_endpoint_url else "images",
             "schema": Request.model_json_schema(),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from src.device import NoTurn, Place
 from src.errors import Cancelled, TimedOut
-from src.request import show
+from src.wording import show
 
 log = logging.getLogger("worker")
 T = TypeVar("T")

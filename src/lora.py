@@ -72,6 +72,8 @@ class Library:
                 adapters.append(adapter)
             except Refused as error:
                 faults.append(Fault(field, redact(str(error))))
+            except OSError as error:  # another process dropped it from a cache that they share
+                faults.append(Fault(field, f"could not be read ({type(error).__name__}): ask again"))
         return tuple(adapters), tuple(faults)
 
     def _find(self, lora: Lora, job: Job) -> Path:
@@ -79,6 +81,8 @@ class Library:
         if _is_url(path):
             _only_for_the_hub(lora)
             return self._cached(path, job, lambda folder: _fetch(path, folder, self._most_bytes, job.check))
+        if path.startswith("sha256:"):
+            raise Refused("is the digest of an address that may hold a token: give the address again")
         if "://" in path:
             raise Refused("must be a hub id (owner/name), an https URL or a file in LORA_DIR")
         if file := self._in_folder(path):
@@ -139,10 +143,11 @@ class Library:
         While it is downloaded other jobs may pass `job`.
         """
         folder = self._cache / hashlib.sha256(key.encode()).hexdigest()[:32]
-        known = sorted(folder.rglob(f"*{_SUFFIX}"))
-        if known:
-            os.utime(folder)
-            return known[0]
+        with _trimming:
+            known = sorted(folder.rglob(f"*{_SUFFIX}"))
+            if known:
+                _touch(folder)
+                return known[0]
         job.step_aside()
         partial = folder.with_name(f"{folder.name}.{time.monotonic_ns()}{_PARTIAL}")
         partial.mkdir(parents=True)
@@ -151,6 +156,7 @@ class Library:
             with _trimming:
                 if not folder.exists():  # or another job fetched the same meanwhile
                     partial.rename(folder)
+                _touch(folder)
                 self._trim(keep=folder)
             return folder / file
         finally:
@@ -168,6 +174,11 @@ class Library:
             if folder not in held:
                 shutil.rmtree(folder, ignore_errors=True)
                 del sizes[folder]
+
+
+def _touch(folder: Path) -> None:
+    """It was used just now, by a clock that tells any two uses apart."""
+    os.utime(folder, ns=(time.time_ns(), time.time_ns()))
 
 
 def _wanted(request: Request) -> Sequence[tuple[str, Lora]]:

@@ -31,6 +31,7 @@ MAX_BYTES = 20_000_000  # what /runsync carries
 MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
 MAX_PIXELS_TOGETHER = 2 * MAX_PIXELS  # of a request
 MIN_SIDE = 16
+_MASK_SHAPE = 1.05  # how much longer or wider than its picture a mask may be
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 ALLOWED = (
     f"a still picture ({', '.join(FORMATS)}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
@@ -62,8 +63,17 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> tup
             room -= picture.width * picture.height
         except Refused as error:
             faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
-    if request.outpaint and "init_image" in pictures:
-        pictures |= widened(pictures, request.outpaint)
+    if "init_image" in pictures:
+        size = pictures["init_image"][0].size
+        faults += [_misfit(size, mask.size) for mask in pictures.get("mask_image", ()) if not _covers(mask.size, size)]
+        if request.outpaint and not faults:
+            (left, right), (top, bottom) = around = borders(request.outpaint, size)
+            width, height = size[0] + left + right, size[1] + top + bottom
+            if width * height > MAX_PIXELS:
+                told = f"would make a picture of {width}x{height}; allowed: {MAX_PIXELS:,} pixels at most"
+                faults.append(Fault("outpaint", told))
+            else:
+                pictures |= widened(pictures, around)
     return pictures, tuple(faults)
 
 
@@ -171,16 +181,36 @@ def fit(picture: Image.Image, size: tuple[int, int], canvas: tuple[int, int]) ->
     return Image.fromarray(np.pad(pixels, around, mode="edge"))
 
 
-def widened(pictures: Pictures, borders: Borders) -> Pictures:
+def borders(outpaint: Borders, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Pixels left and right, above and below: a few more where that makes sides of a size that can be drawn, for which
+    the picture itself needs no scaling.
+    """
+    across, down = size[0] + outpaint.left + outpaint.right, size[1] + outpaint.top + outpaint.bottom
+    return (outpaint.left, outpaint.right + -across % 8), (outpaint.top, outpaint.bottom + -down % 8)
+
+
+def widened(pictures: Pictures, around: tuple[tuple[int, int], tuple[int, int]]) -> Pictures:
     """`init_image` with its edges repeated out to the borders, and a mask that has them drawn anew beside what
     `mask_image` says.
     """
     (picture, *_) = pictures["init_image"]
     (mask, *_) = pictures.get("mask_image") or (Image.new("L", picture.size),)
-    around = ((borders.top, borders.bottom), (borders.left, borders.right))
-    repeated = np.pad(np.asarray(picture), (*around, (0, 0)), mode="edge")
-    masked = np.pad(np.asarray(mask.resize(picture.size, Image.Resampling.NEAREST)), around, constant_values=255)
+    across, down = around
+    repeated = np.pad(np.asarray(picture), (down, across, (0, 0)), mode="edge")
+    resized = mask.resize(picture.size, Image.Resampling.NEAREST)
+    masked = np.pad(np.asarray(resized), (down, across), constant_values=255)
     return {"init_image": (Image.fromarray(repeated),), "mask_image": (Image.fromarray(masked),)}
+
+
+def _covers(mask: tuple[int, int], picture: tuple[int, int]) -> bool:
+    """A mask may be of another size than its picture, but not of another shape."""
+    across, down = (mask[i] / picture[i] for i in (0, 1))
+    return max(across, down) <= _MASK_SHAPE * min(across, down)
+
+
+def _misfit(picture: tuple[int, int], mask: tuple[int, int]) -> Fault:
+    told = f"{picture[0]}x{picture[1]}, got {mask[0]}x{mask[1]}"
+    return Fault("mask_image", f"must have the shape of init_image, which is {told}")
 
 
 def canny_edges(picture: Image.Image) -> Image.Image:

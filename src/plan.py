@@ -5,7 +5,6 @@ Nothing here knows of torch, of memory or of how pictures travel.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,14 +20,14 @@ from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
 from src.lora import Adapter
 from src.pictures import PREPROCESSORS, Pictures, at_most, fit
-from src.request import MAX_SEED, PICTURES, Request, reference, show
-from src.sizes import canvas, decide_size, shrunk
+from src.request import MAX_SEED, PICTURES, Request, reference
+from src.sizes import asking_field, canvas, decide_size, shrunk
+from src.wording import did_you_mean, show
 
 _EVERY = tuple(pipeline for model in MODELS for pipeline in model.pipelines.values())
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 _LISTS = (("init_image", "init_images"), ("control_image", "controls"))  # what a field of several holds
 _REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
-_MASK_SHAPE = 1.05  # how much longer or wider than its picture a mask may be
 _MIN_REFERENCE, _MAX_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
@@ -142,7 +141,6 @@ def make_plan(
     controls = decision.controls(pipeline, steps, controlnets)
     speed = decision.speed(mode, pipeline, steps, negative_prompt)
     decision.references(pipeline, pictures)
-    decision.mask(pictures)
     decision.loras(adapters)
     decision.without_effect()
     if decision.faults:
@@ -192,7 +190,7 @@ class _Decision:
         self.warnings: list[str] = []
         self._request = request
         self._model = model
-        self._wrong = {fault.field for fault in faults}
+        self._wrong = {fault.field.partition(".")[0] for fault in faults}
 
     def mode(self) -> tuple[str, Pipeline]:
         """The mode that the request's pictures ask for, where the model has it and can use the other fields."""
@@ -200,7 +198,7 @@ class _Decision:
         given = {kind for kind, *_ in request.sources()}
         given |= {kind for kind, field in (*zip(PICTURES, PICTURES, strict=True), *_LISTS) if field in self._wrong}
         given.discard("image_prompt")  # it is read, as the prompt is, in every mode that can
-        if request.outpaint and "init_image" in given:
+        if (request.outpaint or "outpaint" in self._wrong) and "init_image" in given:
             given.add("mask_image")  # which lies around it
         mode = next((name for name, row in model.pipelines.items() if row.needs == given), None)
         if mode is None:
@@ -240,9 +238,9 @@ class _Decision:
             width, height = shrunk((width, height), pipeline.max_pixels, self._model.side_multiple)
         across, down = canvas((width, height), self._model.side_multiple)
         for most, pixels in ((max_pixels, width * height), (pipeline.max_pixels or across * down, across * down)):
-            if pixels > most and not self._wrong & {"width", "height"}:
-                told = f"times height must be at most {most:,} pixels, got {width}x{height} = {pixels:,}"
-                self._fault("width", told)
+            if pixels > most and not faults and not self._wrong & {"width", "height"}:
+                told = f"makes too many pixels: at most {most:,} pixels, got {width}x{height} = {pixels:,}"
+                self._fault(asking_field(self._request) or "width", told)
                 break
         return width, height
 
@@ -253,8 +251,7 @@ class _Decision:
             return None
         allowed = [key for key, row in SCHEDULERS.items() if row.starts_midway or not midway]
         if name not in SCHEDULERS:
-            close = difflib.get_close_matches(name.lower(), allowed, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, allowed)
             self._fault("scheduler", f"is no scheduler, got {show(name)}{hint}; allowed: {', '.join(allowed)}")
         elif name not in allowed:
             self._fault("scheduler", f"{name} cannot start from a picture; {mode} allows: {', '.join(allowed)}")
@@ -342,7 +339,7 @@ class _Decision:
         most = max(pipeline.references, 1)
         if len(fields) > most:
             self._fault("init_images", f"{self._model.name} takes {most} at most here, got {len(fields)}")
-        if pipeline.references:
+        if pipeline.references > 1:
             for field, picture in zip(fields, pictures.get("init_image", ()), strict=False):
                 if min(picture.size) < _MIN_REFERENCE or max(picture.size) > _MAX_ASPECT * min(picture.size):
                     self._fault(
@@ -351,14 +348,6 @@ class _Decision:
                         f"as wide for {self._model.name}, got {picture.width}x{picture.height}",
                     )
 
-    def mask(self, pictures: Pictures) -> None:
-        """A mask lies on its picture: it may be of another size, but not of another shape."""
-        for picture, mask in zip(pictures.get("init_image", ()), pictures.get("mask_image", ()), strict=False):
-            across, down = (mask.size[i] / picture.size[i] for i in (0, 1))
-            if max(across, down) > _MASK_SHAPE * min(across, down):
-                told = f"{picture.width}x{picture.height}, got {mask.width}x{mask.height}"
-                self._fault("mask_image", f"must have the shape of init_image, which is {told}")
-
     def loras(self, adapters: Sequence[Adapter]) -> None:
         """A scale needs its adapter, and an adapter is asked for once."""
         request = self._request
@@ -366,7 +355,7 @@ class _Decision:
             self._fault("lora_scale", "has no effect without lora_path; each of loras has a scale of its own")
         names = [adapter.name for adapter in adapters]
         for adapter in {adapter.name: adapter for adapter in adapters if names.count(adapter.name) > 1}.values():
-            self._fault("loras", f"names {show(adapter.asked.path)} more than once")
+            self._fault("loras", f"names {show(adapter.told()['path'])} more than once")
 
     def without_effect(self) -> None:
         """Warn of what changes nothing and hurts nobody, and refuse what belongs to a picture that is missing."""

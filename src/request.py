@@ -6,10 +6,8 @@ plan, which knows the model, can add its own findings and answer with all of the
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
-import reprlib
 import unicodedata
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -35,6 +33,7 @@ from pydantic_core import ErrorDetails
 from src.aliases import own_names
 from src.errors import Fault, InvalidRequest
 from src.images import FORMATS
+from src.wording import MAX_SHOWN, did_you_mean, show
 
 MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
 MAX_SEED = 2**63 - 1
@@ -45,12 +44,15 @@ PICTURES: Mapping[str, str] = MappingProxyType(
 )
 MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
 _MAX_UNKNOWN, _MAX_FAULTS = 20, 50  # an answer must stay small whatever was sent
+# pydantic's words -> a client's
+_WORDS = {
+    "^Value error, ": "",
+    "^(Input|String|Tuple) should": "must",
+    "be a valid tuple": "be a list",
+    r"be a valid dictionary or instance of \w+": "be an object",
+}
 _NESTED = {"missing": "is required", "extra_forbidden": "is unknown here"}
 _ALLOWED_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 60
-_repr.maxlevel = 3
 
 
 def _whole(value: object) -> object:
@@ -68,6 +70,17 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
     return text
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuses longer lists before their items are looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, (list, tuple)) and len(value) > most:
+            raise ValueError(f"must hold {most} at most, not {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _one_or_several(value: object) -> object:
@@ -160,7 +173,8 @@ class Request(BaseModel):
     prompt: Annotated[
         tuple[Annotated[Text, AfterValidator(_not_blank)], ...],
         BeforeValidator(_one_or_several),
-        Field(min_length=1, max_length=4),
+        _at_most(4),
+        Field(min_length=1),
         WithJsonSchema({"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "maxItems": 4}]}),
     ] = Field(description=f"{_ALLOWED_PROMPT}; or a list of 2 to 4, one a picture")
     prompt_2: Text | None = Field(
@@ -182,7 +196,7 @@ class Request(BaseModel):
         None, description="an integer from 1 to 100"
     )
     guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = Field(
-        None, description="a number from 0 to the model's limit (20; Fill 100)"
+        None, description="a number from 0 to the model's limit (20; Fill, Canny and Depth 100)"
     )
     num_images: Annotated[Whole, Field(ge=1, le=4)] = Field(1, description="an integer from 1 to 4")
     seed: Annotated[Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked)] = Field(
@@ -196,7 +210,7 @@ class Request(BaseModel):
         None, description="an integer from 1 to the model's limit"
     )
     init_image: Picture = Field(None, description=_PICTURE)
-    init_images: Annotated[tuple[StrictStr, ...], Field(max_length=MAX_PICTURES)] = Field(
+    init_images: Annotated[tuple[StrictStr, ...], _at_most(MAX_PICTURES)] = Field(
         (), description=f"a list of such pictures, for models that take several: at most {MAX_PICTURES}"
     )
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
@@ -224,7 +238,7 @@ class Request(BaseModel):
     preprocess: StrictBool = Field(
         False, description="true or false: true makes canny edges from control_image, which is then a plain picture"
     )
-    controls: Annotated[tuple[Control, ...], Field(max_length=4)] = Field(
+    controls: Annotated[tuple[Control, ...], _at_most(4)] = Field(
         (), description="at most 4 of {image, type, scale, start, end, preprocess}, each as control_image"
     )
     image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
@@ -233,14 +247,14 @@ class Request(BaseModel):
     )
     lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=_LORA)
     lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
-    loras: Annotated[tuple[Lora, ...], Field(max_length=4)] = Field(
+    loras: Annotated[tuple[Lora, ...], _at_most(4)] = Field(
         (), description=f"at most 4 of {{path, scale, weight_name, revision}}; path is {_LORA}"
     )
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
     speed: Literal["exact", "balanced", "fast"] = Field(
         "exact", description="exact, balanced or fast: the last two guess some steps from others"
     )
-    sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100)] | None = (
+    sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], _at_most(100), Field(min_length=1)] | None = (
         Field(None, description="1 to 100 falling numbers from 1 to above 0, one a step; for experts")
     )
     shift: Annotated[Number, Field(ge=0.1, le=20)] | None = Field(
@@ -289,16 +303,6 @@ class Request(BaseModel):
         return tuple(found for found in (*own, *init_images, *controls) if found[2] is not None)
 
 
-def show(value: object) -> str:
-    """`value` in a few words: never a whole picture or prompt."""
-    if isinstance(value, str) and len(value) > _repr.maxstring:
-        return f"{_repr.repr(value)} ({len(value):,} characters)"
-    try:
-        return _repr.repr(value)
-    except ValueError:  # Python refuses to print integers of more than 4,300 digits
-        return "an integer of thousands of digits"
-
-
 def reference(source: str) -> str:
     """A plain URL as it is; anything else, also a URL that may hold a signature, as the digest of what was sent."""
     if source.lower().startswith("https://") and not {"?", "@", "#"} & set(source):
@@ -337,15 +341,21 @@ def read_request(event: object) -> tuple[Request, tuple[Fault, ...]]:
         if "prompt" in wrong:
             sound["prompt"] = "?"  # stands in until the plan refuses the request
         request = Request.model_validate(sound)
-    faults += {_path(details): _fault(details) for details in found[:_MAX_FAULTS]}.values()
+    told = list({_path(details): _fault(details) for details in reversed(found)}.values())[::-1]
+    told.sort(key=lambda fault: fault.field in Request.model_fields, reverse=True)  # a flood hides no other field
+    faults += told[:_MAX_FAULTS]
+    if len(told) > _MAX_FAULTS:
+        faults.append(Fault("input", f"has {len(told) - _MAX_FAULTS:,} more faults"))
     request._ignored = ignored
     return request, tuple(faults)
 
 
 def _unknown(name: object) -> Fault:
-    close = difflib.get_close_matches(name.lower(), Request.model_fields, n=1) if isinstance(name, str) else ()
-    hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(Request.model_fields)}"
-    return Fault(name if isinstance(name, str) and _is_plain(name) else show(name), f"is no field of a request; {hint}")
+    hint = did_you_mean(name, Request.model_fields) if isinstance(name, str) else ""
+    return Fault(
+        name if isinstance(name, str) and _is_plain(name) else show(name),
+        f"is no field of a request{hint or '; allowed: ' + ', '.join(Request.model_fields)}",
+    )
 
 
 def _fault(details: ErrorDetails) -> Fault:
@@ -353,8 +363,9 @@ def _fault(details: ErrorDetails) -> Fault:
     allowed = Request.model_fields[str(name)].description
     if details["type"] == "missing" and not within:
         return Fault(str(name), f"is required; allowed: {allowed}")
-    message = details["msg"].removeprefix("Value error, ")
-    wrong = message.replace("Input should", "must").replace("String should", "must")
+    wrong = details["msg"]
+    for theirs, ours in _WORDS.items():
+        wrong = re.sub(theirs, ours, wrong)
     if details["type"] in ("missing", "extra_forbidden"):
         return Fault(_path(details), f"{_NESTED[details['type']]}; allowed: {allowed}")
     return Fault(_path(details), f"{wrong}, got {show(details['input'])}; allowed: {allowed}")
@@ -368,4 +379,4 @@ def _path(details: ErrorDetails) -> str:
 
 
 def _is_plain(name: str) -> bool:
-    return (name.isidentifier() or name.isdecimal()) and len(name) <= _repr.maxstring
+    return (name.isidentifier() or name.isdecimal()) and len(name) <= MAX_SHOWN

@@ -38,7 +38,7 @@ def decide_size(request: Request, model: Size, picture: Size | None, max_pixels:
         wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
     else:
         if request.outpaint:
-            most = math.inf  # what is drawn around a picture leaves its pixels as large as they are
+            most = math.inf  # what is drawn around a picture leaves its pixels as they are
         wanted = _scaled(picture, most)
     asked = bool(request.megapixels or width or height)
     if not asked:
@@ -49,11 +49,20 @@ def decide_size(request: Request, model: Size, picture: Size | None, max_pixels:
     if not asked and size[0] * size[1] > max_pixels:
         size = _sides(*wanted, math.floor)
     if min(size) < MIN_SIDE or max(size) > MAX_SIDE:
-        named = ("aspect_ratio", "megapixels", "width", "height")
-        name = next((name for name in named if getattr(request, name) is not None), "init_image")
         allowed = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels"
-        faults.append(Fault(name, f"would make a picture of {size[0]}x{size[1]}; allowed: {allowed}"))
+        faults.append(
+            Fault(
+                asking_field(request) or "init_image",
+                f"would make a picture of {size[0]}x{size[1]}; allowed: {allowed}",
+            )
+        )
     return size, faults
+
+
+def asking_field(request: Request) -> str | None:
+    """The field that says how large the picture is to be."""
+    named = ("aspect_ratio", "megapixels", "width", "height")
+    return next((name for name in named if getattr(request, name) is not None), None)
 
 
 def canvas(size: Size, multiple: int) -> Size:

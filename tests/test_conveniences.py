@@ -97,8 +97,10 @@ def test_a_call_of_hugging_face_is_understood() -> None:
     nested: dict[str, Any] = {}
     for _ in range(2_000):
         nested = {"parameters": nested}
-    for wrong in ({"parameters": 5}, {"parameters": []}, nested):
-        assert "is no field" in faults_of(wrong)["parameters"]
+    assert "must be an object of fields, got 5" in faults_of({"parameters": 5})["parameters"]
+    assert "is no field" in faults_of(nested)["parameters"]
+    assert faults_of({"parameters": None, "seed": None}) == faults_of({"seed": 1, "parameters": {"seed": 1}}) == {}
+    assert faults_of({"seed": None, "parameters": {"seed": 5}}) == {}
 
 
 def faults_of(fields: dict[str, Any]) -> dict[str, str]:

@@ -18,8 +18,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
+from src.catalog import find_model
 from src.job import Job
 from src.pictures import Refused, decode, fetch_url, fit, load_pictures, open_url, read_source
+from src.plan import make_plan
 from src.request import read_request
 
 PHOTO = Image.fromarray(data.astronaut()).resize((96, 64))
@@ -288,10 +290,10 @@ def test_what_is_drawn_around_a_picture_is_white_in_its_mask() -> None:
     fields = {"init_image": base64.b64encode(file_of(PHOTO)).decode(), "outpaint": {"left": 8, "bottom": 4}}
     loaded, _ = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
     (picture,), (mask,) = loaded["init_image"], loaded["mask_image"]
-    assert picture.size == mask.size == (104, 68)
+    assert picture.size == mask.size == (104, 72), "multiples of 8, so that nothing is scaled"
     assert near(picture.crop((8, 0, 104, 64)), PHOTO, most=0.001)
     assert picture.getpixel((0, 5)) == PHOTO.getpixel((0, 5))
-    around = np.full((68, 104), 255)
+    around = np.full((72, 104), 255)
     around[:64, 8:] = 0
     assert np.array_equal(np.asarray(mask), around)
     hole = Image.new("L", (48, 32))
@@ -300,3 +302,34 @@ def test_what_is_drawn_around_a_picture_is_white_in_its_mask() -> None:
     (mask,) = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())[0]["mask_image"]
     around[:64, 8:56] = 255
     assert np.array_equal(np.asarray(mask), around)
+
+
+def test_what_is_drawn_around_a_picture_has_its_limit() -> None:
+    long = base64.b64encode(file_of(Image.new("1", (16, 1_000_000)))).decode()
+    fields = {"init_image": long, "outpaint": {"left": 2048, "right": 2048}}
+    loaded, (fault,) = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
+    assert "would make a picture of 4112x1000000; allowed: 64,000,000 pixels at most" in fault.message
+    assert "mask_image" not in loaded
+
+
+def test_a_mask_has_the_shape_of_its_picture() -> None:
+    def masked(*size: int, **fields: Any) -> tuple[Image.Image | None, list[str]]:
+        mask = Image.new("L", size)
+        mask.paste(255, (0, 0, size[0], size[1] // 4))
+        sent = {"init_image": file_of(Image.new("RGB", (256, 128))), "mask_image": file_of(mask)}
+        sources = {name: base64.b64encode(file).decode() for name, file in sent.items()}
+        request, faults = read_request({"input": {"prompt": "x", **sources, **fields}})
+        assert faults == ()
+        pictures, found = load_pictures(request, Job())
+        if found:
+            return None, [fault.message for fault in found]
+        row = find_model("FLUX.1-dev")
+        assert row is not None
+        return make_plan(request, found, row, pictures, max_pixels=2**22).pictures["mask_image"][0], []
+
+    for size in ((256, 128), (128, 64), (130, 64)):
+        mask, _ = masked(*size)
+        assert mask is not None
+        assert (mask.size, mask.getbbox()) == ((256, 128), (0, 0, 256, 32))
+    for fields in ({}, {"outpaint": {"left": 8}}):
+        assert masked(128, 128, **fields)[1] == ["must have the shape of init_image, which is 256x128, got 128x128"]

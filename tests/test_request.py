@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from handler import handler
-from src.request import MAX_PROMPT_CHARACTERS, Request, read_request, show
+from src.request import MAX_PROMPT_CHARACTERS, Request, read_request
 from src.settings import ROOT
+from src.wording import show
 
 NESTED: list[Any] = []
 for _ in range(2_000):
@@ -238,5 +239,19 @@ def test_what_is_wrong_within_a_field_is_named_where_it_is() -> None:
     errors = {fault["field"]: fault["message"] for fault in refused({"input": {"prompt": "a cat", **fields}})["errors"]}
     assert set(errors) >= {"controls.0.image", "controls.0.bogus", "controls.1.image", "loras.0.scale", "outpaint.left"}
     assert errors["controls.1.image"].startswith("is required; allowed: at most 4 of {image")
-    flood = {"controls": [{"image": "x", **{f"{n:04}" * 15: n for n in range(5_000)}}]}
-    assert len(refused({"input": {"prompt": "a cat", **flood}})["errors"]) <= 60
+
+
+def test_a_flood_within_a_field_gets_a_short_answer_and_hides_nothing() -> None:
+    flood = {
+        "controls": [{"image": "x", **{f"{n:04}" * 15: n for n in range(5_000)}}] * 4,
+        "loras": [{"path": [["x" * 60] * 6] * 6, "scale": [["x" * 60] * 6] * 6}] * 4,
+        "prompt": [1] * 100_000,
+        "init_images": [1] * 1_000_000,
+        "scheduler": "x" * 5_000_000,
+        "width": 63,
+    }
+    errors = refused({"input": flood})["errors"]
+    named = {fault["field"]: fault["message"] for fault in errors}
+    assert set(named) >= {"prompt", "init_images", "width", "scheduler", "input"}
+    assert "must hold 4 at most, not 100,000" in named["prompt"]
+    assert "more faults" in named["input"]
