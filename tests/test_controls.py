@@ -110,7 +110,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     )
     assert "controls.0.scale" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN, "scale": 1}])
     assert set(faults(controls=[{"image": PLAIN, "type": "canny", "scale": 3}])) == {"controls.0.scale"}
-    assert set(faults(controls=[{"type": "canny"}])) == {"controls"}
+    assert set(faults(controls=[{"type": "canny"}])) == {"controls.0.image"}
     assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
     assert (
         "leave none of 2 steps to hear it, got 0 and 0.3"
