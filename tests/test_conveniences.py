@@ -147,12 +147,12 @@ def pixels(response: dict[str, Any]) -> bytes:
 
 def test_sigmas_and_shift_are_heard_and_the_next_request_is_as_before() -> None:
     plain = pixels(answer())
-    shifted, chosen = answer(shift=2), answer(sigmas=[1, 0.9, 0.75, 0.5, 0.25])
+    shifted, chosen = answer(shift=4), answer(sigmas=[1, 0.9, 0.75, 0.5, 0.25])
     assert pixels(shifted) != plain
     assert pixels(chosen) != plain
-    assert (chosen["metadata"]["num_inference_steps"], shifted["metadata"]["shift"]) == (5, 2)
+    assert (chosen["metadata"]["num_inference_steps"], shifted["metadata"]["shift"]) == (5, 4)
     assert judge.centre_colour(opened(chosen)[0]) == "red"
-    assert pixels(answer(shift=4)) == plain, "the model's own shift"
+    assert pixels(answer(shift=2)) == plain, "the model's own shift"
     assert pixels(answer()) == plain
 
 

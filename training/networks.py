@@ -81,4 +81,4 @@ def t5(vocab_size: int) -> T5EncoderModel:
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
     """FLUX.1-schnell's, with more of the steps near the noise, where the prompt decides (see flow.times)."""
-    return FlowMatchEulerDiscreteScheduler(shift=4.0)
+    return FlowMatchEulerDiscreteScheduler(shift=2.0)
