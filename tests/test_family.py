@@ -233,7 +233,14 @@ def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Eng
     every = {name for model in MODELS for row in model.pipelines.values() for name in row.takes}
     base, row = next(iter(held.model.pipelines.items()))
     for name in every - row.takes:
-        value = {"preserve_unmasked": False, "preprocess": True, "preview": True, "prompt_2": "red"}.get(name, 1)
+        value = {
+            "preserve_unmasked": False,
+            "preprocess": True,
+            "preview": True,
+            "prompt_2": "red",
+            "true_cfg_scale": 2,
+            "outpaint": {"left": 8},
+        }.get(name, 1)
         refused = ask(held, **sent_to(held, base), **{name: value})
         assert name in {fault["field"] for fault in refused["errors"]}, refused
     if held.model.max_guidance_scale > 20:
