@@ -209,7 +209,8 @@ def _fetch(url: str, folder: Path, most_bytes: int, check: Callable[[], None]) -
 def _check_header(file: Path) -> None:
     try:
         with safe_open(file, "np") as tensors:
-            if not any("lora" in name for name in tensors.keys()):  # noqa: SIM118 - it is no dict
+            names = tensors.keys()
+            if not any("lora" in name for name in names):
                 raise Refused("holds no LoRA layers")
     except (SafetensorError, OSError) as error:
         raise Refused(f"is no whole {_SUFFIX} file ({error})"[:200]) from None
