@@ -11,21 +11,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from src.delivery import deliver
-from src.describe import describe, show_plan
-from src.errors import Cancelled, Fault, InternalError, InvalidRequest, TimedOut, WorkerError, redact
+from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
-from src.logs import job_ended, log
-from src.lora import Library
-from src.pictures import load_pictures
-from src.plan import Plan, make_plan
-from src.request import Request, read_request
+from src.plan.plan import Plan, make_plan
+from src.request.adapters import Library
+from src.request.images import load_pictures
+from src.request.reading import Reading, read_request
+from src.response.delivery import deliver
+from src.response.describe import describe, show_plan
+from src.response.storage import Bucket
+from src.serving.logs import job_ended, log
 from src.settings import Settings
-from src.storage import Bucket
 
 if TYPE_CHECKING:
     from src.engine import Engine
@@ -54,7 +54,7 @@ def get_engine() -> Engine:
 
 @cache
 def _load_engine() -> Engine:
-    from src.read_ahead import read_ahead
+    from src.weights.read_ahead import read_ahead
 
     read_ahead(get_settings())
     begun = time.perf_counter()
@@ -65,7 +65,7 @@ def _load_engine() -> Engine:
 
 
 def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Answer one job, `{"id": ..., "input": {...}}`; never raises. `on_progress` hears of every step."""
+    """Answer one job, `{"id": ..., "input": {...}}`; never raises. `on_progress` gets every step."""
     return answer(event, Job.of(event, on_progress=on_progress))
 
 
@@ -85,12 +85,12 @@ def respond(
     include_traceback, plan = False, None
     try:
         include_traceback = settings().include_traceback
-        request, faults = read_request(event)
-        if request.describe and not faults:
+        reading = read_request(event)
+        if reading.request.describe and not reading.faults:
             job_ended(job, "described", None)
-            return describe(engine().model, engine().revision, settings(), engine().held())
-        plan = _plan(request, faults, job, settings(), engine())
-        if request.dry_run:
+            return describe(engine().model, engine().revision, settings(), engine().loaded())
+        plan = _plan(reading, job, settings(), engine())
+        if reading.request.dry_run:
             job_ended(job, "planned", plan)
             return show_plan(plan)
         engine().fetch(plan, job.step_aside)
@@ -114,15 +114,16 @@ def respond(
         job_ended(job, "success", plan)
         return response
     finally:
-        job.leave()
+        job.give_back_ticket()
     try:
         return _refuse(failure, job, plan, include_traceback)
     finally:
         del failure  # it holds this frame, and this frame it
 
 
-def _plan(request: Request, faults: Sequence[Fault], job: Job, settings: Settings, engine: Engine) -> Plan:
+def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Plan:
     """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
+    request, faults, warnings = reading
     pictures, bad_pictures = load_pictures(request, job)
     adapters, bad_adapters = Library(settings).load(request, job)
     return make_plan(
@@ -131,6 +132,7 @@ def _plan(request: Request, faults: Sequence[Fault], job: Job, settings: Setting
         engine.model,
         pictures,
         adapters,
+        warnings=warnings,
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,
@@ -149,11 +151,11 @@ def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback
 
 def main() -> None:
     """Load the model, then serve."""
-    from src import logs, serving
+    from src.serving import logs, loop
 
     try:
         logs.configure(get_settings())
-        sys.exit(serving.serve(answer, get_settings(), get_engine, get_bucket))
+        sys.exit(loop.serve(answer, get_settings(), get_engine, get_bucket))
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))
 

@@ -18,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from handler import get_engine, get_settings, handler
+from src.catalog import FORMATS
 from src.errors import WorkerError, redact
-from src.images import FORMATS, read_parameters
 from src.job import Progress
-from src.request import PICTURES, Request
+from src.request.schema import PICTURES, Request
+from src.response.encode import read_parameters
 
 ROOT = Path(__file__).resolve().parent
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -163,7 +164,7 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
     """The pictures as they came, named by their seeds, and a contact sheet where there are several."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = response["metadata"]
-    suffix = FORMATS[metadata["output_format"]].mime.partition("/")[2]
+    suffix = FORMATS[metadata["output_format"]].suffix
     for url in response.get("image_urls", ()):
         print(f"uploaded {url}")
     paths = []

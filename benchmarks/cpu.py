@@ -20,8 +20,8 @@ from PIL import Image
 
 from benchmarks.machine import machine
 from src.engine import Engine, load_engine
-from src.plan import make_plan
-from src.request import read_request
+from src.plan.plan import make_plan
+from src.request.schema import read_request
 from src.settings import ROOT, Settings
 from training.report import captioned
 from training.scenes import every_prompt

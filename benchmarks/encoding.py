@@ -33,7 +33,7 @@ from PIL import Image
 
 from benchmarks.machine import machine
 from benchmarks.photographs import photographs
-from src.images import encode_image
+from src.response.encode import encode_image
 from training.scenes import draw, pair
 
 ROOT = Path(__file__).parent.parent

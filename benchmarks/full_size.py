@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from src.catalog import find_model
-from src.placement import Weights
+from src.weights.placement import Weights
 from tests.small_models import SHAPES, chat_tokenizer
 
 Part = Callable[[], nn.Module]

@@ -32,12 +32,12 @@ from src.catalog import Model, find_model
 from src.engine import Engine
 from src.engine.acceleration import accelerate
 from src.engine.machine import measure
-from src.engine.placing import Placed
+from src.engine.placed_pipeline import Placed
 from src.engine.quantization import Quantization
-from src.placement import GB, DoesNotFit, Machine, Placement, Work, flops, place, smallest
-from src.plan import Plan, make_plan
-from src.request import read_request
+from src.plan.plan import Plan, make_plan
+from src.request.schema import read_request
 from src.settings import ROOT, Settings
+from src.weights.placement import GB, DoesNotFit, Machine, Placement, Work, flops, place, smallest
 
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B")

@@ -24,11 +24,11 @@ from PIL import Image
 from benchmarks.machine import machine
 from benchmarks.photographs import photographs
 from src.catalog import find_model
-from src.delivery import deliver
 from src.engine import Generation
 from src.job import Job
-from src.plan import make_plan
-from src.request import read_request
+from src.plan.plan import make_plan
+from src.request.schema import read_request
+from src.response.delivery import deliver
 from tests.runpod_stand_in import Faults, StandIn, worker
 
 RESULTS = Path(__file__).parent / "results"

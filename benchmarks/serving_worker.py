@@ -21,7 +21,7 @@ import handler
 from src.catalog import find_model
 from src.engine import Engine, Generation, load_engine
 from src.job import Job, OnProgress
-from src.plan import Plan
+from src.plan.plan import Plan
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("way", choices=("ours", "plain"))
@@ -82,11 +82,11 @@ def main() -> None:
 
         runpod.serverless.start({"handler": plain})
     else:
-        from src import logs, serving
+        from src.serving import logs, loop
 
         logs.configure(settings)
         answer = partial(handler.respond, settings=lambda: settings, engine=lambda: logged)
-        sys.exit(serving.serve(answer, settings, lambda: logged, lambda: None))
+        sys.exit(loop.serve(answer, settings, lambda: logged, lambda: None))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The tables: models, modes, ControlNets and schedulers. Pure data and look-ups by name; a new row is a new feature.
+"""The tables: models, modes, ControlNets, schedulers, speeds, formats, ways to save memory. A new row is a new feature.
 
-Nothing here knows of torch: pipelines and schedulers stand as the names that diffusers gives them.
+Pure data and look-ups by name. Nothing here knows of torch: pipelines and schedulers stand as the names that diffusers
+gives them.
 """
 
 from __future__ import annotations
@@ -12,22 +13,29 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A class of diffusers: the pictures that ask for it, and what else of a request it can use beside what all can."""
+class ModeSpec:
+    """One mode of a model: its pipeline in diffusers, and the fields of a request that are for it."""
 
-    class_name: str
-    needs: frozenset[str]
-    takes: frozenset[str]
+    class_name: str  # of the pipeline
+    needs: frozenset[str]  # pictures: a request that has exactly these asks for this mode
+    takes: frozenset[str]  # what else it can use, beside EVERY_MODE_TAKES
     strength: float = 0.8  # where the request says none
     own_sizes: bool = False  # draws one of its trained sizes unless it is told the area
-    controlnet: bool = False  # hears control pictures through networks beside the model
+    controlnet: bool = False  # reads control pictures with ControlNets
     references: int = 0  # how many init_images it reads as they are; others start from one, fitted to the size
     max_pixels: int | None = None  # what it draws at most
     cache_context: bool = False  # tells step caches apart what it steers towards and away from
 
 
-def _row(class_name: str, needs: str, takes: str, **columns: Any) -> Pipeline:
-    return Pipeline(class_name, frozenset(needs.split()), frozenset(takes.split()), **columns)
+# What a request may say whatever its mode is. A field that is neither here nor in a mode's row is refused.
+EVERY_MODE_TAKES = frozenset(
+    "prompt width height aspect_ratio megapixels num_inference_steps guidance_scale max_sequence_length num_images seed "
+    "output_format output_quality scheduler sigmas shift speed lora_path lora_scale loras describe dry_run".split()
+)
+
+
+def _row(class_name: str, needs: str, takes: str, **columns: Any) -> ModeSpec:
+    return ModeSpec(class_name, frozenset(needs.split()), frozenset(takes.split()), **columns)
 
 
 _TEXT = "prompt_2 image_prompt image_prompt_scale preview"  # what all of FLUX.1 can
@@ -36,8 +44,8 @@ _MASK = "strength preserve_unmasked outpaint"
 _CONTROL = "control_type preprocess"
 _NET = f"{_CONTROL} controlnet_conditioning_scale control_guidance_start control_guidance_end"
 
-# By mode; the first is the base, which loads the model.
-FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+# The first is the base, which loads the model.
+FLUX_1_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("FluxPipeline", "", _CFG, cache_context=True),
         "image-to-image": _row("FluxImg2ImgPipeline", "init_image", f"{_CFG} strength"),
@@ -54,7 +62,7 @@ FLUX_1_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
         ),
     }
 )
-CONTROL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+CONTROL_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "control": _row("FluxControlPipeline", "control_image", f"{_TEXT} {_CONTROL}"),
         "control-image-to-image": _row(
@@ -65,7 +73,7 @@ CONTROL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
         ),
     }
 )
-KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+KONTEXT_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("FluxKontextPipeline", "", _CFG, own_sizes=True),
         "editing": _row("FluxKontextPipeline", "init_image", _CFG, own_sizes=True, references=1),
@@ -74,18 +82,18 @@ KONTEXT_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
         ),
     }
 )
-FILL_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+FILL_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {"inpainting": _row("FluxFillPipeline", "init_image mask_image", f"{_TEXT} {_MASK}", strength=1.0)}
 )
 
 _KLEIN_PIXELS = 1024 * 1024  # its inpainting shrinks what is larger
-FLUX_2_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+FLUX_2_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("Flux2Pipeline", "", ""),
         "editing": _row("Flux2Pipeline", "init_image", "", references=10),
     }
 )
-KLEIN_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
+KLEIN_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("Flux2KleinPipeline", "", "", cache_context=True),
         "editing": _row("Flux2KleinPipeline", "init_image", "", references=10, cache_context=True),
@@ -99,8 +107,8 @@ KLEIN_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
     }
 )
 # Not distilled: guidance_scale is classifier-free guidance, away from the negative prompt.
-KLEIN_BASE_PIPELINES: Mapping[str, Pipeline] = MappingProxyType(
-    {mode: replace(row, takes=row.takes | {"negative_prompt"}) for mode, row in KLEIN_PIPELINES.items()}
+KLEIN_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {mode: replace(row, takes=row.takes | {"negative_prompt"}) for mode, row in KLEIN_MODES.items()}
 )
 
 
@@ -113,7 +121,7 @@ class Model:
     family: str
     licence: str
     gated: bool = False
-    pipelines: Mapping[str, Pipeline] = field(default_factory=lambda: FLUX_1_PIPELINES)
+    modes: Mapping[str, ModeSpec] = field(default_factory=lambda: FLUX_1_MODES)
     width: int = 1024
     height: int = 1024
     num_inference_steps: int = 50
@@ -125,9 +133,9 @@ class Model:
     control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
 
     @property
-    def base(self) -> Pipeline:
-        """The pipeline that loads it; its others are views of that one."""
-        return next(iter(self.pipelines.values()))
+    def base(self) -> ModeSpec:
+        """The mode whose pipeline loads it; the others' pipelines share its weights."""
+        return next(iter(self.modes.values()))
 
 
 def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
@@ -137,10 +145,10 @@ def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
 _DEV = "FLUX.1 [dev] Non-Commercial License"
 _NON_COMMERCIAL = "FLUX Non-Commercial License"
 _KLEIN: Mapping[str, Any] = {
-    "pipelines": KLEIN_PIPELINES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
+    "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
 }  # fmt: skip
 _KLEIN_BASE: Mapping[str, Any] = {
-    "pipelines": KLEIN_BASE_PIPELINES, "guidance_scale": 4.0, "architecture": "FLUX.2-klein",
+    "modes": KLEIN_BASE_MODES, "guidance_scale": 4.0, "architecture": "FLUX.2-klein",
 }  # fmt: skip
 
 MODELS: tuple[Model, ...] = (
@@ -167,7 +175,7 @@ MODELS: tuple[Model, ...] = (
         "kontext",
         _DEV,
         gated=True,
-        pipelines=KONTEXT_PIPELINES,
+        modes=KONTEXT_MODES,
         num_inference_steps=28,
         guidance_scale=2.5,
     ),
@@ -176,7 +184,7 @@ MODELS: tuple[Model, ...] = (
         "fill",
         _DEV,
         gated=True,
-        pipelines=FILL_PIPELINES,
+        modes=FILL_MODES,
         guidance_scale=30.0,
         max_guidance_scale=100,
     ),
@@ -185,7 +193,7 @@ MODELS: tuple[Model, ...] = (
         "control",
         _DEV,
         gated=True,
-        pipelines=CONTROL_PIPELINES,
+        modes=CONTROL_MODES,
         guidance_scale=30.0,
         max_guidance_scale=100,
         control_type="canny",
@@ -195,7 +203,7 @@ MODELS: tuple[Model, ...] = (
         "control",
         _DEV,
         gated=True,
-        pipelines=CONTROL_PIPELINES,
+        modes=CONTROL_MODES,
         guidance_scale=10.0,
         max_guidance_scale=100,
         control_type="depth",
@@ -205,7 +213,7 @@ MODELS: tuple[Model, ...] = (
         "flux.2-dev",
         _NON_COMMERCIAL,
         gated=True,
-        pipelines=FLUX_2_PIPELINES,
+        modes=FLUX_2_MODES,
         guidance_scale=4.0,
         architecture="FLUX.2-dev",
     ),
@@ -251,8 +259,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Hearing:
-    """How a ControlNet is best heard on one type of picture, as its card says."""
+class ControlDefaults:
+    """How a ControlNet works best on one type of picture, as its card says."""
 
     conditioning_scale: float
     guidance_end: float = 1.0
@@ -261,23 +269,23 @@ class Hearing:
 
 @dataclass(frozen=True)
 class ControlNet:
-    """A network that hears control pictures; `repo` as a model's."""
+    """A network that reads control pictures; `repo` as a model's."""
 
     name: str
     repo: str
-    types: Mapping[str, Hearing]  # what its picture may be
+    types: Mapping[str, ControlDefaults]  # what its picture may be
     architecture: str = "FLUX.1"
     licence: str = _DEV
 
 
 _UNION = MappingProxyType(
     {
-        kind: Hearing(0.5, mode=mode)
+        kind: ControlDefaults(0.5, mode=mode)
         for mode, kind in enumerate(("canny", "tile", "depth", "blur", "pose", "gray", "low quality"))
     }
 )
 
-# Of those that hear a type, the first counts, unless CONTROLNETS names another. Their cards on the hub say the types,
+# Of those that read a type, the first counts, unless CONTROLNETS names another. Their cards on the hub say the types,
 # numbers and scales. XLabs' networks are missing: diffusers' image-to-image and inpainting cannot feed them.
 CONTROLNETS: tuple[ControlNet, ...] = (
     ControlNet("Union-Pro", "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro", _UNION),
@@ -285,23 +293,23 @@ CONTROLNETS: tuple[ControlNet, ...] = (
         "Union-Pro-2.0",
         "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0",
         {
-            "canny": Hearing(0.7, 0.8),
-            "soft edge": Hearing(0.7, 0.8),
-            "depth": Hearing(0.8, 0.8),
-            "pose": Hearing(0.9, 0.65),
-            "gray": Hearing(0.9, 0.8),
+            "canny": ControlDefaults(0.7, 0.8),
+            "soft edge": ControlDefaults(0.7, 0.8),
+            "depth": ControlDefaults(0.8, 0.8),
+            "pose": ControlDefaults(0.9, 0.65),
+            "gray": ControlDefaults(0.9, 0.8),
         },
     ),
     ControlNet("Union", "InstantX/FLUX.1-dev-Controlnet-Union", _UNION),
-    ControlNet("Canny", "InstantX/FLUX.1-dev-Controlnet-Canny", {"canny": Hearing(0.6)}),
-    ControlNet("Depth", "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", {"depth": Hearing(0.6)}),
-    ControlNet("Jasper-Depth", "jasperai/Flux.1-dev-Controlnet-Depth", {"depth": Hearing(0.6)}),
-    ControlNet("Normals", "jasperai/Flux.1-dev-Controlnet-Surface-Normals", {"normals": Hearing(0.6)}),
-    ControlNet("Upscaler", "jasperai/Flux.1-dev-Controlnet-Upscaler", {"low resolution": Hearing(0.6)}),
+    ControlNet("Canny", "InstantX/FLUX.1-dev-Controlnet-Canny", {"canny": ControlDefaults(0.6)}),
+    ControlNet("Depth", "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", {"depth": ControlDefaults(0.6)}),
+    ControlNet("Jasper-Depth", "jasperai/Flux.1-dev-Controlnet-Depth", {"depth": ControlDefaults(0.6)}),
+    ControlNet("Normals", "jasperai/Flux.1-dev-Controlnet-Surface-Normals", {"normals": ControlDefaults(0.6)}),
+    ControlNet("Upscaler", "jasperai/Flux.1-dev-Controlnet-Upscaler", {"low resolution": ControlDefaults(0.6)}),
     ControlNet(
         "flux-shapes-canny",
         "models/flux-shapes-canny",
-        {"canny": Hearing(1.0)},
+        {"canny": ControlDefaults(1.0)},
         architecture="flux-shapes",
         licence="MIT",
     ),
@@ -317,7 +325,6 @@ class Scheduler:
     class_name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     flow_match: bool = True  # made for flow models; others borrow their sigmas by `use_flow_sigmas`
-
     order: int = 1  # calls of the model for each step but the last
 
     @property
@@ -357,10 +364,77 @@ SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class Format:
+    """A format of picture files, and how Pillow writes it."""
+
+    mime: str
+    quality: bool = False  # whether it takes one; then it is not exact
+    options: Mapping[str, Any] = field(default_factory=dict)
+    max_text: int | None = None  # bytes of a request that its file can carry
+
+    @property
+    def suffix(self) -> str:
+        """Of its files' names, without the dot."""
+        return self.mime.partition("/")[2]
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "PNG": Format("image/png"),
+        "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}, max_text=65_000),  # a segment
+        "WEBP": Format("image/webp", quality=True),
+        # On one thread, or the bytes would depend on the number of cores; Pillow's own speed, 6, takes ten times as long.
+        "AVIF": Format("image/avif", True, {"subsampling": "4:4:4", "speed": 9, "max_threads": 1}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class MemoryMode:
+    """What may be done to fit a model into a card's memory."""
+
+    modulation_cache: tuple[bool, ...] = (False,)
+    stream_text_encoders: bool = False
+    stream_blocks: bool = False
+    offload: str | None = None  # diffusers' own: "model" or "sequential"
+    quantization: str | None = None  # a row of QUANTIZATIONS
+
+
+MEMORY_MODES: Mapping[str, MemoryMode] = MappingProxyType(
+    {
+        "auto": MemoryMode((False, True), stream_text_encoders=True, stream_blocks=True),
+        "full": MemoryMode(),
+        "modulation_cache": MemoryMode((True,), stream_text_encoders=True),
+        "stream": MemoryMode(stream_text_encoders=True, stream_blocks=True),
+        "model_offload": MemoryMode(offload="model"),
+        "sequential_offload": MemoryMode(offload="sequential"),
+        "fp8": MemoryMode((False, True), stream_text_encoders=True, quantization="fp8"),
+        "nf4": MemoryMode((False, True), stream_text_encoders=True, quantization="nf4"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class QuantizedKind:
+    """A smaller kind of weight for the transformer's blocks."""
+
+    itemsize: float  # bytes of one value, its share of the scales included
+    max_error: float  # of a layer's weights: the most that the norm of what is lost may be, in norms of what went in
+
+
+QUANTIZATIONS: Mapping[str, QuantizedKind] = MappingProxyType(
+    {
+        "fp8": QuantizedKind(1.0, max_error=0.05),
+        "nf4": QuantizedKind(0.52, max_error=0.12),  # a scale of 8 bits for each 64 values, one of 32 for 256 of those
+    }
+)
+
+
 def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[ControlNet, ...]:
     """Those that fit `model`, the `preferred` ones first, by their names or repos in any case."""
-    heard = any(row.controlnet for row in model.pipelines.values())
-    fitting = [row for row in CONTROLNETS if heard and row.architecture == model.architecture]
+    takes_any = any(row.controlnet for row in model.modes.values())
+    fitting = [row for row in CONTROLNETS if takes_any and row.architecture == model.architecture]
     wanted = [name.lower() for name in preferred]
 
     def rank(row: ControlNet) -> int:

@@ -54,6 +54,10 @@ class Fault:
         return f"{self.field}: {self.message}" if self.field else self.message
 
 
+class Refused(Exception):
+    """Why something that was sent or set cannot be used: whoever catches it knows the field that it belongs to."""
+
+
 class WorkerError(Exception):
     """A failure that a client is told of; `str()` of it is the sentence."""
 

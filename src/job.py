@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from src.device import NoTurn, Place
 from src.errors import Cancelled, TimedOut
+from src.job_queue import NoTurn, Ticket
 from src.wording import show
 
 log = logging.getLogger("worker")
@@ -38,22 +38,22 @@ OnProgress = Callable[[Progress], None]
 
 
 class Job:
-    """`timeout` is in seconds from now; `arrive` gives a place in the device's line, else work is done at once."""
+    """`timeout` is in seconds from now; `queue_up` gives a ticket for the device, without it work is done at once."""
 
     def __init__(
         self,
         id: str = "local",
         *,
         on_progress: OnProgress | None = None,
-        arrive: Callable[[], Place] | None = None,
+        queue_up: Callable[[], Ticket] | None = None,
         timeout: float | None = None,
     ) -> None:
         self.id = id
         self.seconds: dict[str, float] = {}  # per phase: prepare, queued, and those that were reported
         self.device_seconds: float | None = None  # how long it had the device
         self._on_progress = on_progress or (lambda _: None)
-        self._arrive = arrive
-        self._place = arrive() if arrive else None
+        self._queue_up = queue_up
+        self._ticket = queue_up() if queue_up else None
         self._timeout = timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self.cancelled = False
@@ -84,18 +84,18 @@ class Job:
     def cancel(self) -> None:
         """Stop the job at its next report; while it waits for the device it stops now and never gets there."""
         self.cancelled = True
-        self.leave()
+        self.give_back_ticket()
 
-    def leave(self) -> None:
+    def give_back_ticket(self) -> None:
         """The job wants no turn on the device any more."""
-        if self._place is not None:
-            self._place.leave()
+        if self._ticket is not None:
+            self._ticket.give_back()
 
     def step_aside(self) -> None:
-        """Let others pass: what this job waits for may take long. It joins the end of the line when it is ready."""
-        if self._arrive is not None:
-            self.leave()
-            self._place = None
+        """Let others pass: what this job waits for may take long. It queues up anew when it is ready."""
+        if self._queue_up is not None:
+            self.give_back_ticket()
+            self._ticket = None
 
     def on_device(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises; it is run in this job's turn on the device."""
@@ -111,13 +111,13 @@ class Job:
                 self.device_seconds = time.perf_counter() - started
                 log.debug("job %s: leaves the device", self.id, extra={"facts": self._facts("free")})
 
-        if self._place is None and self._arrive is not None:
-            self._place = self._arrive()
+        if self._ticket is None and self._queue_up is not None:
+            self._ticket = self._queue_up()
         self.report(Progress("queued"))
-        if self._place is None:
+        if self._ticket is None:
             return turn()
         try:
-            return self._place.run(
+            return self._ticket.run(
                 turn, None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             )
         except NoTurn:

@@ -11,8 +11,8 @@ from dotenv import dotenv_values
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from src.catalog import MEMORY_MODES, QUANTIZATIONS
 from src.errors import InvalidSettings
-from src.placement import MODES, QUANTIZATIONS
 
 MAX_PREFETCH = 32
 
@@ -77,7 +77,7 @@ class Settings(BaseModel):
         Path("/runpod-volume/huggingface-cache/hub"),
         description="where RunPod keeps cached models, in the hub's layout",
     )
-    memory_mode: Annotated[str, BeforeValidator(_row_of(MODES))] = Field(
+    memory_mode: Annotated[str, BeforeValidator(_row_of(MEMORY_MODES))] = Field(
         "auto", description="where weights live; auto is the fastest exact way that fits"
     )
     memory_limit_gb: float | None = Field(
@@ -143,14 +143,14 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_way_to_quantize(self) -> Settings:
-        asked = MODES[self.memory_mode].quantization
+        asked = MEMORY_MODES[self.memory_mode].quantization
         if self.quantization not in ("none", asked) and self.memory_mode != "auto":
             raise ValueError(f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization} exclude each other")
         return self
 
     @property
     def placement_mode(self) -> str:
-        """The row of MODES that is asked for, also by `quantization`."""
+        """The row of MEMORY_MODES that is asked for, also by `quantization`."""
         return self.memory_mode if self.quantization == "none" else self.quantization
 
     @classmethod

@@ -6,9 +6,9 @@ import sys
 from functools import partial
 
 import handler
-from src import logs, serving
 from src.catalog import find_model
 from src.engine import Engine
+from src.serving import logs, loop
 from tests.fakes import FakePipeline
 
 
@@ -28,4 +28,4 @@ if __name__ == "__main__":
     engine = Engine(Breaking(), model, None)
     logs.configure(settings)
     answer = partial(handler.respond, settings=lambda: settings, engine=lambda: engine)
-    sys.exit(serving.serve(answer, settings, lambda: engine, lambda: None))
+    sys.exit(loop.serve(answer, settings, lambda: engine, lambda: None))

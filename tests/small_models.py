@@ -12,9 +12,9 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from src.catalog import FAMILIES, Model, find_model
-from src.files import check_whole
-from src.placement import GB, Machine, Placement, Weights, Work, placements
 from src.settings import ROOT
+from src.weights.files import check_whole
+from src.weights.placement import GB, Machine, Placement, Weights, Work, placements
 
 SHAPES = ROOT / "models" / "flux-shapes"
 LETTERS = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -22,13 +22,13 @@ from src.catalog import MODELS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import Compiled
 from src.errors import ModelUnavailable, WorkerError
-from src.images import read_parameters
 from src.job import Job, Progress
-from src.placement import QUANTIZATIONS
-from src.plan import Plan, make_plan
-from src.request import read_request
-from src.serving import Worker
+from src.plan.plan import Plan, make_plan
+from src.request.schema import read_request
+from src.response.encode import read_parameters
+from src.serving.loop import Worker
 from src.settings import ROOT, Settings
+from src.weights.placement import QUANTIZATIONS
 from tests.conftest import base64_of, opened
 from training.scenes import every_prompt
 

@@ -24,8 +24,8 @@ from src.catalog import (
     settle_model,
 )
 from src.engine import schedulers
-from src.engine.run import _ARGUMENTS
-from src.request import PICTURES, Request
+from src.engine.engine import _ARGUMENTS
+from src.request.schema import PICTURES, Request
 from src.settings import ROOT
 
 ARGUMENTS = {

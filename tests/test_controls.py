@@ -19,11 +19,11 @@ from src.catalog import find_model
 from src.engine import load_engine
 from src.engine.controlnets import Several
 from src.errors import InvalidRequest, InvalidSettings
-from src.images import read_parameters
 from src.job import Job
-from src.pictures import load_pictures
-from src.plan import Plan, make_plan
-from src.request import read_request
+from src.plan.plan import Plan, make_plan
+from src.request.images import load_pictures
+from src.request.schema import read_request
+from src.response.encode import read_parameters
 from src.settings import Settings
 from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into

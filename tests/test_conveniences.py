@@ -12,14 +12,14 @@ from PIL import Image
 
 import local_test
 from handler import handler, respond
-from src.aliases import ALIASES, NAMED_SIZES
 from src.catalog import find_model
 from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
-from src.images import encode_image
 from src.job import Job
-from src.plan import Plan, make_plan
-from src.request import Request, read_request
+from src.plan.plan import Plan, make_plan
+from src.request.aliases import ALIASES, NAMED_SIZES
+from src.request.schema import Request, read_request
+from src.response.encode import encode_image
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
 from tests.fakes import FakePipeline

@@ -22,15 +22,15 @@ from PIL import Image
 
 from benchmarks.photographs import photographs
 from src.catalog import find_model
-from src.delivery import Base64, deliver
 from src.engine import Generation
 from src.errors import InvalidSettings, ResponseTooLarge
-from src.images import read_parameters
 from src.job import Job
-from src.plan import Plan, make_plan
-from src.request import read_request
+from src.plan.plan import Plan, make_plan
+from src.request.schema import read_request
+from src.response.delivery import Base64, deliver
+from src.response.encode import read_parameters
+from src.response.storage import Bucket
 from src.settings import Settings
-from src.storage import Bucket
 
 MODEL = find_model("flux-shapes")
 assert MODEL is not None

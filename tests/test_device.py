@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from src.device import Device, NoTurn
+from src.job_queue import Device, NoTurn
 
 
 @pytest.fixture

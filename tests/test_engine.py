@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from src.catalog import SCHEDULERS, find_model
-from src.device import Device
 from src.engine import Engine, load_engine
 from src.errors import Cancelled, DeviceFailed, GenerationFailed, OutOfMemory
 from src.job import Job, OnProgress, Progress
-from src.plan import Plan, make_plan
-from src.request import read_request
+from src.job_queue import Device
+from src.plan.plan import Plan, make_plan
+from src.request.schema import read_request
 from src.settings import Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
@@ -112,7 +112,7 @@ def test_tiles_on_the_shipped_model_give_nearly_the_same_picture() -> None:
 
 
 def test_previews_look_like_the_picture_and_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.engine.run._SECONDS_BETWEEN_PREVIEWS", 0)
+    monkeypatch.setattr("src.engine.engine._SECONDS_BETWEEN_PREVIEWS", 0)
     held = load_engine(Settings(model_name="flux-shapes"))
     heard: list[Progress] = []
     shown = held.run(plan(preview=True), heard.append).pictures[0]

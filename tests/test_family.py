@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from handler import respond
 from src.catalog import CONTROLNETS, FAMILIES, MODELS, SCHEDULERS
 from src.engine import Engine, load_engine
-from src.engine.placing import Placed
-from src.images import read_parameters
+from src.engine.placed_pipeline import Placed
 from src.job import Job
-from src.request import PICTURES
-from src.serving import Worker
+from src.request.schema import PICTURES
+from src.response.encode import read_parameters
+from src.serving.loop import Worker
 from src.settings import Settings
 from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into

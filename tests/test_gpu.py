@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from src.engine import load_engine
-from src.plan import make_plan
-from src.request import read_request
+from src.plan.plan import make_plan
+from src.request.schema import read_request
 from src.settings import Settings
 from tests.conftest import opened
 from training import judge

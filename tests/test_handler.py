@@ -15,8 +15,8 @@ from handler import handler, respond
 from src.catalog import find_model
 from src.engine import Engine
 from src.errors import ModelUnavailable
-from src.images import FORMATS, read_parameters
 from src.job import Job
+from src.response.encode import FORMATS, read_parameters
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from src.host import host_memory
+from src.weights.host import host_memory
 
 
 def test_without_a_container_it_is_the_machines(tmp_path: Path) -> None:

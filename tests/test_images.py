@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.images import FORMATS, can_carry, encode_image, image_to_base64, read_parameters
+from src.response.encode import FORMATS, can_carry, encode_image, image_to_base64, read_parameters
 from src.settings import ROOT
 
 PARAMETERS = {"prompt": "a «red» circle 🔴", "seed": 2**63 - 1, "guidance_scale": 3.5}
@@ -75,7 +75,7 @@ def test_png_is_the_same_bytes_from_many_threads() -> None:
 
 
 def test_png_leaves_no_half_loaded_opencv() -> None:
-    script = "import sys, src.png; assert 'cv2' not in sys.modules; import cv2; assert type(cv2) is type(sys)"
+    script = "import sys, src.response.png; assert 'cv2' not in sys.modules; import cv2; assert type(cv2) is type(sys)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from src.device import Device
 from src.errors import Cancelled, TimedOut
 from src.job import Job, Progress
+from src.job_queue import Device
 
 
 def test_a_job_is_named_by_its_event() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from handler import respond
-from src import logs
 from src.catalog import find_model
 from src.engine import Engine
 from src.job import Job
+from src.serving import logs
 from src.settings import Settings
 from tests.fakes import FakePipeline
 

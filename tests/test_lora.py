@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from handler import respond
 from src.engine import Engine, load_engine
 from src.job import Job
-from src.lora import Library
-from src.request import Lora, Request
+from src.request.adapters import Library
+from src.request.schema import Lora, Request
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.hub import REVISION, Hub, Repo
@@ -274,7 +274,9 @@ def test_an_adapter_at_an_address_is_fetched_once_and_its_token_is_told_nobody(
         asked.append(url)
         yield OUTLINE.read_bytes()
 
-    monkeypatch.setattr("src.lora.open_url", fetched)  # the SDK fetches from no address that a test could serve
+    monkeypatch.setattr(
+        "src.request.adapters.open_url", fetched
+    )  # the SDK fetches from no address that a test could serve
     url = "https://example.com/outline.safetensors?token=my-secret"
     first, again = ask(lora_path=url), ask(lora_path=url)
     assert pixels(first) == pixels(again) == pixels(ask(lora_path="outline.safetensors"))

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 from handler import get_engine, handler
 from src.catalog import find_model
 from src.errors import InvalidRequest
-from src.images import read_parameters
 from src.job import Job
-from src.pictures import load_pictures
-from src.plan import Plan, make_plan
-from src.request import read_request
+from src.plan.plan import Plan, make_plan
+from src.request.images import load_pictures
+from src.request.schema import read_request
+from src.response.encode import read_parameters
 from tests.conftest import base64_of, opened
 from training import judge
 from training.scenes import COLOURS, draw, every_prompt, lone

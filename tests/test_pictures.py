@@ -20,9 +20,9 @@ from skimage import data
 
 from src.catalog import find_model
 from src.job import Job
-from src.pictures import Refused, decode, fetch_url, fit, load_pictures, open_url, read_source
-from src.plan import make_plan
-from src.request import read_request
+from src.plan.plan import make_plan
+from src.request.images import Refused, decode, fetch_url, fit, load_pictures, open_url, read_source
+from src.request.schema import read_request
 
 PHOTO = Image.fromarray(data.astronaut()).resize((96, 64))
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.full_size import FULL_SIZE, weigh
 from src.catalog import find_model
-from src.placement import (
+from src.weights.placement import (
     GB,
     MODES,
     DoesNotFit,

@@ -17,14 +17,14 @@ from torch import nn
 from handler import respond
 from src.catalog import find_model
 from src.engine import Engine, load_engine
-from src.engine.placing import Placed
-from src.engine.streaming import Stream
+from src.engine.offload import Stream
+from src.engine.placed_pipeline import Placed
 from src.errors import ModelUnavailable
 from src.job import Job, Progress
-from src.placement import Placement, Weights, is_modulation
-from src.plan import make_plan
-from src.request import read_request
+from src.plan.plan import make_plan
+from src.request.schema import read_request
 from src.settings import ROOT, Settings
+from src.weights.placement import Placement, Weights, is_modulation
 from tests.small_models import all_placements, weights_of
 from training.scenes import every_prompt
 

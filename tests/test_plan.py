@@ -7,8 +7,8 @@ from PIL import Image
 
 from src.catalog import find_model
 from src.errors import InvalidRequest
-from src.plan import Plan, make_plan
-from src.request import MAX_SEED, read_request
+from src.plan.plan import Plan, make_plan
+from src.request.schema import MAX_SEED, read_request
 
 
 def plan(model: str = "FLUX.1-dev", max_pixels: int = 2048 * 2048, **fields: Any) -> Plan:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from src.prefetch import Prefetch
+from src.serving.concurrency import Prefetch
 from src.settings import MAX_PREFETCH
 
 

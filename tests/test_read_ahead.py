@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from src.read_ahead import read, read_ahead
 from src.settings import ROOT, Settings
+from src.weights.read_ahead import read, read_ahead
 from tests.hub import Hub, Repo
 
 SHIPPED = ROOT / "models" / "flux-shapes"

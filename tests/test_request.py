@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from handler import handler
-from src.request import MAX_PROMPT_CHARACTERS, Request, read_request
+from src.request.schema import MAX_PROMPT_CHARACTERS, Request, read_request
 from src.settings import ROOT
 from src.wording import show
 

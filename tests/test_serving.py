@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from src.job import Progress
-from src.serving import Watcher
+from src.serving.loop import Watcher
 from tests.runpod_stand_in import Faults, JobRecord, StandIn, WorkerProcess, worker
 
 ENDLESS = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}

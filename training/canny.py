@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from src.pictures import canny_edges
+from src.request.images import canny_edges
 from training.__main__ import ROOT
 from training.flow import NATIVE, Encoded, encode, velocity_loss
 from training.loop import fit

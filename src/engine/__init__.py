@@ -3,7 +3,8 @@
 Importing this package imports torch; whoever wants to stay light imports it late.
 """
 
-from src.engine.run import Engine, Generation
-from src.engine.weights import check_device, load_engine
+from src.engine.engine import Engine
+from src.engine.loading import load_engine
+from src.engine.machine import check_device
 
-__all__ = ["Engine", "Generation", "check_device", "load_engine"]
+__all__ = ["Engine", "check_device", "load_engine"]

@@ -12,8 +12,8 @@ import diffusers
 import torch
 
 from src.errors import GenerationFailed, InvalidSettings, OutOfMemory
-from src.files import keep
 from src.settings import Settings
+from src.weights.files import keep
 
 log = logging.getLogger("worker")
 

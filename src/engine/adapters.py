@@ -1,4 +1,4 @@
-"""LoRA adapters on a loaded pipeline: which fit, which are in memory, which are heard."""
+"""LoRA adapters on a loaded pipeline: which fit, which are in memory, which count for a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from src.engine.memory import free_memory, is_out_of_memory
 from src.errors import Fault, GenerationFailed, OutOfMemory, redact
-from src.lora import Adapter
+from src.request.adapters import Adapter
 
 
 class Adapters:
@@ -55,7 +55,7 @@ class Adapters:
         return found
 
     def use(self, adapters: Sequence[Adapter]) -> None:
-        """Let exactly these be heard; whatever was set before does not matter."""
+        """Let exactly these count; whatever was set before does not matter."""
         wanted = {adapter.name: adapter for adapter in adapters}
         if not wanted:
             self._set_aside()
@@ -89,7 +89,7 @@ class Adapters:
             setattr(parent, attribute, layer)
 
     def _load(self, adapter: Adapter) -> None:
-        path = adapter.told()["path"]
+        path = adapter.summary()["path"]
         try:
             with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
                 self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)

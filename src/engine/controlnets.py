@@ -1,4 +1,4 @@
-"""Networks that hear control pictures: fetched and loaded when first asked for, they work beside the transformer."""
+"""Networks that read control pictures: fetched and loaded when first asked for, they work along with the transformer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import diffusers
 import torch
 
 from src.catalog import ControlNet, Model, controlnets_for
-from src.controls import PlannedControl
 from src.engine.memory import is_out_of_memory
-from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory
-from src.files import Files, Refused, Source, check_whole, why
+from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory, Refused
+from src.plan.controls import PlannedControl
+from src.weights.files import Files, Source, check_whole
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
 
 
-class Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
-    """Networks of any depth, heard together: diffusers' own adds up block by block, and drops what another lacks."""
+class MultiControlNet(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
+    """Networks of any depth, added up: diffusers' own adds up block by block, and drops what another lacks."""
 
     def __init__(self, nets: Sequence[Any], transformer: Mapping[str, Any]) -> None:
         super().__init__(nets)
@@ -40,8 +40,10 @@ class Several(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
         for net, picture, mode, scale in zip(
             self.nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True
         ):
-            heard = net(controlnet_cond=picture, controlnet_mode=mode[:, None], conditioning_scale=scale, **inputs)
-            for kind, (samples, depth) in enumerate(zip(heard, self._depths, strict=True)):
+            samples_of_net = net(
+                controlnet_cond=picture, controlnet_mode=mode[:, None], conditioning_scale=scale, **inputs
+            )
+            for kind, (samples, depth) in enumerate(zip(samples_of_net, self._depths, strict=True)):
                 if samples:
                     each = math.ceil(depth / len(samples))  # blocks in a row share one, as in FluxTransformer2DModel
                     spread = [samples[i // each] for i in range(depth)]
@@ -66,7 +68,7 @@ def _named(net: ControlNet, files: Files) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {why(error, files.settings)}") from error
+        raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {files.explain(error)}") from error
 
 
 class ControlNets:
@@ -109,7 +111,7 @@ class ControlNets:
             self._fetch(net, before_download)
         if len({self._guided[net.name] for net in nets}) > 1:
             names = " and ".join(sorted({net.name for net in nets}))
-            raise ModelUnavailable(f"{names} cannot be heard together: only one of them reads guidance_scale")
+            raise ModelUnavailable(f"{names} cannot be used together: only one of them reads guidance_scale")
 
     def use(self, controls: Sequence[PlannedControl]) -> tuple[Any, dict[str, Any]]:
         """The networks of `controls` as one, loaded, and the arguments that a pipeline wants with them."""
@@ -118,7 +120,7 @@ class ControlNets:
             del self._loaded[name]
         for net in nets:
             self._load(net)
-        several = Several([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
+        several = MultiControlNet([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
         return several, {
             "control_mode": [control.mode for control in controls],
             "controlnet_conditioning_scale": [control.scale for control in controls],

@@ -1,14 +1,16 @@
-"""The machine as it is now: what is free, and how fast it is."""
+"""The machine as it is now: whether its card works, what is free, and how fast it is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from src.host import host_memory
-from src.placement import GB, Machine
+from src.errors import DeviceFailed
+from src.weights.host import host_memory
+from src.weights.placement import GB, Machine
 
 _SIDE = {"cpu": 1024, "cuda": 4096}  # of the matrices whose product is timed
 _COPIED = {"cpu": 64 << 20, "cuda": 256 << 20}  # bytes
@@ -32,6 +34,28 @@ def measure(device: torch.device, dtype: torch.dtype, memory_limit_gb: float | N
     if most and most < everything:  # as if there were a card of that size
         return Machine("the CPU", most, everything - most, *speed)
     return Machine("the CPU", everything, everything, *speed, shared=True)
+
+
+def check_device() -> None:
+    """Raise DeviceFailed, saying why, where there is a card that cannot be used: on the CPU a picture takes hours."""
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidiactl").exists():
+            raise DeviceFailed(
+                f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: its CUDA {torch.version.cuda} "
+                "wants a newer driver (on RunPod: the endpoint's allowed CUDA versions), or the image holds torch for "
+                "the CPU"
+            )
+        return
+    name = torch.cuda.get_device_name()
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceFailed(f"{name} has no bfloat16, which FLUX needs: choose a card of the year 2020 or later")
+    try:
+        ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
+        wrong = not bool((ones @ ones == 64).all())
+    except RuntimeError as error:
+        raise DeviceFailed(f"{name} does not compute: {str(error).strip().partition(chr(10))[0]}") from error
+    if wrong:
+        raise DeviceFailed(f"{name} computes wrongly")
 
 
 def _flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,20 +1,21 @@
-"""Memory that was short: how it is told, and how what can be freed is freed."""
+"""Memory that was short: how it is told, how what can be freed is freed, and what is given up then."""
 
 from __future__ import annotations
 
 import gc
 import traceback
+from typing import Any
 
 import torch
 
 # How a full host, a full card and cuBLAS say it where torch has no class for it.
-_SAYINGS = ("allocate memory", "out of memory", "ALLOC_FAILED")
+_MESSAGES = ("allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory was short."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _SAYINGS)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
     )
 
 
@@ -23,3 +24,32 @@ def free_memory(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     torch.cuda.empty_cache()
+
+
+class MemoryFallback:
+    """What is given up for memory within one plan; each new plan starts with nothing given up."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.warnings: list[str] = []
+        self.one_by_one = False
+        self._freed = False
+        self._tiled = False
+        self._vae = pipeline.vae
+        self._vae.disable_tiling()
+        self._vae.disable_slicing()
+
+    def next(self, phase: str, pictures: int) -> bool:
+        """Whether there is another way after memory was short in `phase` with so many pictures at once."""
+        if not self._freed:
+            self._freed = True
+        elif pictures > 1 and not self.one_by_one:
+            self.one_by_one = True
+            self.warnings.append("memory was short: the pictures were drawn one by one")
+        elif phase == "decode" and not self._tiled:
+            self._tiled = True
+            self._vae.enable_tiling()
+            self._vae.enable_slicing()
+            self.warnings.append("memory was short: the pictures were decoded in tiles, which may change some pixels")
+        else:
+            return False
+        return True

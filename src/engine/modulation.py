@@ -1,4 +1,4 @@
-"""FLUX's adaptive norms, computed ahead: their linears hear of the step, the guidance and the pooled prompt alone.
+"""FLUX's adaptive norms, computed ahead: their linears depend on the step, the guidance and the pooled prompt alone.
 
 In FLUX.1 they are 3.25 of 11.9 billion parameters. Asked for all steps of a picture at once, their weights need to be
 on the device for that moment only, and what they answer is the same to the bit.
@@ -13,41 +13,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.engine.streaming import Stream
+from src.engine.offload import Offloader
 from src.errors import GenerationFailed
-from src.placement import TABLES, is_modulation
+from src.weights.placement import TABLES, is_modulation
 
 
-class Modulation:
-    """The adaptive norms of one transformer; parks their linears."""
+class ModulationCache:
+    """The adaptive norms of one transformer; their linears are offloaded."""
 
-    def __init__(self, transformer: Any, stream: Stream) -> None:
-        # FLUX.1's embedding of a timestep hears the pooled prompt last; FLUX.2's hears of no prompt.
-        self._hears_prompt = hasattr(transformer, "time_text_embed")
-        self._embedder = transformer.time_text_embed if self._hears_prompt else transformer.time_guidance_embed
+    def __init__(self, transformer: Any, offloader: Offloader) -> None:
+        # FLUX.1's embedding of a timestep takes the pooled prompt last; FLUX.2's takes no prompt.
+        self._takes_prompt = hasattr(transformer, "time_text_embed")
+        self._embedder = transformer.time_text_embed if self._takes_prompt else transformer.time_guidance_embed
         linears = [name for name, _ in transformer.named_modules() if is_modulation(name)]
         self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in linears]
-        self._parked = [stream.park(norm.linear) for norm in self._norms]
+        self._offloaded = [offloader.offload(norm.linear) for norm in self._norms]
         self._rows = [_Row() for _ in self._norms]
         self._tables: list[_Table] = []
 
     @contextmanager
-    def ahead(self, scheduler: Any, steps: int, adapters: Hashable) -> Iterator[None]:
+    def ahead(self, scheduler: Any, steps: int, adapter_weights: Hashable) -> Iterator[None]:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`.
 
-        `adapters` says which are heard: they may change the linears too.
+        `adapter_weights` are those of the picture: adapters may change the linears too.
 
-        Raises GenerationFailed at its end where the transformer heard of other timesteps than the scheduler told.
+        Raises GenerationFailed at its end where the transformer was called with other timesteps than the scheduler's.
         """
         linears = [norm.linear for norm in self._norms]  # with the adapters of now around them
         of_prompt: dict[int, tuple[Any, _Table]] = {}
 
         def look_up(_: nn.Module, inputs: tuple[Any, ...], __: torch.Tensor) -> None:
             timestep, *others = inputs
-            prompt = others[-1] if self._hears_prompt else None
+            prompt = others[-1] if self._takes_prompt else None
             if id(prompt) not in of_prompt:
-                timesteps = _as_heard(scheduler.timesteps[-steps:], timestep)
-                question = adapters, timesteps, tuple(others)
+                timesteps = _as_received(scheduler.timesteps[-steps:], timestep)
+                question = adapter_weights, timesteps, tuple(others)
                 table = self._find(*question) or self._ask(linears, *question)
                 of_prompt[id(prompt)] = prompt, table
             of_prompt[id(prompt)][1].show(timestep, self._rows)
@@ -71,39 +71,43 @@ class Modulation:
     def _ask(
         self,
         linears: list[nn.Module],
-        adapters: Hashable,
+        adapter_weights: Hashable,
         timesteps: torch.Tensor,
         others: tuple[Any, ...],
     ) -> _Table:
         """Row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
         del self._tables[: 1 - TABLES]
-        heard = [nn.functional.silu(self._embedder.forward(each, *others)) for each in timesteps]
+        embedded = [nn.functional.silu(self._embedder.forward(each, *others)) for each in timesteps]
         answers = []
-        for linear, parked in zip(linears, self._parked, strict=True):
-            with parked.here():
-                answers.append(torch.stack([linear(each) for each in heard]))
-        table = _Table(adapters, timesteps, others, answers)
+        for linear, weights in zip(linears, self._offloaded, strict=True):
+            with weights.onloaded():
+                answers.append(torch.stack([linear(each) for each in embedded]))
+        table = _Table(adapter_weights, timesteps, others, answers)
         self._tables.append(table)
         return table
 
 
 class _Table:
-    """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what the embedding hears beside."""
+    """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what else the embedding takes."""
 
     def __init__(
-        self, adapters: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...], answers: list[torch.Tensor]
+        self,
+        adapter_weights: Hashable,
+        timesteps: torch.Tensor,
+        others: tuple[Any, ...],
+        answers: list[torch.Tensor],
     ) -> None:
         self.missed = torch.zeros((), dtype=torch.bool, device=timesteps.device)
-        self._adapters = adapters
+        self._adapter_weights = adapter_weights
         self._timesteps = timesteps
         self._others = others
         self._shapes = [answer.shape[1:] for answer in answers]
         self._rows = torch.cat([answer.flatten(1) for answer in answers], dim=1)
 
-    def answers(self, adapters: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
+    def answers(self, adapter_weights: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
         """Whether it was made for the same question."""
         return (
-            self._adapters == adapters
+            self._adapter_weights == adapter_weights
             and self._timesteps.shape == timesteps.shape
             and torch.equal(self._timesteps, timesteps)
             and all(
@@ -133,6 +137,6 @@ class _Row(nn.Module):
         return self.value
 
 
-def _as_heard(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _as_received(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A scheduler's timesteps after the pipeline's and the transformer's arithmetic: one row each, like `like`."""
     return (timesteps.to(like) / 1000 * 1000)[:, None].expand(-1, len(like))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from src.engine.redux import Redux
-from src.plan import Plan
+from src.plan.plan import Plan
 
 _REMEMBERED = 64  # prompts; one of FLUX.1-dev takes 4 MB of the host's memory, one of FLUX.2-dev 16
 
@@ -40,11 +40,11 @@ class Prompts:
     def truncation(self, plan: Plan) -> tuple[str, ...]:
         """A warning for each text that is longer than the model reads."""
         tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
-        limit = plan.max_sequence_length - self._template_tokens
+        limit = plan.sampling.max_sequence_length - self._template_tokens
         texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
-        if plan.prompt_2:
-            texts = [("prompt_2", plan.prompt_2)]
-        texts.append(("negative_prompt", plan.negative_prompt or ""))
+        if plan.sampling.prompt_2:
+            texts = [("prompt_2", plan.sampling.prompt_2)]
+        texts.append(("negative_prompt", plan.sampling.negative_prompt or ""))
         counts = [(name, len(tokenizer(text).input_ids)) for name, text in texts]
         return tuple(
             f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
@@ -66,11 +66,12 @@ class Prompts:
         return len(tokenizer(said).input_ids)
 
     def _read(self, plan: Plan, prompt: str) -> Embeddings:
-        embeddings = self._encode("", plan, prompt, plan.prompt_2)
-        if plan.negative_prompt is not None:
-            embeddings |= self._encode("negative_", plan, plan.negative_prompt, None)
+        sampling = plan.sampling
+        embeddings = self._encode("", plan, prompt, sampling.prompt_2)
+        if sampling.negative_prompt is not None:
+            embeddings |= self._encode("negative_", plan, sampling.negative_prompt, None)
         for picture in plan.pictures.get("image_prompt", ()):
-            seen = self._redux.read(picture, plan.image_prompt_scale)
+            seen = self._redux.read(picture, sampling.image_prompt_scale)
             embeddings["prompt_embeds"] = torch.cat([embeddings["prompt_embeds"], seen], dim=1)
             if "negative_prompt_embeds" in embeddings:  # as long, and silent there
                 padded = [embeddings["negative_prompt_embeds"], torch.zeros_like(seen)]
@@ -78,9 +79,9 @@ class Prompts:
         return embeddings
 
     def _encode(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> Embeddings:
-        second = {"prompt_2": prompt_2} if "prompt_2" in plan.pipeline.takes else {}
+        second = {"prompt_2": prompt_2} if "prompt_2" in plan.spec.takes else {}
         embeds, *pooled, _ = self._pipeline.encode_prompt(
-            prompt=prompt, **second, max_sequence_length=plan.max_sequence_length
+            prompt=prompt, **second, max_sequence_length=plan.sampling.max_sequence_length
         )
         embeddings = {f"{prefix}prompt_embeds": embeds}
         if pooled:  # FLUX.2 has none
@@ -94,9 +95,9 @@ def _key(plan: Plan, prompt: str) -> Hashable:
     pictures = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in seen]
     return (
         prompt,
-        plan.prompt_2,
-        plan.negative_prompt,
-        plan.max_sequence_length,
-        plan.heard,
-        (*pictures, plan.image_prompt_scale),
+        plan.sampling.prompt_2,
+        plan.sampling.negative_prompt,
+        plan.sampling.max_sequence_length,
+        plan.adapter_weights,
+        (*pictures, plan.sampling.image_prompt_scale),
     )

@@ -1,6 +1,7 @@
 """Fewer bytes for the weights of a transformer's blocks: smaller, on some cards faster, and not exact.
 
-Adaptive norms stay as they are: they scale everything, and are small once computed ahead.
+Adaptive norms stay as they are: they scale everything, and are small once computed ahead. Libraries differ from machine
+to machine, so nothing is taken for granted: each quantized layer is held against what it was made from.
 """
 
 from __future__ import annotations
@@ -14,56 +15,92 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from src.files import Refused, keep
-from src.placement import block_of, is_modulation
+from src.catalog import QUANTIZATIONS
+from src.errors import InvalidSettings, Refused
+from src.weights.files import keep
+from src.weights.placement import block_of, is_modulation
 
 _ADA = (8, 9)  # compute capability: the first that multiplies in 8 bits
+_PROBES = 16  # rows of random numbers that each layer is asked with
+
+Answers = dict[str, torch.Tensor]  # of layers by name: [_PROBES, out_features]
 
 
-class Quantization:
+class Quantizer:
     """One row of QUANTIZATIONS on one device, and the folder where the next worker finds what this one made."""
 
     def __init__(self, kind: str, device: torch.device, folder: Path = Path()) -> None:
-        self._row = _KINDS[kind]
+        self._kind = kind
+        self._library = _LIBRARIES[kind]
         self._device = device
         self._folder = folder
         made_for = f"{device.type}{'-products' if _has_products(device) else ''}"
         try:
-            self._name = f"{kind}-{self._row.library}-{version(self._row.library)}-{made_for}"
+            self._name = f"{kind}-{self._library.name}-{version(self._library.name)}-{made_for}"
         except PackageNotFoundError as error:
             raise Refused(f"{kind} wants {error.name}: pip install -r requirements-quantization.txt") from error
 
-    def quantize(self, transformer: Any) -> None:
-        """Turn the linears of `transformer`'s blocks into small ones on the device, one by one."""
-        self._row.quantize(transformer, self._device)
+    def quantize(self, transformer: Any) -> Answers:
+        """Turn the linears of `transformer`'s blocks into small ones on the device, one by one; what they answered.
+
+        Raises InvalidSettings where a layer does not answer what it did, within what its kind may lose.
+        """
+        answers = {}
+        for name, layer in _chosen(transformer):
+            answers[name] = _ask(layer.to(self._device)).cpu()
+            small = self._library.quantize(layer, self._device)
+            transformer.set_submodule(name, small)
+            self._check(name, small, answers[name])
+        return answers
 
     def file(self, model: str) -> Path:
         """Where the quantized weights of `model` are kept."""
         return self._folder / f"{model}-{self._name}.pt"
 
-    def keep(self, transformer: Any, file: Path) -> None:
-        """Write the weights; nothing is kept where the folder cannot be made."""
-        keep(file, lambda unfinished: torch.save(transformer.state_dict(), unfinished))
+    def keep(self, transformer: Any, answers: Answers, file: Path) -> None:
+        """Write the weights, and what their layers answered; nothing is kept where the folder cannot be made."""
+        kept = {"weights": transformer.state_dict(), "answers": answers}
+        keep(file, lambda unfinished: torch.save(kept, unfinished))
 
     def restore(self, transformer: Any, file: Path) -> None:
-        """Give `transformer`, which has no weights yet, those that were kept; no code in them is run."""
-        self._row.restore(transformer, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        """Give `transformer`, which has no weights yet, those that were kept; no code in them is run.
+
+        Raises as `quantize`.
+        """
+        kept = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        self._library.restore(transformer, kept["weights"])
+        for name, answer in kept["answers"].items():
+            self._check(name, transformer.get_submodule(name).to(self._device), answer)
+
+    def _check(self, name: str, layer: nn.Module, answer: torch.Tensor) -> None:
+        here = _ask(layer).cpu().float()
+        there = answer.float()
+        lost = float((here - there).norm() / there.norm().clamp(min=torch.finfo(there.dtype).tiny))
+        most = QUANTIZATIONS[self._kind].max_error
+        if not lost <= most:  # also where it is no number
+            raise InvalidSettings(
+                f"QUANTIZATION={self._kind}: on this {self._device.type} the layer {name} of {layer.in_features} "
+                f"inputs is {lost:.2f} away from what it was made from, and {most:g} is allowed: "
+                f"{self._library.name} {version(self._library.name)} does not work here; choose another QUANTIZATION"
+            )
 
 
-class _Kind(Protocol):
-    library: str
+class _Library(Protocol):
+    name: str
 
-    def quantize(self, transformer: Any, device: torch.device) -> None: ...
+    def quantize(self, layer: nn.Linear, device: torch.device) -> nn.Module:
+        """`layer`, which is on `device`, with small weights."""
 
-    def restore(self, transformer: Any, weights: dict[str, Any]) -> None: ...
+    def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
+        """Give `transformer` the weights of its state_dict, small ones among them."""
 
 
-class _Fp8:
+class _TorchAo:
     """Products in 8 bits, with a scale for each row, where the card has them; elsewhere small weights alone."""
 
-    library = "torchao"
+    name = "torchao"
 
-    def quantize(self, transformer: Any, device: torch.device) -> None:
+    def quantize(self, layer: nn.Linear, device: torch.device) -> nn.Module:
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             Float8WeightOnlyConfig,
@@ -72,63 +109,73 @@ class _Fp8:
         )
 
         products = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-        config = products if _has_products(device) else Float8WeightOnlyConfig()
-        quantize_(transformer, config, filter_fn=_is_chosen, device=device)
+        quantize_(layer, products if _has_products(device) else Float8WeightOnlyConfig())
+        return layer
 
     def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
         transformer.load_state_dict(weights, assign=True)
 
 
-class _Nf4:
+class _BitsAndBytes:
     """4 bits, placed where a normal distribution has its values (QLoRA, arXiv 2305.14314), their scales in 8 bits."""
 
-    library = "bitsandbytes"
+    name = "bitsandbytes"
 
-    def quantize(self, transformer: Any, device: torch.device) -> None:
+    def quantize(self, layer: nn.Linear, device: torch.device) -> nn.Module:
         from bitsandbytes.nn import Params4bit
 
-        for name, layer, small in self._replaced(transformer):
-            small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
-            small.bias = layer.bias
-            transformer.set_submodule(name, small.to(device))
+        small = self._empty(layer)
+        small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+        small.bias = layer.bias
+        moved: nn.Module = small.to(device)
+        return moved
 
     def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
         from bitsandbytes.nn import Params4bit
 
-        for name, _, small in self._replaced(transformer):
-            told = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.weight")}
-            data = told.pop(f"{name}.weight")
+        for name, layer in _chosen(transformer):
+            small = self._empty(layer)
+            own = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.weight")}
+            data = own.pop(f"{name}.weight")
             small.weight = Params4bit.from_prequantized(
-                data, {key.removeprefix(f"{name}."): value for key, value in told.items()}, device="cpu", module=small
+                data, {key.removeprefix(f"{name}."): value for key, value in own.items()}, device="cpu", module=small
             )
             transformer.set_submodule(name, small)
         transformer.load_state_dict(weights, assign=True, strict=False)
 
-    def _replaced(self, transformer: Any) -> Iterator[tuple[str, nn.Linear, Any]]:
-        """Each chosen layer with an empty one that may stand in its place."""
+    def _empty(self, layer: nn.Linear) -> Any:
+        """What may stand in the place of `layer`, without weights."""
         from bitsandbytes.nn import Linear4bit
 
-        for name, layer in list(transformer.named_modules()):
-            if _is_chosen(layer, name):
-                yield (
-                    name,
-                    layer,
-                    Linear4bit(
-                        layer.in_features,
-                        layer.out_features,
-                        bias=layer.bias is not None,
-                        compute_dtype=layer.weight.dtype,
-                        quant_type="nf4",
-                        device="meta",
-                    ),
-                )
+        return Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=layer.weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
 
 
-_KINDS: Mapping[str, _Kind] = MappingProxyType({"fp8": _Fp8(), "nf4": _Nf4()})
+_LIBRARIES: Mapping[str, _Library] = MappingProxyType({"fp8": _TorchAo(), "nf4": _BitsAndBytes()})
 
 
-def _is_chosen(layer: nn.Module, name: str) -> bool:
-    return isinstance(layer, nn.Linear) and block_of(name) is not None and not is_modulation(name)
+def _chosen(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears of the blocks by name, adaptive norms aside."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, nn.Linear) and block_of(name) is not None and not is_modulation(name):
+            yield name, layer
+
+
+@torch.no_grad()
+def _ask(layer: Any) -> torch.Tensor:
+    """What `layer` answers to random numbers without its bias: [_PROBES, out_features]."""
+    weight = layer.weight
+    dtype = getattr(layer, "compute_dtype", None) or weight.dtype
+    device = weight.device
+    rows = torch.randn(_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
+    answer: torch.Tensor = layer(rows.to(device, dtype))
+    return answer if layer.bias is None else answer - layer.bias
 
 
 def _has_products(device: torch.device) -> bool:

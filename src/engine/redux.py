@@ -10,15 +10,16 @@ import diffusers
 import torch
 from PIL import Image
 
-from src.errors import ModelUnavailable
-from src.files import Files, Refused, Source, check_whole, why
+from src.errors import ModelUnavailable, Refused
+from src.weights.files import Files, Source, check_whole
 
 
 class Redux:
-    """Reads pictures for one model."""
+    """Reads pictures for one model; `name` is a hub id or a folder."""
 
-    def __init__(self, pipeline: Any, files: Files, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, name: str, files: Files, device: torch.device) -> None:
         self._pipeline = pipeline
+        self._name = name
         self._device = device
         self._files = files
         self._source: Source | None = None
@@ -31,9 +32,8 @@ class Redux:
         """
         if self._source:
             return self._source
-        name = self._files.settings.redux_model
         try:
-            source = self._files.find(name, name, before_download=before_download)
+            source = self._files.find(self._name, self._name, before_download=before_download)
             reads = json.loads((source.folder / "image_embedder" / "config.json").read_text())["txt_in_features"]
             if not check_whole(source.folder):
                 raise Refused("holds no weights")
@@ -41,7 +41,7 @@ class Redux:
             if reads != here:
                 raise Refused(f"is made for another model: its words have {reads} numbers and {here} here")
         except Exception as error:
-            raise ModelUnavailable(f"REDUX_MODEL={name}: {why(error, self._files.settings)}") from error
+            raise ModelUnavailable(f"REDUX_MODEL={self._name}: {self._files.explain(error)}") from error
         self._source = source
         return source
 

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that need a word to work with FLUX's pipelines."""
+"""A plan's scheduler, and those of diffusers that need a word to work with FLUX's pipelines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import diffusers
 import torch
+
+from src.catalog import Scheduler
 
 
 class _OwnSigmas(diffusers.SchedulerMixin):  # type: ignore[misc]
@@ -69,3 +71,23 @@ class FlowHeunScheduler(diffusers.FlowMatchHeunDiscreteScheduler):  # type: igno
         twice = torch.cat([steps[:1], steps[1:].repeat_interleave(2)])
         self.sigmas = torch.cat([twice, torch.zeros(1)])
         self.timesteps = (twice * self.config.num_train_timesteps).to(device)
+
+
+def make_scheduler(own: Any, row: Scheduler, shift: float | None) -> Any:
+    """A new scheduler of `row` with the configuration of the model's `own` one, and the request's `shift`."""
+    configuration = dict(own.config)
+    if shift is not None:
+        configuration |= {"shift": shift, "use_dynamic_shifting": False}
+    found = globals().get(row.class_name) or getattr(diffusers, row.class_name)
+    scheduler = found.from_config({**configuration, **row.config})
+    scheduler.register_to_config(use_dynamic_shifting=configuration["use_dynamic_shifting"])  # Heun's own drops it
+    if not row.flow_match:
+        # These take a shift from FLUX's pipelines only as exp(mu), where mu lies between base_shift and max_shift;
+        # from_config drops both.
+        mu = math.log(configuration["shift"])
+        dynamic = configuration["use_dynamic_shifting"]
+        shifts = (configuration["base_shift"], configuration["max_shift"]) if dynamic else (mu, mu)
+        scheduler.register_to_config(
+            use_dynamic_shifting=True, time_shift_type="exponential", base_shift=shifts[0], max_shift=shifts[1]
+        )
+    return scheduler

@@ -9,13 +9,13 @@ from typing import Any
 import diffusers
 
 from src.catalog import SPEEDS
-from src.plan import Plan
+from src.plan.plan import Plan
 
 
 @contextmanager
 def step_cache(pipeline: Any, plan: Plan) -> Iterator[None]:
     """Within it one picture of `plan` is denoised, or a batch; nothing of it is left to the next."""
-    row = SPEEDS[plan.speed]
+    row = SPEEDS[plan.sampling.speed]
     if row is None:
         yield
         return
@@ -29,7 +29,7 @@ def step_cache(pipeline: Any, plan: Plan) -> Iterator[None]:
         )
     )
     try:
-        with nullcontext() if plan.pipeline.cache_context else transformer.cache_context("cond"):
+        with nullcontext() if plan.spec.cache_context else transformer.cache_context("cond"):
             yield
     finally:
         transformer.disable_cache()

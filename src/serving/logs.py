@@ -12,7 +12,7 @@ from typing import Any
 
 from src.errors import redact
 from src.job import Job
-from src.plan import Plan
+from src.plan.plan import Plan
 from src.settings import Settings
 
 log = logging.getLogger("worker")
@@ -58,8 +58,8 @@ def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", lev
     if plan is not None:
         facts |= {
             "mode": plan.mode,
-            "size": f"{plan.width}x{plan.height}",
-            "steps": plan.num_inference_steps,
+            "size": f"{plan.sampling.width}x{plan.sampling.height}",
+            "steps": plan.sampling.num_inference_steps,
             "images": len(plan.seeds),
         }
     facts["seconds"] = {phase: round(seconds, 3) for phase, seconds in job.seconds.items()}

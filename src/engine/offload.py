@@ -1,6 +1,6 @@
-"""Weights that live in the host's memory and pass through the device: each block comes just before it is at work.
+"""Weights that are offloaded to the host's memory and onloaded block by block, each just before it is at work.
 
-Knows nothing of FLUX; src/placement.py decides what lives where.
+Knows nothing of FLUX; src/weights/placement.py decides what lives where.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.placement import SLOTS
+from src.weights.placement import SLOTS
 
 log = logging.getLogger("worker")
 
 _ALIGNED = 256  # bytes; where CUDA's own allocations begin
 
 
-class Stream:
-    """Two slots on a device, and the parked weights that take turns in them. Not for two threads at once.
+class Offloader:
+    """Two slots on a device, and the offloaded weights that take turns in them. Not for two threads at once.
 
     On a card they are copied from pinned memory and beside the computing: while a block is at work, the one that
     followed it the last time is on its way.
@@ -31,89 +31,89 @@ class Stream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._parked: list[Parked] = []
+        self._offloaded: list[OffloadedWeights] = []
         self._slots: list[_Slot] = []
-        self._last: Parked | None = None
+        self._last: OffloadedWeights | None = None
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def park(self, *layers: nn.Module) -> Parked:
-        """Take the weights of `layers` into the host's memory; they are absent but within `Parked.here`."""
-        parked = Parked(self, layers)
-        self._parked.append(parked)
+    def offload(self, *layers: nn.Module) -> OffloadedWeights:
+        """Take the weights of `layers` into the host's memory; they are absent but within `onloaded`."""
+        weights = OffloadedWeights(self, layers)
+        self._offloaded.append(weights)
         self._slots = []  # it may need larger ones
-        return parked
+        return weights
 
     def stream(self, block: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
-        """Park `block`, but for the layers `without`; it is there whenever it is called."""
+        """Offload `block`, but for the layers `without`; it is onloaded whenever it is called."""
         apart = set(without)
-        parked = self.park(*(layer for layer in block.modules() if layer not in apart))
-        block.register_forward_pre_hook(lambda *_: parked.arrive())
-        block.register_forward_hook(lambda *_: parked.leave(), always_call=True)
+        weights = self.offload(*(layer for layer in block.modules() if layer not in apart))
+        block.register_forward_pre_hook(lambda *_: weights.onload())
+        block.register_forward_hook(lambda *_: weights.release(), always_call=True)
 
-    def bring(self, parked: Parked) -> _Slot:
-        """The slot that holds `parked`, or where it is on its way to now."""
+    def prefetch(self, weights: OffloadedWeights) -> _Slot:
+        """The slot that holds `weights`, or where it is on its way to now."""
         if not self._slots:
-            size = max(each.size for each in self._parked)
+            size = max(each.size for each in self._offloaded)
             self._slots = [_Slot(size, self.device) for _ in range(SLOTS)]
         for slot in self._slots:
-            if slot.holds is parked:
+            if slot.holds is weights:
                 return slot
         slot = next(slot for slot in self._slots if not slot.at_work)
-        slot.fill(parked, self._copying)
+        slot.fill(weights, self._copying)
         return slot
 
-    def release(self, parked: Parked) -> None:
-        """The slot that holds `parked`, if any does, may be taken by others."""
+    def release(self, weights: OffloadedWeights) -> None:
+        """The slot that holds `weights`, if any does, may be taken by others."""
         for slot in self._slots:
-            if slot.holds is parked:
+            if slot.holds is weights:
                 slot.end()
 
-    def follows(self, parked: Parked) -> None:
-        """Remember that `parked` comes after the last one."""
+    def follows(self, weights: OffloadedWeights) -> None:
+        """Remember that `weights` comes after the last one."""
         if self._last is not None:
-            self._last.next = parked
-        self._last = parked
+            self._last.next = weights
+        self._last = weights
 
 
-class Parked:
+class OffloadedWeights:
     """The weights of some layers, in one piece of the host's memory."""
 
-    def __init__(self, stream: Stream, layers: Iterable[nn.Module]) -> None:
-        self.next: Parked | None = None  # what came after it the last time
-        self._stream = stream
+    def __init__(self, offloader: Offloader, layers: Iterable[nn.Module]) -> None:
+        self.next: OffloadedWeights | None = None  # what came after it the last time
+        self._offloader = offloader
         weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}
         self._weights = list(weights.values())
         # What stands in the place of a weight: of its shape and type, and two or four bytes long.
-        self._absent = [torch.zeros((), dtype=w.dtype, device=stream.device).expand(w.shape) for w in self._weights]
+        self._absent = [torch.zeros((), dtype=w.dtype, device=offloader.device).expand(w.shape) for w in self._weights]
         self.size = sum(map(_aligned, self._weights))
         self.home = torch.frombuffer(mmap.mmap(-1, self.size), dtype=torch.uint8)  # whole pages, to be pinned
-        _pin(self, stream.device)
+        _pin(self, offloader.device)
         for weight, there in zip(self._weights, self._views(self.home), strict=True):
             there.copy_(weight.data)
         self._set(self._absent)
 
     @contextmanager
-    def here(self) -> Iterator[None]:
+    def onloaded(self) -> Iterator[None]:
         """Within it the weights are on the device."""
         try:
-            self.arrive()
+            self.onload()
             yield
         finally:
-            self.leave()
+            self.release()
 
-    def arrive(self) -> None:
+    def onload(self) -> None:
         """Let the computing wait for the weights, and those that follow set out."""
-        slot = self._stream.bring(self)
+        slot = self._offloader.prefetch(self)
         slot.begin()
         self._set(self._views(slot.memory))
-        self._stream.follows(self)
+        self._offloader.follows(self)
         if self.next:
-            self._stream.bring(self.next)
+            self._offloader.prefetch(self.next)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """The slot is for others, once the computing that was asked for so far is done."""
         self._set(self._absent)
-        self._stream.release(self)
+        self._offloader.release(self)
 
     def _set(self, tensors: Iterable[torch.Tensor]) -> None:
         for weight, tensor in zip(self._weights, tensors, strict=True):
@@ -128,28 +128,28 @@ class Parked:
 
 
 class _Slot:
-    """Memory on the device for one parked block at a time."""
+    """Memory on the device for one block's weights at a time."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # weights point into it, and those are no tensors of inference
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.holds: Parked | None = None
+        self.holds: OffloadedWeights | None = None
         self.at_work = False
         cuda = device.type == "cuda"
         self._arrived: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._done: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self.end()  # the memory may still be in use by what had it before
 
-    def fill(self, parked: Parked, copying: torch.cuda.Stream | None) -> None:
-        """Copy the weights of `parked`, on the stream `copying` where there is one."""
-        self.holds = parked
-        memory = self.memory[: parked.size]
+    def fill(self, weights: OffloadedWeights, copying: torch.cuda.Stream | None) -> None:
+        """Copy `weights` here, on the stream `copying` where there is one."""
+        self.holds = weights
+        memory = self.memory[: weights.size]
         if copying is None:
-            memory.copy_(parked.home)
+            memory.copy_(weights.home)
             return
         copying.wait_event(self._done)
         with torch.cuda.stream(copying):
-            memory.copy_(parked.home, non_blocking=True)
+            memory.copy_(weights.home, non_blocking=True)
             self._arrived.record()
 
     def begin(self) -> None:
@@ -169,14 +169,14 @@ def _aligned(weight: torch.Tensor) -> int:
     return -(-weight.numel() * weight.itemsize // _ALIGNED) * _ALIGNED
 
 
-def _pin(parked: Parked, device: torch.device) -> None:
+def _pin(weights: OffloadedWeights, device: torch.device) -> None:
     """Lock its home in place, for copies beside the computing; torch's own pinning rounds up to powers of two."""
     if device.type != "cuda":
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if error := int(cuda.cudaHostRegister(parked.home.data_ptr(), parked.size, 0)):
+    if error := int(cuda.cudaHostRegister(weights.home.data_ptr(), weights.size, 0)):
         log.warning("host memory cannot be pinned (CUDA error %s): weights will come slowly", error)
         with suppress(RuntimeError):  # the next call would raise the error that is told already
             torch.zeros(1, device=device)
         return
-    weakref.finalize(parked, cuda.cudaHostUnregister, parked.home.data_ptr())
+    weakref.finalize(weights, cuda.cudaHostUnregister, weights.home.data_ptr())

@@ -99,8 +99,10 @@ def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], 
 
     def put(name: str, alias: str, value: object) -> None:
         if fields.get(name) is not None and not _same(fields[name], value):
-            told = f"is another name of {name}, which says something else: {show(fields[name])}, and here {show(value)}"
-            faults.append(Fault(alias, told))
+            message = (
+                f"is another name of {name}, which says something else: {show(fields[name])}, and here {show(value)}"
+            )
+            faults.append(Fault(alias, message))
         elif fields.get(name) is None:
             fields[name] = value
 

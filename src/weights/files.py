@@ -16,18 +16,15 @@ from huggingface_hub import constants, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS
-from src.placement import DoesNotFit
+from src.errors import Refused
 from src.settings import ROOT, Settings
+from src.weights.placement import DoesNotFit
 
 log = logging.getLogger("worker")
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
-
-
-class Refused(Exception):
-    """A reason that is ours and needs no explanation."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Files:
     """Finds files by the worker's settings; `download` takes what huggingface_hub's snapshot_download takes."""
 
     def __init__(self, settings: Settings, download: Callable[..., str] = snapshot_download) -> None:
-        self.settings = settings
+        self._settings = settings
         self._download = download
 
     def find(
@@ -68,13 +65,47 @@ class Files:
             raise Refused(f"is neither a folder, a hub id (owner/name) nor one of {known}")
 
         wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _PART if part else _PATTERNS}
-        cache = self.settings.runpod_model_cache
+        cache = self._settings.runpod_model_cache
         try:
             return _source(Path(self._download(**wanted, cache_dir=cache, local_files_only=True)))
         except errors.LocalEntryNotFoundError:
             before_download()
-            token = self.settings.hf_token.get_secret_value() if self.settings.hf_token else None
+            token = self._settings.hf_token.get_secret_value() if self._settings.hf_token else None
             return _source(Path(self._download(**wanted, token=token)))
+
+    def explain(self, error: Exception) -> str:
+        """Why files cannot be had or used, in one line, and what to do."""
+        settings = self._settings
+        hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+        match error:
+            case Refused() | DoesNotFit():
+                return str(error)
+            case errors.GatedRepoError() if settings.hf_token is None:
+                return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"
+            case errors.GatedRepoError():
+                return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
+            case errors.RepositoryNotFoundError():
+                seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
+                return f"there is no such repo on the hub {seen}"
+            case errors.RevisionNotFoundError():
+                return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
+            case errors.HfHubHTTPError() if error.response.status_code == 401:
+                return "the hub refuses HF_TOKEN: it is wrong or has expired"
+            case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)) if (
+                answer.status_code == 403
+            ):
+                return "the hub forbids it: HF_TOKEN has no access to this repo"
+            case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
+                return f"the hub answered {answer.status_code}: try again later"
+            case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+                return f"is not on this machine and the hub cannot be reached ({hint})"
+            case OSError(errno=errno.ENOSPC):
+                return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
+            case Exception() if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+                return "there is not enough memory for its weights: choose a larger card or a smaller model"
+            case RuntimeError() if "allocate memory" in str(error):
+                return "there is not enough memory for its weights: choose a larger machine or a smaller model"
+        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def check_whole(folder: Path) -> dict[str, dict[str, int]]:
@@ -121,40 +152,6 @@ def _is_hub_id(name: str) -> bool:
 
 def _source(folder: Path) -> Source:
     return Source(folder, folder.name if folder.parent.name == "snapshots" else None)
-
-
-def why(error: Exception, settings: Settings) -> str:
-    """The reason in one line, and what to do."""
-    hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
-    match error:
-        case Refused() | DoesNotFit():
-            return str(error)
-        case errors.GatedRepoError() if settings.hf_token is None:
-            return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"
-        case errors.GatedRepoError():
-            return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
-        case errors.RepositoryNotFoundError():
-            seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
-            return f"there is no such repo on the hub {seen}"
-        case errors.RevisionNotFoundError():
-            return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
-        case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return "the hub refuses HF_TOKEN: it is wrong or has expired"
-        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)) if (
-            answer.status_code == 403
-        ):
-            return "the hub forbids it: HF_TOKEN has no access to this repo"
-        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
-            return f"the hub answered {answer.status_code}: try again later"
-        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
-            return f"is not on this machine and the hub cannot be reached ({hint})"
-        case OSError(errno=errno.ENOSPC):
-            return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
-        case Exception() if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-            return "there is not enough memory for its weights: choose a larger card or a smaller model"
-        case RuntimeError() if "allocate memory" in str(error):
-            return "there is not enough memory for its weights: choose a larger machine or a smaller model"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _free(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures and the text that carries them: formats, base64, and the request that a picture's file keeps.
+"""Pictures and the files that carry them, and the request that a picture's file keeps.
 
 Nothing here knows of models or requests.
 """
@@ -9,36 +9,16 @@ import base64
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from PIL import ExifTags, Image
 
-from src.png import encode_png
+from src.catalog import FORMATS
+from src.response.png import encode_png
 
 _SOFTWARE = "FLUX worker for RunPod"
 _PARAMETERS = "parameters"
 _UNICODE = b"UNICODE\0"  # EXIF 2.32, table 9: the character code of a UserComment in UTF-16
-
-
-@dataclass(frozen=True)
-class Format:
-    """How Pillow writes a format; `quality` says whether it takes one."""
-
-    mime: str
-    quality: bool
-    options: Mapping[str, Any] = field(default_factory=dict)
-    max_text: int | None = None  # bytes of a request that its file can carry
-
-
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        "PNG": Format("image/png", quality=False),
-        "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}, max_text=65_000),  # a segment
-        "WEBP": Format("image/webp", quality=True),
-    }
-)
 
 
 def encode_image(
@@ -53,8 +33,7 @@ def encode_image(
 
     `lossless` is for WEBP: every pixel is kept, and the file is smaller than a PNG and takes longer.
 
-    `parameters` is kept in the file as JSON, where that can carry it: PNG text, or the EXIF user comment of JPEG and
-    WEBP.
+    `parameters` is kept in the file as JSON, where that can carry it: PNG text, or the EXIF user comment of others.
     """
     text = None
     if parameters is not None and can_carry(format, parameters):

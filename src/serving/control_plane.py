@@ -25,7 +25,7 @@ from runpod.serverless.modules.rp_http import JOB_DONE_URL
 from runpod.serverless.modules.rp_job import get_job, get_stop_signals, handle_job
 from runpod.serverless.modules.rp_scale import JobScaler
 
-from src.logs import cancelled_unbegun
+from src.serving.logs import cancelled_unbegun
 
 log = logging.getLogger("worker")
 T = TypeVar("T")

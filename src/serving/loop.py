@@ -25,17 +25,18 @@ from runpod.serverless.modules.rp_scale import JobScaler
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
 from src.catalog import CONTROL_TYPES
-from src.control_plane import ControlPlane
-from src.device import Device
 from src.errors import InvalidRequest, InvalidSettings, WorkerError, redact
-from src.images import encode_image
 from src.job import Job, Progress
-from src.logs import SDK_LEVELS
-from src.plan import make_plan
-from src.prefetch import Prefetch
-from src.request import PICTURES, read_request
+from src.job_queue import JobQueue
+from src.plan.plan import make_plan
+from src.request.reading import read_request
+from src.request.schema import PICTURES
+from src.response.encode import encode_image
+from src.response.storage import Bucket
+from src.serving.concurrency import Concurrency
+from src.serving.control_plane import ControlPlane
+from src.serving.logs import SDK_LEVELS
 from src.settings import MAX_PREFETCH, Settings
-from src.storage import Bucket
 
 if TYPE_CHECKING:
     from src.engine import Engine
@@ -61,8 +62,8 @@ def serve(
     worker = Worker(answer, settings)
 
     def check_bucket() -> None:
-        if held := bucket():
-            held.check()
+        if configured := bucket():
+            configured.check()
 
     def check_device() -> None:
         from src.engine import check_device
@@ -115,21 +116,21 @@ def _leave_at_once(*_: object) -> None:
 
 
 class Worker:
-    """Runs each job's `answer` on a thread of its own, its device work in the one line, and speaks with RunPod."""
+    """Runs each job's `answer` on a thread of its own, its device work in the one queue, and speaks with RunPod."""
 
     def __init__(self, answer: Answer, settings: Settings) -> None:
         self.exit_status = 0
         self._answer = answer
         self._settings = settings
-        self._device = Device()
+        self._queue = JobQueue()
         self._threads = ThreadPoolExecutor(MAX_PREFETCH, thread_name_prefix="job")
-        self._prefetch = Prefetch(settings.prefetch_jobs)
+        self._concurrency = Concurrency(settings.prefetch_jobs)
         self._control_plane: ControlPlane | None = None
         self._in_hand = 0
 
     def on_device(self, work: Callable[[], T]) -> T:
         """What `work` gives, run on the device's thread."""
-        return self._device.arrive().run(work)
+        return self._queue.ticket().run(work)
 
     def warm_up(self, engine: Engine) -> None:
         """Draw the configured sizes, and learn from them how long a job will take."""
@@ -142,7 +143,7 @@ class Worker:
                 needs["control_type"] = model.control_type or CONTROL_TYPES[0]
             fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height, **needs}
             try:
-                request, faults = read_request({"input": fields})
+                request, faults, _ = read_request({"input": fields})
                 plan = make_plan(request, faults, model, pictures, max_pixels=self._settings.max_pixels)
             except InvalidRequest as error:
                 raise InvalidSettings(f"WARMUP_SIZES: {error}") from error
@@ -153,7 +154,7 @@ class Worker:
                 self.on_device(partial(engine.warm_up, batch, model.num_inference_steps))
             seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
             log.info("warm-up: a picture of %dx%d takes about %.2f s", width, height, seconds)
-            self._prefetch.saw(seconds)
+            self._concurrency.observe(seconds)
 
     def jobs_in_hand(self, _: int) -> int:
         """The SDK's concurrency_modifier: asked before each look for jobs, first of all things in its event loop."""
@@ -164,12 +165,14 @@ class Worker:
             self._control_plane = ControlPlane(scaler)
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self._stop, number.name)
-        return self._prefetch.jobs
+        return self._concurrency.jobs
 
     async def run(self, event: dict[str, Any]) -> dict[str, Any]:
         """The SDK's handler: the answer to one job. A cancelled job is stopped, and gone before this returns."""
         watcher = Watcher()
-        job = Job.of(event, on_progress=watcher.see, arrive=self._device.arrive, timeout=self._settings.request_timeout)
+        job = Job.of(
+            event, on_progress=watcher.see, queue_up=self._queue.ticket, timeout=self._settings.request_timeout
+        )
         running = asyncio.get_running_loop().run_in_executor(self._threads, self._answer, event, job)
         telling = asyncio.create_task(self._tell(job, watcher, running))
         self._in_hand += 1
@@ -188,7 +191,7 @@ class Worker:
     def _learn(self, job: Job, response: dict[str, Any]) -> None:
         """How long jobs take, and whether the device still works."""
         if job.device_seconds is not None and not job.cancelled:
-            self._prefetch.saw(job.device_seconds)
+            self._concurrency.observe(job.device_seconds)
         if response.get("refresh_worker"):
             self.exit_status = 1
             self._stop("a device that failed")
@@ -198,18 +201,18 @@ class Worker:
     def close(self) -> None:
         """After the loop: nothing is left to do."""
         self._threads.shutdown()
-        self._device.close()
+        self._queue.close()
 
     async def _tell(self, job: Job, watcher: Watcher, running: asyncio.Future[Any]) -> None:
         """Post what `watcher` saw, now and then; returns with the job, and nothing is under way then."""
-        told = None
+        posted = None
         while True:
             done, _ = await asyncio.wait({running}, timeout=self._settings.progress_interval)
             if done or job.cancelled or self._control_plane is None:
                 return
-            if (progress := watcher.progress()) != told:
+            if (progress := watcher.progress()) != posted:
                 await self._control_plane.post_progress(job.id, progress)
-                told = progress
+                posted = progress
 
     def _stop(self, reason: str) -> None:
         log.info("stopping because of %s: jobs in hand are finished, no more are taken", reason)
@@ -221,14 +224,14 @@ class Worker:
 
 async def _finished(*tasks: asyncio.Future[Any]) -> None:
     """Wait for all of them, even when told to stop waiting; that is passed on afterwards."""
-    told = None
+    cancelled = None
     while pending := [task for task in tasks if not task.done()]:
         try:
             await asyncio.wait(pending)
         except asyncio.CancelledError as error:
-            told = error
-    if told:
-        raise told
+            cancelled = error
+    if cancelled:
+        raise cancelled
 
 
 class Watcher:
@@ -255,7 +258,7 @@ class Watcher:
         left = None
         if since is not None and last.step:
             left = round((time.monotonic() - since) / last.step * (last.steps - last.step), 1)
-        told: dict[str, Any] = {
+        shown: dict[str, Any] = {
             "phase": last.phase,
             "step": last.step,
             "steps": last.steps,
@@ -263,5 +266,5 @@ class Watcher:
             "seconds_left": left,
         }
         if self._preview is not None:
-            told["preview"] = self._preview
-        return told
+            shown["preview"] = self._preview
+        return shown

@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable
 
 from src.errors import Fault
-from src.request import MAX_SIDE, MIN_SIDE, Request
-
-Size = tuple[int, int]
+from src.plan.geometry import Size
+from src.request.schema import MAX_SIDE, MIN_SIDE, Request
 
 
 def decide_size(request: Request, model: Size, picture: Size | None, max_pixels: int) -> tuple[Size, list[Fault]]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, list_repo_files
 from safetensors import SafetensorError, safe_open
 
-from src.errors import Fault, redact
+from src.errors import Fault, Refused, redact
 from src.job import Job
-from src.pictures import Refused, open_url
-from src.request import Lora, Request, reference
+from src.request.fetch import is_url, open_url
+from src.request.schema import Lora, Request, reference
 from src.settings import Settings
 
 _SUFFIX, _PARTIAL = ".safetensors", ".partial"
@@ -38,10 +38,10 @@ class Adapter:
     asked: Lora
     field: str  # of the request, that named it
 
-    def told(self) -> dict[str, Any]:
-        """What was asked, as others may read it: a URL that may hold a token is told by its digest."""
+    def summary(self) -> dict[str, Any]:
+        """What was asked, as others may read it: a URL that may hold a token by its digest."""
         path = self.asked.path.strip()
-        shown = reference(path) if _is_url(path) else path
+        shown = reference(path) if is_url(path) else path
         return self.asked.model_dump(exclude_none=True) | {"path": shown}
 
 
@@ -61,7 +61,8 @@ class Library:
     def load(self, request: Request, job: Job) -> tuple[tuple[Adapter, ...], tuple[Fault, ...]]:
         """The request's adapters, and the faults of those that cannot be had."""
         adapters, faults = [], []
-        for field, lora in _wanted(request):
+        for i, lora in enumerate(request.loras):
+            field = request.entry_field("loras", i)
             try:
                 file = self._find(lora, job)
                 _check_header(file)
@@ -78,7 +79,7 @@ class Library:
 
     def _find(self, lora: Lora, job: Job) -> Path:
         path = lora.path.strip()
-        if _is_url(path):
+        if is_url(path):
             _only_for_the_hub(lora)
             return self._cached(path, job, lambda folder: _fetch(path, folder, self._most_bytes, job.check))
         if path.startswith("sha256:"):
@@ -179,18 +180,6 @@ class Library:
 def _touch(folder: Path) -> None:
     """It was used just now, by a clock that tells any two uses apart."""
     os.utime(folder, ns=(time.time_ns(), time.time_ns()))
-
-
-def _wanted(request: Request) -> Sequence[tuple[str, Lora]]:
-    """The request's adapters with the field that names each."""
-    loras = [(f"loras.{i}", lora) for i, lora in enumerate(request.loras)]
-    if request.lora_path is not None:
-        loras.insert(0, ("lora_path", Lora(path=request.lora_path, scale=request.lora_scale)))
-    return loras
-
-
-def _is_url(path: str) -> bool:
-    return path.lower().startswith("https://")
 
 
 def _only_for_the_hub(lora: Lora) -> None:

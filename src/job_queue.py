@@ -1,6 +1,6 @@
-"""The thread that owns the device, and the line in front of it.
+"""The thread that owns the device, and the queue of jobs in front of it.
 
-One thread, because CUDA keeps handles and workspaces for each that ever used it; one line, so that jobs get the
+One thread, because CUDA keeps handles and workspaces for each that ever used it; one queue, so that jobs get the
 device in the order in which they arrived, however long their requests take to read.
 
 Knows nothing of what is done on the device.
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class NoTurn(Exception):
-    """The place was left before its turn came, or the turn did not come in time."""
+    """The ticket was given back before its turn came, or the turn did not come in time."""
 
 
-class Place:
-    """A place in the line; the line waits for its holder, who brings work or leaves."""
+class Ticket:
+    """A place in the queue; the queue waits for its holder, who brings work or gives it back."""
 
     def __init__(self) -> None:
         self._turn: Future[Callable[[], None]] = Future()
@@ -51,44 +51,44 @@ class Place:
         except (CancelledError, InvalidStateError):
             raise NoTurn from None
         finally:
-            # An error would hold its frames, the frames this place, and the place the error.
+            # An error would hold its frames, the frames this ticket, and the ticket the error.
             self._turn = self._outcome = Future()
             self._outcome.cancel()
 
-    def leave(self) -> None:
-        """Give the place up; work that has begun goes on."""
+    def give_back(self) -> None:
+        """Give the turn up; work that has begun goes on."""
         self._turn.cancel()
         self._outcome.cancel()
 
     def wait(self) -> Callable[[], None] | None:
-        """For the device's thread: what there is to do in this place's turn."""
+        """For the device's thread: what there is to do in this ticket's turn."""
         try:
             return self._turn.result()
         except CancelledError:
             return None
 
 
-class Device:
-    """Runs the work of the places in its line, one after another, on a thread of its own."""
+class JobQueue:
+    """Runs the work of the tickets that it gives out, one after another, on a thread of its own."""
 
     def __init__(self) -> None:
-        self._line: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
+        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
         self._thread.start()
 
-    def arrive(self) -> Place:
-        """The last place in the line."""
-        place = Place()
-        self._line.put(place)
-        return place
+    def ticket(self) -> Ticket:
+        """The next ticket."""
+        ticket = Ticket()
+        self._tickets.put(ticket)
+        return ticket
 
     def close(self) -> None:
-        """End the thread after the places that are taken."""
-        self._line.put(None)
+        """End the thread after the tickets that are given out."""
+        self._tickets.put(None)
         self._thread.join()
 
     def _work(self) -> None:
-        while (place := self._line.get()) is not None:
-            if turn := place.wait():
+        while (ticket := self._tickets.get()) is not None:
+            if turn := ticket.wait():
                 turn()
-            del place, turn  # what they made must not live until the next job
+            del ticket, turn  # what they made must not live until the next job

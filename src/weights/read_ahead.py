@@ -10,11 +10,11 @@ from threading import Thread
 from huggingface_hub import snapshot_download
 
 from src.catalog import find_model
-from src.files import Files
-from src.host import host_memory
 from src.settings import Settings
+from src.weights.files import Files
+from src.weights.host import host_memory
 
-_READERS, _CHUNK = 4, 16 << 20
+_THREADS, _CHUNK = 4, 16 << 20
 
 
 def read(file: Path) -> None:
@@ -60,10 +60,10 @@ def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable
                     read(file)
 
             # No pool: its threads would keep a start alive that was refused.
-            readers = [Thread(target=work, daemon=True) for _ in range(_READERS)]
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join()
+            threads = [Thread(target=work, daemon=True) for _ in range(_THREADS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
     except Exception:  # noqa: BLE001 - nobody waits for it, and load_engine will meet the same
         return

@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
+
+from src.catalog import MEMORY_MODES, QUANTIZATIONS
 
 GB = 10**9
 
@@ -40,13 +41,13 @@ _MODULATION = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*)\.linear$")
 
 
 def block_of(tensor: str) -> str | None:
-    """The block that a tensor or a layer belongs to, transformer_blocks.7, say; None for what stands beside them."""
+    """The block that a tensor or a layer belongs to, transformer_blocks.7, say; None for what stands outside of them."""
     found = _BLOCK.match(tensor)
     return found[0] if found else None
 
 
 def is_modulation(layer: str) -> bool:
-    """Whether a layer is a linear of adaptive norms: those hear of step, guidance and pooled prompt alone."""
+    """Whether a layer is a linear of adaptive norms: those depend on step, guidance and pooled prompt alone."""
     return bool(_MODULATION.search(layer))
 
 
@@ -65,8 +66,8 @@ class Network:
     """One component of a model by its sizes."""
 
     blocks: Mapping[str, int]  # in order, without their modulation
-    modulation: Mapping[str, int]  # of each block; "" is what stands beside them
-    beside: int
+    modulation: Mapping[str, int]  # of each block; "" is what stands outside of them
+    outside: int  # of all blocks
     halves: frozenset[str] = frozenset()  # blocks of which each token meets one half: FLUX's double blocks
 
     @classmethod
@@ -74,7 +75,7 @@ class Network:
         """`parameters` is the number of values in each tensor, `itemsize` the bytes of one."""
         blocks = dict.fromkeys(in_order(block for name in parameters if (block := block_of(name))), 0)
         modulation: dict[str, int] = {}
-        beside = 0
+        outside = 0
         for name, values in parameters.items():
             size, block = int(values * itemsize), block_of(name)
             if is_modulation(name.rpartition(".")[0]):
@@ -82,20 +83,20 @@ class Network:
             elif block:
                 blocks[block] += size
             else:
-                beside += size
-        return cls(blocks, modulation, beside, frozenset(name for name in blocks if name.startswith("transformer_")))
+                outside += size
+        return cls(blocks, modulation, outside, frozenset(name for name in blocks if name.startswith("transformer_")))
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(self.blocks.values()) + sum(self.modulation.values()) + self.beside
+        return sum(self.blocks.values()) + sum(self.modulation.values()) + self.outside
 
 
 @dataclass(frozen=True)
 class Weights:
     """A model by its sizes, and the few numbers of its configuration that say what a picture takes."""
 
-    networks: Mapping[str, Network]  # by the pipeline's names: transformer, vae and what reads prompts
+    networks: Mapping[str, Network]  # by the pipeline's names: transformer, vae and text encoders
     itemsize: int  # bytes of one value: 2 in bfloat16
     width: int  # of the transformer: heads times their size
     channels: int  # of the decoder's last block
@@ -122,8 +123,8 @@ class Weights:
         return self.networks["transformer"]
 
     @property
-    def readers(self) -> Mapping[str, Network]:
-        """What reads prompts: at work once a prompt."""
+    def text_encoders(self) -> Mapping[str, Network]:
+        """At work once a prompt."""
         return {name: part for name, part in self.networks.items() if name not in ("transformer", "vae")}
 
     @property
@@ -154,40 +155,11 @@ class Work:
     max_sequence_length: int
     max_pixels: int  # the largest picture that must fit
     batch_size: int = 1
-    beside: int = 0  # bytes of networks that are held beside the model: ControlNets
+    controlnets: int = 0  # bytes of those that stay in memory
 
     def tokens(self, pixels: int) -> int:
         """16 pixels a side make one token."""
         return self.batch_size * (pixels // 256 + self.max_sequence_length)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A row of MODES: what may be done to fit."""
-
-    modulation_cache: tuple[bool, ...] = (False,)
-    stream_readers: bool = False
-    stream_blocks: bool = False
-    offload: str | None = None  # diffusers' own: "model" or "sequential"
-    quantization: str | None = None  # row of QUANTIZATIONS
-
-
-MODES: Mapping[str, Mode] = MappingProxyType(
-    {
-        "auto": Mode((False, True), stream_readers=True, stream_blocks=True),
-        "full": Mode(),
-        "modulation_cache": Mode((True,), stream_readers=True),
-        "stream": Mode(stream_readers=True, stream_blocks=True),
-        "model_offload": Mode(offload="model"),
-        "sequential_offload": Mode(offload="sequential"),
-        "fp8": Mode((False, True), stream_readers=True, quantization="fp8"),
-        "nf4": Mode((False, True), stream_readers=True, quantization="nf4"),
-    }
-)
-
-# Bytes of one value in the transformer's blocks: a scale for each row is nothing beside it; nf4 has one of 4 bytes for
-# each 64 values, itself in 8 bits.
-QUANTIZATIONS: Mapping[str, float] = MappingProxyType({"fp8": 1.0, "nf4": 0.52})
 
 
 @dataclass(frozen=True)
@@ -200,7 +172,7 @@ class Placement:
     offload: str | None
     quantization: str | None
     resident: int  # bytes of weights on the card
-    parked: int  # bytes of weights in the host's memory
+    offloaded: int  # bytes of weights in the host's memory
     slots: int  # bytes on the card for blocks that pass through
     peak: int  # bytes on the card, at most
     prompt_seconds: float  # of a new prompt: waiting for weights
@@ -209,11 +181,11 @@ class Placement:
     @property
     def needs(self) -> float:
         """Bytes of a card that it fits."""
-        return (self.peak + (self.parked if self.machine.shared else 0)) / (1 - _SPARE)
+        return (self.peak + (self.offloaded if self.machine.shared else 0)) / (1 - _SPARE)
 
     @property
     def mode(self) -> str:
-        """The row of MODES that it comes down to."""
+        """The row of MEMORY_MODES that it comes down to."""
         if self.quantization:
             return self.quantization
         if self.offload:
@@ -226,7 +198,7 @@ class Placement:
         """Of one picture with a new prompt, but for what all placements take alike."""
         return self.prompt_seconds + work.num_inference_steps * self.step_seconds
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For the log and for `describe`."""
         return {
             "mode": self.mode,
@@ -234,14 +206,14 @@ class Placement:
             "memory_gb": _gb(self.machine.memory),
             "expected_peak_gb": _gb(self.peak),
             "on_the_device_gb": _gb(self.resident),
-            "in_host_memory_gb": _gb(self.parked),
+            "in_host_memory_gb": _gb(self.offloaded),
             "modulation_cache": self.modulation_cache,
             "streamed_blocks": {name: len(blocks) for name, blocks in self.streamed.items() if blocks},
             "quantization": self.quantization,
         }
 
 
-def place(weights: Weights, machine: Machine, work: Work, mode: str = "auto") -> Placement:
+def choose_placement(weights: Weights, machine: Machine, work: Work, mode: str = "auto") -> Placement:
     """The fastest placement of `mode` that fits, by the cost model; of equally fast ones that which moves least.
 
     Raises DoesNotFit with what is needed and what may be chosen instead.
@@ -249,20 +221,20 @@ def place(weights: Weights, machine: Machine, work: Work, mode: str = "auto") ->
     fitting = [found for found in placements(weights, machine, work, mode) if _fits(found)]
     if not fitting:
         raise DoesNotFit(_too_little(weights, machine, work, mode))
-    return min(fitting, key=lambda found: (found.seconds(work), found.parked))
+    return min(fitting, key=lambda found: (found.seconds(work), found.offloaded))
 
 
 def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Iterator[Placement]:
     """All that `mode` allows, whether they fit or not."""
-    row = MODES[mode]
+    row = MEMORY_MODES[mode]
     if row.offload:
         yield _offloaded(weights, machine, work, row.offload)
         return
     compute = flops(weights, work) / machine.flops
     if row.quantization:
-        weights = _quantized(weights, QUANTIZATIONS[row.quantization])
-    transformer, working = weights.transformer, _working(weights, work) + work.beside
-    reading = list(_reading(weights, stream=row.stream_readers))
+        weights = _quantized(weights, QUANTIZATIONS[row.quantization].itemsize)
+    transformer, working = weights.transformer, _working(weights, work) + work.controlnets
+    encoders = list(_streamed_text_encoders(weights, stream=row.stream_text_encoders))
     for modulation_cache in row.modulation_cache:
         modulation = transformer.modulation
         apart = sum(modulation.values()) if modulation_cache else 0
@@ -275,31 +247,33 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
             passing = evenly(count, len(blocks))
             sizes = [blocks[index] for index in passing]
             moving = sum(sizes) / machine.bandwidth
-            for streamed, bytes_read, largest_read in reading:
-                slots = SLOTS * max((alone, largest_read, *sizes))
-                parked = sum(sizes) + bytes_read + apart
+            for streamed, encoder_bytes, largest_encoder in encoders:
+                slots = SLOTS * max((alone, largest_encoder, *sizes))
+                offloaded = sum(sizes) + encoder_bytes + apart
                 yield Placement(
                     machine,
                     modulation_cache,
                     {"transformer": passing, **streamed},
                     offload=None,
                     quantization=row.quantization,
-                    resident=weights.size - parked,
-                    parked=parked,
+                    resident=weights.size - offloaded,
+                    offloaded=offloaded,
                     slots=slots,
-                    peak=weights.size - parked + slots + tables + working,
-                    prompt_seconds=(bytes_read + apart) / machine.bandwidth,
+                    peak=weights.size - offloaded + slots + tables + working,
+                    prompt_seconds=(encoder_bytes + apart) / machine.bandwidth,
                     step_seconds=max(compute, moving) + _STREAMING * min(compute, moving),
                 )
 
 
-def _reading(weights: Weights, *, stream: bool) -> Iterator[tuple[Mapping[str, tuple[int, ...]], int, int]]:
-    """Ways to stream more and more of what reads prompts, the largest first: blocks, their bytes, the largest."""
+def _streamed_text_encoders(
+    weights: Weights, *, stream: bool
+) -> Iterator[tuple[Mapping[str, tuple[int, ...]], int, int]]:
+    """Ways to stream more and more of the text encoders, the largest first: blocks, their bytes, the largest."""
     streamed: dict[str, tuple[int, ...]] = {}
     total = largest = 0
     yield {}, total, largest
     if stream:
-        for name, part in sorted(weights.readers.items(), key=lambda item: -item[1].size):
+        for name, part in sorted(weights.text_encoders.items(), key=lambda item: -item[1].size):
             for index, size in enumerate(part.blocks.values()):
                 streamed[name] = tuple(range(index + 1))
                 total, largest = total + size, max(largest, size)
@@ -311,7 +285,7 @@ def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> 
     whole = offload == "model"
     parts = weights.networks.values()
     on_card = max(part.size if whole else max(part.blocks.values(), default=0) for part in parts)
-    readers = sum(part.size for part in weights.readers.values())
+    text_encoders = sum(part.size for part in weights.text_encoders.values())
     compute, transformer = flops(weights, work) / machine.flops, weights.transformer.size / machine.bandwidth
     return Placement(
         machine,
@@ -320,10 +294,10 @@ def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> 
         offload=offload,
         quantization=None,
         resident=on_card,
-        parked=weights.size,
+        offloaded=weights.size,
         slots=0,
-        peak=on_card + _working(weights, work) + work.beside,
-        prompt_seconds=(weights.size if whole else readers) / machine.bandwidth,
+        peak=on_card + _working(weights, work) + work.controlnets,
+        prompt_seconds=(weights.size if whole else text_encoders) / machine.bandwidth,
         step_seconds=compute + (0 if whole else transformer),
     )
 
@@ -354,17 +328,17 @@ def _quantized(weights: Weights, itemsize: float) -> Weights:
 
 
 def _fits(placement: Placement) -> bool:
-    return placement.needs <= placement.machine.memory and placement.parked <= placement.machine.host_memory
+    return placement.needs <= placement.machine.memory and placement.offloaded <= placement.machine.host_memory
 
 
 def smallest(weights: Weights, machine: Machine, work: Work, mode: str) -> float:
     """Bytes of the smallest card that `mode` fits, beside this host; infinite where the host has too little."""
     found = placements(weights, machine, work, mode)
-    return min((each.needs for each in found if each.parked <= machine.host_memory), default=math.inf)
+    return min((each.needs for each in found if each.offloaded <= machine.host_memory), default=math.inf)
 
 
 def _too_little(weights: Weights, machine: Machine, work: Work, mode: str) -> str:
-    needs = {name: smallest(weights, machine, work, name) for name in MODES}
+    needs = {name: smallest(weights, machine, work, name) for name in MEMORY_MODES}
     instead = [name for name, needed in needs.items() if needed <= machine.memory]
     ways = [f"MEMORY_MODE={' or '.join(instead)}"] if instead else []
     least = min(needs[mode], needs["full"])

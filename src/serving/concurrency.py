@@ -17,7 +17,7 @@ _MEMORY = 0.3  # the share of the latest job in the mean
 _PATIENCE = 4  # jobs in a row that want fewer
 
 
-class Prefetch:
+class Concurrency:
     """Adapts to the jobs that it sees; `fixed` does not."""
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -31,7 +31,7 @@ class Prefetch:
         """How many to hold, the running one among them."""
         return self._fixed or self._level
 
-    def saw(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> None:
         """A job had the device for so long; the first is the warm-up's."""
         first = self._mean is None
         self._mean = seconds if self._mean is None else self._mean + _MEMORY * (seconds - self._mean)

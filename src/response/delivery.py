@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from src.catalog import Model
+from src.catalog import FORMATS, Model
 from src.errors import ResponseTooLarge, redact
-from src.images import FORMATS, can_carry, encode_image
 from src.job import Job, Progress
-from src.plan import Plan
-from src.storage import Bucket
-
-if TYPE_CHECKING:  # the engine package imports torch; only its shape is needed here
-    from src.engine import Generation
+from src.outputs import Generation
+from src.plan.plan import Plan
+from src.response.encode import can_carry, encode_image
+from src.response.storage import Bucket
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
@@ -99,7 +97,7 @@ def deliver(
         with _timed(timings, "encode_images"):
             return _side_by_side(one, which)
 
-    asked = Coding(plan.output_format, plan.output_quality)
+    asked = Coding(plan.sampling.output_format, plan.sampling.output_quality)
     carried = encode(range(len(plan.seeds)), asked)
 
     urls: dict[int, str] = {}
@@ -132,7 +130,7 @@ def deliver(
         warnings.append(
             f"{len(carried)} picture(s) came as {used} instead of {asked}: a response may have {max_bytes / 1e6:g} MB"
         )
-    if not all(can_carry(used.format, told) for told in parameters):
+    if not all(can_carry(used.format, each) for each in parameters):
         warnings.append(f"files do not carry this request: a {used.format} has no room for it")
     if carried:
         texts = {i: Base64(base64.b64encode(file), "ascii") for i, file in carried.items()}
@@ -144,28 +142,16 @@ def deliver(
 
 
 def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
+    """What was decided, under the request's names, and what became of it."""
     return {
         "mode": plan.mode,
+        **plan.sampling.values(),
         "prompt": plan.prompts[0] if len(set(plan.prompts)) == 1 else list(plan.prompts),
-        "prompt_2": plan.prompt_2,
-        "negative_prompt": plan.negative_prompt,
-        "true_cfg_scale": plan.true_cfg_scale,
-        "seed": plan.seeds[0],
         "seeds": list(plan.seeds),
-        "width": plan.width,
-        "height": plan.height,
-        "num_inference_steps": plan.num_inference_steps,
-        "strength": plan.strength,
-        "guidance_scale": plan.guidance_scale,
-        "max_sequence_length": plan.max_sequence_length,
-        "shift": plan.shift,
         "num_images": len(plan.seeds),
-        "output_format": plan.output_format,
-        "output_quality": plan.output_quality,
         "scheduler": generation.scheduler,
-        "speed": plan.speed,
         "quantization": generation.quantization,
-        "loras": [adapter.told() for adapter in plan.adapters],
+        "loras": [adapter.summary() for adapter in plan.adapters],
         "controls": [
             {"type": control.type, "controlnet": control.network, "scale": control.scale} for control in plan.controls
         ],
@@ -176,14 +162,14 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
 
 def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) -> tuple[dict[int, str], dict[int, str]]:
     """The signed URLs of the pictures that arrived, and why the others did not."""
-    mime = FORMATS[plan.output_format].mime
+    format = FORMATS[plan.sampling.output_format]
     folder = re.sub(r"[^\w.-]", "_", job.id)[:100]
     failures: dict[int, str] = {}
 
     def one(i: int) -> str | None:
         job.check()
         try:
-            return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{mime.partition('/')[2]}", mime)
+            return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{format.suffix}", format.mime)
         except Exception as error:  # noqa: BLE001 - whatever it was, the picture is made and has another way to go
             failures[i] = type(error).__name__
             log.warning("job %s: upload of picture %d failed: %s", job.id, i, redact(str(error)))
@@ -208,7 +194,7 @@ def _carried_bytes(files: Mapping[int, bytes]) -> int:
 
 def _too_large(plan: Plan, files: Mapping[int, bytes], coding: Coding, max_bytes: int) -> ResponseTooLarge:
     return ResponseTooLarge(
-        f"{len(files)} picture(s) of {plan.width}x{plan.height} take {_carried_bytes(files) / 1e6:.1f} MB even as "
+        f"{len(files)} picture(s) of {plan.sampling.width}x{plan.sampling.height} take {_carried_bytes(files) / 1e6:.1f} MB even as "
         f"{coding}, and a response may have {max_bytes / 1e6:g} MB (MAX_RESPONSE_MB); ask for fewer or smaller "
         "pictures, for JPEG of a lower output_quality, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and "
         f"BUCKET_SECRET_ACCESS_KEY on the worker; the seeds were {list(plan.seeds)}"

@@ -6,32 +6,21 @@ Knows nothing of the device; answering takes none of its time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from src.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
 from src.catalog import FAMILIES, SCHEDULERS, Model, controlnets_for
-from src.plan import Plan
-from src.request import MAX_SIDE, Request
+from src.outputs import Loaded
+from src.plan.plan import Plan
+from src.request.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
+from src.request.schema import MAX_SIDE, Request
 from src.settings import Settings
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the engine holds now: adapters as they were asked for, ControlNets by name, and where its weights live."""
-
-    adapters: tuple[str, ...]
-    controlnets: tuple[str, ...]
-    placement: Mapping[str, Any]
-
 
 _MOST_FILES = 200  # of LORA_DIR; an answer must stay small
 
 
-def describe(model: Model, revision: str | None, settings: Settings, held: Held) -> dict[str, Any]:
-    """The model, its modes, defaults and limits, what is held where, and the JSON Schema of a request."""
+def describe(model: Model, revision: str | None, settings: Settings, loaded: Loaded) -> dict[str, Any]:
+    """The model, its modes, defaults and limits, what is loaded where, and the JSON Schema of a request."""
     return {
         "status": "success",
         "describe": {
@@ -39,7 +28,7 @@ def describe(model: Model, revision: str | None, settings: Settings, held: Held)
             "model_revision": revision,
             "licence": model.licence,
             "modes": {
-                mode: {"needs": sorted(row.needs), "takes": sorted(row.takes)} for mode, row in model.pipelines.items()
+                mode: {"needs": sorted(row.needs), "takes": sorted(row.takes)} for mode, row in model.modes.items()
             },
             "defaults": {
                 "width": model.width,
@@ -59,21 +48,21 @@ def describe(model: Model, revision: str | None, settings: Settings, held: Held)
             "schedulers": {name: {"starts_from_a_picture": row.starts_midway} for name, row in SCHEDULERS.items()},
             "adapters": {
                 "lora_dir": [str(file.relative_to(settings.lora_dir)) for file in _adapters(settings)],
-                "in_memory": list(held.adapters),
+                "in_memory": list(loaded.adapters),
             },
             "controlnets": {
                 net.name: {
                     "types": {
-                        kind: {"conditioning_scale": hearing.conditioning_scale, "guidance_end": hearing.guidance_end}
-                        for kind, hearing in net.types.items()
+                        kind: {"conditioning_scale": row.conditioning_scale, "guidance_end": row.guidance_end}
+                        for kind, row in net.types.items()
                     },
                     "licence": net.licence,
-                    "loaded": net.name in held.controlnets,
+                    "loaded": net.name in loaded.controlnets,
                 }
                 for net in controlnets_for(model, settings.controlnets)
             },
             "image_prompt": settings.redux_model if "image_prompt" in model.base.takes else None,
-            "placement": dict(held.placement),
+            "placement": dict(loaded.placement),
             "aliases": dict(ALIASES),
             "without_effect": dict(WITHOUT_EFFECT),
             "named_sizes": {name: list(size) for name, size in NAMED_SIZES.items()},
@@ -89,20 +78,22 @@ def _adapters(settings: Settings) -> list[Path]:
 
 def show_plan(plan: Plan) -> dict[str, Any]:
     """What would be done, for `{"input": {"dry_run": true, ...}}`: the plan as JSON, pictures by their references."""
-    told = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    told["controls"] = [
-        {
-            "type": control.type,
-            "controlnet": control.network,
-            "scale": control.scale,
-            "start": control.start,
-            "end": control.end,
-            "preprocess": control.asked.preprocess,
-        }
-        for control in plan.controls
-    ]
-    told["adapters"] = [adapter.told() for adapter in plan.adapters]
-    told |= {"pipeline": plan.pipeline.class_name, "pictures": dict(told.pop("references"))}
-    for name in ("canvas", "prompts", "seeds", "warnings", "sigmas"):
-        told[name] = None if told[name] is None else list(told[name])
-    return {"status": "success", "plan": told}
+    controls = [{"controlnet": control.network, **control.options()} for control in plan.controls]
+    return {
+        "status": "success",
+        "plan": {
+            "mode": plan.mode,
+            "pipeline": plan.spec.class_name,
+            **plan.sampling.values(),
+            "prompts": list(plan.prompts),
+            "seeds": list(plan.seeds),
+            "canvas": list(plan.canvas),
+            "steps": plan.steps,
+            "batch_size": plan.batch_size,
+            "pictures": plan.sampling.pictures(),
+            "controls": controls,
+            "adapters": [adapter.summary() for adapter in plan.adapters],
+            "preview": plan.preview,
+            "warnings": list(plan.warnings),
+        },
+    }

@@ -1,4 +1,4 @@
-"""Puts a loaded pipeline's weights where a placement wants them."""
+"""A pipeline whose weights are where a placement wants them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.engine.modulation import Modulation
-from src.engine.streaming import Stream
-from src.placement import Placement, block_of, in_order, is_modulation
+from src.engine.modulation import ModulationCache
+from src.engine.offload import Offloader
+from src.weights.placement import Placement, block_of, in_order, is_modulation
 
 
-class Placed:
-    """A pipeline, placed; without a placement it stays as it is."""
+class PlacedPipeline:
+    """Puts the pipeline's weights in their places; without a placement they stay where they are."""
 
     def __init__(self, pipeline: Any, placement: Placement | None, device: torch.device) -> None:
         self.placement = placement
         self.device = device
-        self._modulation: Modulation | None = None
-        self._stream: Stream | None = None
+        self._modulation_cache: ModulationCache | None = None
         self._offload = placement.offload if placement else None
         if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
             pipeline.enable_sequential_cpu_offload(device=device)
         elif self._offload == "model":
             self.prepare(pipeline)
         elif placement and self._offload is None:
-            self._park(pipeline, placement)
+            self._offload_weights(pipeline, placement)
             pipeline.to(device)
 
-    def _park(self, pipeline: Any, placement: Placement) -> None:
-        stream = self._stream = Stream(self.device)
-        apart: list[nn.Module] = []
+    def _offload_weights(self, pipeline: Any, placement: Placement) -> None:
+        offloader = Offloader(self.device)
+        modulation: list[nn.Module] = []
         if placement.modulation_cache:
-            apart = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]
-            self._modulation = Modulation(pipeline.transformer, stream)
+            modulation = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]
+            self._modulation_cache = ModulationCache(pipeline.transformer, offloader)
         for component, indices in placement.streamed.items():
             network = getattr(pipeline, component)
             blocks = in_order(block for name, _ in network.named_parameters() if (block := block_of(name)))
             for index in indices:
-                stream.stream(network.get_submodule(blocks[index]), without=apart)
+                offloader.stream(network.get_submodule(blocks[index]), without=modulation)
 
     @property
     def quantization(self) -> str | None:
@@ -53,6 +52,7 @@ class Placed:
         if self._offload == "model":
             view.enable_model_cpu_offload(device=self.device)
 
-    def denoising(self, scheduler: Any, steps: int, adapters: Hashable) -> AbstractContextManager[None]:
+    def denoising(self, scheduler: Any, steps: int, adapter_weights: Hashable) -> AbstractContextManager[None]:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""
-        return self._modulation.ahead(scheduler, steps, adapters) if self._modulation else nullcontext()
+        cache = self._modulation_cache
+        return cache.ahead(scheduler, steps, adapter_weights) if cache else nullcontext()

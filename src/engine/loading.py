@@ -21,14 +21,14 @@ from huggingface_hub import snapshot_download
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.controlnets import values_of
+from src.engine.engine import Engine
 from src.engine.machine import measure
-from src.engine.placing import Placed
-from src.engine.quantization import Quantization
-from src.engine.run import Engine
-from src.errors import DeviceFailed, ModelUnavailable, WorkerError
-from src.files import Files, Refused, Source, check_whole, why
-from src.placement import Weights, Work, place
+from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.quantization import Quantizer
+from src.errors import ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
+from src.weights.files import Files, Source, check_whole
+from src.weights.placement import Weights, Work, choose_placement
 
 log = logging.getLogger("worker")
 
@@ -58,26 +58,34 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
         guided = _is_guided(index, configurations["transformer"])
         model = settle_model(name, class_name=index["_class_name"], guided=guided)
-        placement = place(
+        placement = choose_placement(
             Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
             measure(device, dtype, settings.memory_limit_gb),
             _work(model, settings, files, dtype.itemsize),
             settings.placement_mode,
         )
-        log.info("placement: %s", placement.told(), extra={"facts": {"placement": placement.told()}})
+        log.info("placement: %s", placement.summary(), extra={"facts": {"placement": placement.summary()}})
         laps.end("plan")
         kind = placement.quantization
-        quantization = Quantization(kind, device, settings.quantized_dir) if kind else None
-        pipeline = _load(index, source, dtype, quantization)
+        quantizer = Quantizer(kind, device, settings.quantized_dir) if kind else None
+        pipeline = _load(index, source, dtype, quantizer)
         laps.end("read")
-        placed = Placed(pipeline, placement, device)
+        placed_pipeline = PlacedPipeline(pipeline, placement, device)
         compiled = accelerate(pipeline, settings, device)
         laps.end("place")
     except WorkerError:
         raise
     except Exception as error:
-        raise ModelUnavailable(f"{name}: {why(error, settings)}") from error
-    engine = Engine(pipeline, model, source.revision, files=files, placed=placed, compiled=compiled)
+        raise ModelUnavailable(f"{name}: {files.explain(error)}") from error
+    engine = Engine(
+        pipeline,
+        model,
+        source.revision,
+        settings=settings,
+        files=files,
+        placed_pipeline=placed_pipeline,
+        compiled=compiled,
+    )
     engine.load_controlnets(settings.controlnets)
     log.info("%s is loaded: %s", name, laps, extra={"facts": {"seconds": laps.seconds}})
     return engine
@@ -100,7 +108,7 @@ class _Laps:
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:
-    """The picture that must fit, and the ControlNets that are to stay beside the model."""
+    """The picture that must fit, and the ControlNets that are to stay in memory."""
     wanted = {name.lower() for name in settings.controlnets}
     nets = [net for net in controlnets_for(model) if {net.name.lower(), net.repo.lower()} & wanted]
     return Work(
@@ -110,11 +118,11 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
         model.max_sequence_length,
         settings.max_pixels,
         settings.batch_size,
-        beside=itemsize * sum(values_of(net, files) for net in nets),
+        controlnets=itemsize * sum(values_of(net, files) for net in nets),
     )
 
 
-def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantization: Quantization | None) -> Any:
+def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer | None) -> Any:
     """The pipeline with all its parts, in the host's memory but for weights that were quantized on the device.
 
     FLUX.2-dev names a processor of words and pictures, which wants torchvision; its tokenizer is all that is needed.
@@ -124,18 +132,18 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantiza
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
-    kept = quantization.file(_fingerprint(source)) if quantization else None
-    if quantization and kept and kept.is_file():
+    kept = quantizer.file(_fingerprint(source)) if quantizer else None
+    if quantizer and kept and kept.is_file():
         of = getattr(diffusers, index["transformer"][1])
         with init_empty_weights():
             parts["transformer"] = of.from_config(of.load_config(folder / "transformer")).to(dtype).eval()
-        quantization.restore(parts["transformer"], kept)
+        quantizer.restore(parts["transformer"], kept)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
-    if quantization and kept and "transformer" not in parts:
-        quantization.quantize(pipeline.transformer)
-        quantization.keep(pipeline.transformer, kept)
+    if quantizer and kept and "transformer" not in parts:
+        answers = quantizer.quantize(pipeline.transformer)
+        quantizer.keep(pipeline.transformer, answers, kept)
     for name in processors:
         pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
     return pipeline
@@ -161,28 +169,6 @@ def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool
     if "is_distilled" in index:
         return not index["is_distilled"]
     return bool(transformer["guidance_embeds"])
-
-
-def check_device() -> None:
-    """Raise DeviceFailed, saying why, where there is a card that cannot be used: on the CPU a picture takes hours."""
-    if not torch.cuda.is_available():
-        if Path("/dev/nvidiactl").exists():
-            raise DeviceFailed(
-                f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: its CUDA {torch.version.cuda} "
-                "wants a newer driver (on RunPod: the endpoint's allowed CUDA versions), or the image holds torch for "
-                "the CPU"
-            )
-        return
-    name = torch.cuda.get_device_name()
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise DeviceFailed(f"{name} has no bfloat16, which FLUX needs: choose a card of the year 2020 or later")
-    try:
-        ones = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
-        wrong = not bool((ones @ ones == 64).all())
-    except RuntimeError as error:
-        raise DeviceFailed(f"{name} does not compute: {str(error).strip().partition(chr(10))[0]}") from error
-    if wrong:
-        raise DeviceFailed(f"{name} computes wrongly")
 
 
 def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:

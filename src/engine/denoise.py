@@ -1,0 +1,141 @@
+"""Seeds -> pictures: one call of a plan's pipeline after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+
+from src.engine.memory import MemoryFallback, free_memory, is_out_of_memory
+from src.engine.phases import Phases
+from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.preview import Preview
+from src.engine.prompts import Embeddings
+from src.engine.step_cache import step_cache
+from src.errors import GenerationFailed
+from src.plan.plan import Plan
+
+# A request's picture -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
+_PICTURES = {"init_image": "image", "mask_image": "mask_image", "control_image": "control_image"}
+# Of what is set in a plan's sampling, what pipelines take under the same name.
+_SAMPLING = frozenset("num_inference_steps guidance_scale max_sequence_length true_cfg_scale strength".split())
+
+
+class Denoiser:
+    """Turns seeds into pictures of one plan, together as long as there is memory for that."""
+
+    def __init__(
+        self,
+        view: Any,
+        plan: Plan,
+        arguments: Mapping[str, Any],
+        phases: Phases,
+        placed_pipeline: PlacedPipeline,
+    ) -> None:
+        self._view = view
+        self._plan = plan
+        self._phases = phases
+        self._placed_pipeline = placed_pipeline
+        self._fallback = MemoryFallback(view)
+        set_by_plan = plan.sampling.model_fields_set & _SAMPLING
+        self._arguments: dict[str, Any] = {
+            **arguments,
+            **{_PICTURES[kind]: self._pictures(kind) for kind in plan.pictures if kind in _PICTURES},
+            **{name: getattr(plan.sampling, name) for name in set_by_plan},
+            "width": plan.canvas[0],
+            "height": plan.canvas[1],
+        }
+        if plan.spec.own_sizes:
+            self._arguments |= {"max_area": plan.canvas[0] * plan.canvas[1], "_auto_resize": False}
+        if plan.sampling.sigmas is not None:
+            self._arguments["sigmas"] = list(plan.sampling.sigmas)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was given up for memory."""
+        return self._fallback.warnings
+
+    def _pictures(self, kind: str) -> Any:
+        """One picture, or a list of them where the pipeline takes several."""
+        spec, pictures = self._plan.spec, self._plan.pictures[kind]
+        several = spec.controlnet if kind == "control_image" else kind == "init_image" and spec.references > 1
+        return list(pictures) if several else pictures[0]
+
+    def draw(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
+        """Denoise and decode the pictures of `seeds`, all of the one `prompt`."""
+        step = self._phases.steps_done
+        while True:
+            try:
+                return self._call(seeds, prompt)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._fallback.next(self._phases.current, len(seeds)):
+                    raise
+                free_memory(error)
+            self._phases.steps_done = step
+            if self._fallback.one_by_one and len(seeds) > 1:
+                return [picture for seed in seeds for picture in self.draw((seed,), prompt)]
+
+    def _call(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
+        plan, phases = self._plan, self._phases
+        preview = Preview(self._view, plan) if plan.preview else None
+
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            latents = tensors["latents"]
+            phases.step(len(seeds), preview.look(step, latents) if preview else None)
+            if step + 1 == plan.steps:
+                if not latents.isfinite().all():
+                    raise GenerationFailed(
+                        f"the model's values are not finite after {step + 1} steps with guidance_scale "
+                        f"{plan.sampling.guidance_scale}; try another seed, scheduler or guidance_scale"
+                    )
+                phases.begin("decode")
+            return {}
+
+        phases.begin("denoise")
+        torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
+        # On the CPU, so that a seed means the same picture on every card.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        modulation_ahead = self._placed_pipeline.denoising(self._view.scheduler, plan.steps, plan.adapter_weights)
+        with modulation_ahead, step_cache(self._view, plan):
+            result = self._view(
+                **self._arguments,
+                **prompt,
+                **self._start(generators, prompt["prompt_embeds"]),
+                num_images_per_prompt=len(seeds),
+                generator=generators,
+                output_type="pt",
+                callback_on_step_end=on_step_end,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
+        return _as_pictures(result.images)
+
+    def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The noise that a seed means without its control pictures: encoding those draws from the generator first."""
+        if not self._plan.spec.controlnet or "init_image" in self._plan.pictures:
+            return {}
+        width, height = self._plan.canvas
+        channels = self._view.transformer.config.in_channels // 4
+        noise, _ = self._view.prepare_latents(
+            len(generators), channels, height, width, like.dtype, like.device, generators
+        )
+        return {"latents": noise}
+
+
+def finish(picture: Image.Image, plan: Plan) -> Image.Image:
+    """The middle of the canvas; outside a mask the very pixels that were sent."""
+    if "mask_image" in plan.pictures and plan.sampling.preserve_unmasked:
+        mask = plan.pictures["mask_image"][0].point(lambda level: 255 if level >= 128 else 0)  # as diffusers rounds it
+        picture = Image.composite(picture, plan.pictures["init_image"][0], mask)
+    width, height = plan.sampling.width, plan.sampling.height
+    if picture.size == (width, height):
+        return picture
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _as_pictures(values: torch.Tensor) -> list[Image.Image]:
+    """RGB pictures of [pictures, 3, height, width] from 0 to 1: the bytes of diffusers' own, rounded on the device."""
+    planes = values.float().mul(255).round().to(torch.uint8).cpu().numpy()
+    return [Image.merge("RGB", [Image.fromarray(plane) for plane in picture]) for picture in planes]

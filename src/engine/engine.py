@@ -1,0 +1,205 @@
+"""Runs a Plan on a loaded pipeline: prompts encoded once, pictures denoised one after another.
+
+Knows nothing of requests, of how a model is found, or of how pictures travel.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+
+from src.catalog import SCHEDULERS, Model, Scheduler
+from src.engine.acceleration import Compiled
+from src.engine.adapters import Adapters
+from src.engine.controlnets import ControlNets
+from src.engine.denoise import Denoiser, finish
+from src.engine.memory import free_memory, is_out_of_memory
+from src.engine.phases import Phases
+from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.prompts import Embeddings, Prompts
+from src.engine.redux import Redux
+from src.engine.schedulers import make_scheduler
+from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
+from src.job import OnProgress
+from src.outputs import Generation, Loaded
+from src.plan.plan import Plan
+from src.request.adapters import Adapter
+from src.settings import Settings
+from src.weights.files import Files
+
+
+class Engine:
+    """A pipeline of the family in `model`'s row, and the only one who calls it; one plan at a time."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        model: Model,
+        revision: str | None,
+        *,
+        settings: Settings | None = None,
+        files: Files | None = None,
+        placed_pipeline: PlacedPipeline | None = None,
+        compiled: Compiled | None = None,
+    ) -> None:
+        settings = settings or Settings()
+        files = files or Files(settings)
+        self.model = model
+        self.revision = revision
+        self._pipeline = pipeline
+        self._views = {model.base.class_name: pipeline}
+        self._placed_pipeline = placed_pipeline or PlacedPipeline(pipeline, None, pipeline.device)
+        self._compiled = compiled
+        self._alone = threading.Lock()
+        self._adapters = Adapters(pipeline, settings.max_loras)
+        device = self._placed_pipeline.device
+        self._controlnets = ControlNets(pipeline, model, files, device)
+        self._redux = Redux(pipeline, settings.redux_model, files, device)
+        self._prompts = Prompts(pipeline, self._redux, device)
+        self._own_scheduler = pipeline.scheduler
+        own = Scheduler(type(pipeline.scheduler).__name__)
+        self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.enable_attention_slicing()  # FLUX has nothing that it could slice (diffusers 0.42); others may
+
+    def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
+        """Make the plan's pictures; `on_progress` gets every step, and what it raises stops the plan there.
+
+        Where memory is short it is freed, then pictures are drawn one by one, then decoded in tiles; warnings say so.
+
+        Raises OutOfMemory, GenerationFailed, DeviceFailed or what `on_progress` raised; the engine is then as before,
+        but for DeviceFailed.
+        """
+        with self._alone, _as_worker_errors(plan), self._left_clean(), torch.inference_mode():
+            return self._run(plan, on_progress or (lambda _: None))
+
+    def _run(self, plan: Plan, on_progress: OnProgress) -> Generation:
+        # 1. The pipeline of the plan's mode, set anew
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        synchronize = torch.cuda.synchronize if self._on_cuda else lambda: None
+        phases = Phases(plan.steps * len(plan.seeds), on_progress, synchronize)
+        view = self._view(plan)
+        scheduler = plan.sampling.scheduler or self._own_scheduler_name
+        row = SCHEDULERS.get(scheduler) or Scheduler(scheduler)
+        view.scheduler = make_scheduler(self._own_scheduler, row, plan.sampling.shift)
+
+        # 2. Adapters and ControlNets
+        arguments: dict[str, Any] = {}
+        if plan.adapters:
+            phases.begin("load_adapters")
+        self._adapters.use(plan.adapters)
+        if plan.spec.controlnet:
+            phases.begin("load_controlnets")
+            for other in self._views.values():
+                other.controlnet = None  # or it would hold networks that make room now
+            view.controlnet, arguments = self._controlnets.use(plan.controls)
+
+        # 3. Prompts, then pictures
+        phases.begin("encode_prompt")
+        prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+        self._placed_pipeline.prepare(view)
+        denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline)
+        pictures = [picture for prompt, seeds in plan.batches() for picture in denoiser.draw(seeds, prompts[prompt])]
+        phases.end()
+        return Generation(
+            pictures=tuple(finish(picture, plan) for picture in pictures),
+            scheduler=scheduler,
+            timings=phases.seconds,
+            warnings=(*self._prompts.truncation(plan), *denoiser.warnings),
+            peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
+            quantization=self._placed_pipeline.quantization,
+        )
+
+    def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
+        """Why adapters do not fit this model; takes no time of the device."""
+        return self._adapters.faults(adapters)
+
+    def loaded(self) -> Loaded:
+        """What is in memory, and where."""
+        placement = self._placed_pipeline.placement
+        return Loaded(self._adapters.in_memory, self._controlnets.in_memory, placement.summary() if placement else {})
+
+    def load_controlnets(self, names: Sequence[str]) -> None:
+        """Load these at the start, and keep them."""
+        self._controlnets.load(names)
+
+    def fetch(self, plan: Plan, before_download: Callable[[], None] = lambda: None) -> None:
+        """See that all that only this plan needs is on this machine and made for this model; takes no device time.
+
+        Raises ModelUnavailable with the reason where it is not.
+        """
+        self._controlnets.fetch(plan.controls, before_download)
+        if "image_prompt" in plan.pictures:
+            self._redux.fetch(before_download)
+
+    def warm_up(self, plan: Plan, steps: int) -> float:
+        """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
+        if self._compiled:
+            self._compiled.warm_up(lambda: self.run(plan))
+        else:
+            self.run(plan)
+        seconds = self.run(plan).timings
+        return sum(seconds.values()) + seconds["denoise"] * (steps / plan.steps - 1)
+
+    @contextmanager
+    def _left_clean(self) -> Iterator[None]:
+        """However a plan ends, nothing of it stays: no tensors in dead frames, no weights that hooks brought in."""
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            self._pipeline.maybe_free_model_hooks()
+            raise
+
+    def _encode(self, plan: Plan, prompt: str) -> Embeddings:
+        """The prompt's embeddings; memory that is short is freed once."""
+        try:
+            return self._prompts.read(plan, prompt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_memory(error)
+        return self._prompts.read(plan, prompt)
+
+    def _view(self, plan: Plan) -> Any:
+        """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
+        name = plan.spec.class_name
+        if name not in self._views:
+            networks = {"controlnet": None} if plan.spec.controlnet else {}  # set for each plan
+            with torch.inference_mode(False), torch.no_grad():  # fp8 weights cannot be looked at within it
+                view = getattr(diffusers, name).from_pipe(self._pipeline, dtype=self._pipeline.dtype, **networks)
+            view.set_progress_bar_config(disable=True)
+            self._views[name] = view
+        return self._views[name]
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._placed_pipeline.device.type == "cuda"
+
+
+@contextmanager
+def _as_worker_errors(plan: Plan) -> Iterator[None]:
+    """What torch and diffusers raise, as what a client can act on."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            free_memory(error)
+            raise OutOfMemory(
+                f"{plan.sampling.width}x{plan.sampling.height} with {len(plan.seeds)} image(s) needs more memory than "
+                "there is; ask for a smaller width, height or num_images, or choose a larger card"
+            ) from error
+        if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+            raise DeviceFailed(f"the device failed and this worker must be replaced: {_first_line(error)}") from error
+        raise GenerationFailed(f"the model refused these tensors: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,30 @@
+"""What the engine gives back: the pictures of a plan, and what it holds in memory. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a Plan became: RGB pictures of the plan's width and height, in the order of its seeds."""
+
+    pictures: tuple[Image.Image, ...]
+    scheduler: str  # the row of the catalog that was used, or the class of the model's own where it has none
+    timings: Mapping[str, float]  # seconds: encode_prompt, denoise, decode
+    warnings: tuple[str, ...]
+    peak_memory: int | None  # bytes on the card; None on the CPU
+    quantization: str | None = None  # of the weights; None is exact
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is in memory now: adapters as they were asked for, ControlNets by name, and where the weights live."""
+
+    adapters: tuple[str, ...]
+    controlnets: tuple[str, ...]
+    placement: Mapping[str, Any]

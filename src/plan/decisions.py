@@ -1,0 +1,228 @@
+"""What a request leaves open, decided one by one: each function returns a value and the faults that it found.
+
+`wrong` are the fields that are faulty already: what depends on them is not message too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Sequence
+
+from PIL import Image
+
+from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
+from src.errors import Fault
+from src.plan.geometry import Size, borders, covers, widen
+from src.plan.sizes import asking_field, canvas, decide_size, shrunk
+from src.request.adapters import Adapter
+from src.request.images import MAX_PIXELS, Pictures
+from src.request.schema import PICTURES, SINGLES, Request
+from src.wording import did_you_mean, show
+
+Faults = list[Fault]
+
+_REFERENCE_SIDE, _REFERENCE_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
+
+
+def decide_mode(request: Request, model: Model, wrong: Collection[str]) -> tuple[tuple[str, ModeSpec], Faults]:
+    """The mode that the request's pictures ask for, where the model has it and can use the other fields."""
+    faults: Faults = []
+    given = {kind for kind, *_ in request.sources()}
+    given |= {kind for kind in PICTURES if kind in wrong}
+    given |= {single for name, single in SINGLES.items() if name in wrong and single in PICTURES}
+    given.discard("image_prompt")  # it is read, as the prompt is, in every mode that can
+    if (request.outpaint or "outpaint" in wrong) and "init_image" in given:
+        given.add("mask_image")  # which lies around it
+    mode = next((name for name, spec in model.modes.items() if spec.needs == given), None)
+    if mode is None:
+        kinds = "; ".join(f"{name}: {_listed(spec.needs)}" for name, spec in model.modes.items())
+        message = f"{model.name} has no mode for {_listed(given)}; allowed: {kinds}"
+        faults.append(Fault(min(given, default="init_image"), message))
+    spec = model.modes.get(mode or "") or model.base
+    taken = EVERY_MODE_TAKES | spec.takes | PICTURES.keys() - {"image_prompt"} | SINGLES.keys()
+    faults += [
+        Fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
+        for name in sorted(request.said - taken - set(wrong))
+    ]
+    return (mode or "", spec), faults
+
+
+def decide_pictures(request: Request, pictures: Pictures) -> tuple[Pictures, Faults]:
+    """`pictures` with the mask as large as its picture, and both with the borders that are to be drawn around them."""
+    if "init_image" not in pictures:
+        return pictures, []
+    picture = pictures["init_image"][0]
+    masks = pictures.get("mask_image", ())
+    for mask in masks:
+        if not covers(mask.size, picture.size):
+            sizes = f"{_by(picture.size)}, got {_by(mask.size)}"
+            return pictures, [Fault("mask_image", f"must have the shape of init_image, which is {sizes}")]
+    masks = tuple(mask.resize(picture.size, Image.Resampling.NEAREST) for mask in masks)
+    if request.outpaint:
+        (left, right), (top, bottom) = around = borders(request.outpaint, picture.size)
+        width, height = picture.width + left + right, picture.height + top + bottom
+        if width * height > MAX_PIXELS:
+            message = f"would make a picture of {_by((width, height))}; allowed: {MAX_PIXELS:,} pixels at most"
+            return pictures, [Fault("outpaint", message)]
+        picture, mask = widen(picture, masks[0] if masks else Image.new("L", picture.size), around)
+        return {"init_image": (picture,), "mask_image": (mask,)}, []
+    return {**pictures, **({"mask_image": masks} if masks else {})}, []
+
+
+def decide_steps(request: Request, model: Model) -> tuple[int, Faults]:
+    """num_inference_steps: the request's, or as many as it gives sigmas."""
+    faults: Faults = []
+    if request.sigmas is None:
+        return request.num_inference_steps or model.num_inference_steps, faults
+    if any(after >= before for before, after in itertools.pairwise(request.sigmas)):
+        faults.append(Fault("sigmas", f"must fall from each to the next, got {show(list(request.sigmas))}"))
+    count = len(request.sigmas)
+    if request.num_inference_steps not in (None, count):
+        faults.append(Fault("sigmas", f"must be one a step, got {count} for {request.num_inference_steps} steps"))
+    row = SCHEDULERS.get(request.scheduler or "")
+    if row is not None and (not row.flow_match or row.config):
+        allowed = [name for name, row in SCHEDULERS.items() if row.flow_match and not row.config]
+        faults.append(Fault("sigmas", f"cannot be used by {request.scheduler}; allowed: {', '.join(allowed)}"))
+    return count, faults
+
+
+def decide_calls(steps: int, strength: float | None, scheduler: str | None) -> tuple[int, Faults]:
+    """How often the model is called: for the last share of the `steps` where a picture is the start."""
+    row = SCHEDULERS.get(scheduler or "")
+    order = row.order if row else 1
+    if strength is not None:
+        asked = steps
+        steps -= int(max(steps - steps * strength, 0))  # as diffusers counts them, FluxImg2ImgPipeline.get_timesteps
+        if steps < 1:
+            message = f"times num_inference_steps must be 1 at least, got {strength} x {asked}"
+            return 0, [Fault("strength", message)]
+    return order * steps - (order - 1), []
+
+
+def decide_pixels(
+    request: Request, model: Model, spec: ModeSpec, pictures: Pictures, max_pixels: int, wrong: Collection[str]
+) -> tuple[Size, Faults]:
+    """Width and height; a picture gives those that the request leaves open."""
+    given = [*pictures.get("init_image", ()), *pictures.get("control_image", ())]
+    (width, height), faults = decide_size(
+        request, (model.width, model.height), given[0].size if given else None, max_pixels
+    )
+    if spec.max_pixels and not {"width", "height", "megapixels"} & request.said:
+        width, height = shrunk((width, height), spec.max_pixels, model.side_multiple)
+    across, down = canvas((width, height), model.side_multiple)
+    for most, pixels in ((max_pixels, width * height), (spec.max_pixels or across * down, across * down)):
+        if pixels > most and not faults and not {"width", "height"} & set(wrong):
+            message = f"makes too many pixels: at most {most:,} pixels, got {_by((width, height))} = {pixels:,}"
+            return (width, height), [Fault(asking_field(request) or "width", message)]
+    return (width, height), faults
+
+
+def decide_scheduler(request: Request, mode: str, *, midway: bool) -> tuple[str | None, Faults]:
+    """The row that the request names; `midway` is whether it has to start from a picture with noise."""
+    name = request.scheduler
+    allowed = [key for key, row in SCHEDULERS.items() if row.starts_midway or not midway]
+    if name is None or name in allowed:
+        return name, []
+    if name in SCHEDULERS:
+        return name, [Fault("scheduler", f"{name} cannot start from a picture; {mode} allows: {', '.join(allowed)}")]
+    hint = did_you_mean(name, allowed)
+    return name, [Fault("scheduler", f"is no scheduler, got {show(name)}{hint}; allowed: {', '.join(allowed)}")]
+
+
+def decide_prompts(request: Request, model: Model) -> tuple[tuple[str, ...], Faults]:
+    """One a picture."""
+    faults, limit = [], model.max_sequence_length
+    if (request.max_sequence_length or 1) > limit:
+        message = f"must be an integer from 1 to {limit} for {model.name}, got {show(request.max_sequence_length)}"
+        faults.append(Fault("max_sequence_length", message))
+    if len(request.prompt) == 1:
+        return request.prompt * request.num_images, faults
+    if "num_images" in request.model_fields_set and request.num_images != len(request.prompt):
+        message = f"must be {len(request.prompt)}, one a prompt, got {request.num_images}"
+        faults.append(Fault("num_images", message))
+    return request.prompt, faults
+
+
+def decide_guidance(request: Request, model: Model) -> tuple[float, Faults]:
+    """What the model was trained with bounds its guidance."""
+    most, asked = model.max_guidance_scale, request.guidance_scale
+    if asked is None:
+        return model.guidance_scale, []
+    if asked <= most:
+        return asked, []
+    allowed = f"a number from 0 to {most:g} for {model.name}"
+    message = f"must be less than or equal to {most:g}, got {asked:g}; allowed: {allowed}"
+    return asked, [Fault("guidance_scale", message)]
+
+
+def decide_negative_prompt(
+    request: Request, spec: ModeSpec, guidance_scale: float, wrong: Collection[str]
+) -> tuple[str | None, Faults]:
+    """What is steered away from, where anything is: the empty prompt unless the request says more."""
+    if "negative_prompt" not in spec.takes:
+        return None, []
+    name = "true_cfg_scale" if "true_cfg_scale" in spec.takes else "guidance_scale"
+    scale = request.true_cfg_scale if name == "true_cfg_scale" else guidance_scale
+    if scale > 1:
+        return request.negative_prompt or "", []
+    if name in wrong or not (request.negative_prompt or "").strip():
+        return None, []
+    message = f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out"
+    return None, [Fault("negative_prompt", message)]
+
+
+def check_speed(request: Request, mode: str, spec: ModeSpec, negative_prompt: str | None) -> Faults:
+    """Steps are never guessed from others where two directions are mixed, unless the pipeline tells them apart."""
+    if SPEEDS[request.speed] is None or negative_prompt is None or spec.cache_context:
+        return []
+    message = (
+        f"{request.speed} cannot be used by {mode} with a negative prompt; allowed: exact, or no true_cfg_scale above 1"
+    )
+    return [Fault("speed", message)]
+
+
+def check_references(request: Request, model: Model, spec: ModeSpec, pictures: Pictures) -> Faults:
+    """How many pictures the mode starts from, and of what shape those are that it reads as they are."""
+    most, count = max(spec.references, 1), len(request.init_images)
+    faults: Faults = []
+    if count > most:
+        faults.append(Fault("init_images", f"{model.name} takes {most} at most here, got {count}"))
+    if spec.references > 1:
+        for i, picture in enumerate(pictures.get("init_image", ())[:count]):
+            if min(picture.size) < _REFERENCE_SIDE or max(picture.size) > _REFERENCE_ASPECT * min(picture.size):
+                message = (
+                    f"must have {_REFERENCE_SIDE} pixels a side at least and be at most {_REFERENCE_ASPECT} times as "
+                    f"long as wide for {model.name}, got {_by(picture.size)}"
+                )
+                faults.append(Fault(request.entry_field("init_images", i), message))
+    return faults
+
+
+def check_adapters(adapters: Sequence[Adapter]) -> Faults:
+    """An adapter is asked for once."""
+    names = [adapter.name for adapter in adapters]
+    twice = {adapter.name: adapter for adapter in adapters if names.count(adapter.name) > 1}
+    return [Fault("loras", f"names {show(adapter.summary()['path'])} more than once") for adapter in twice.values()]
+
+
+def without_effect(request: Request, model: Model, calls: int) -> list[str]:
+    """Warnings of what changes nothing and hurts nobody."""
+    warnings = []
+    cache = SPEEDS[request.speed]
+    if cache and calls <= cache.computed_first:
+        warnings.append(
+            f"speed {request.speed} has no effect on {calls} steps: the first {cache.computed_first} are computed"
+        )
+    if request.guidance_scale is not None and not FAMILIES[model.family].guided:
+        warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
+    if "output_quality" in request.said and not FORMATS[request.output_format].quality:
+        warnings.append(f"output_quality has no effect on {request.output_format}")
+    return warnings
+
+
+def _by(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names)) or "no picture"

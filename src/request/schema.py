@@ -1,0 +1,335 @@
+"""What a client may write: the fields of a request, their ranges and what is allowed, in a client's words."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+
+from src.catalog import FORMATS, SPEEDS
+
+MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
+MAX_SEED = 2**63 - 1
+MIN_SIDE, MAX_SIDE = 64, 2048
+# What a request's pictures are for, and how they are read: in colour, or as a mask.
+PICTURES: Mapping[str, str] = MappingProxyType(
+    {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
+)
+MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
+# A field that holds one entry, by the list of such entries that `Request.as_lists` puts it into.
+SINGLES: Mapping[str, str] = MappingProxyType(
+    {"init_images": "init_image", "controls": "control_image", "loras": "lora_path"}
+)
+# An option of an entry of `controls`, and the field that says it of control_image.
+CONTROL_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "type": "control_type",
+        "scale": "controlnet_conditioning_scale",
+        "start": "control_guidance_start",
+        "end": "control_guidance_end",
+        "preprocess": "preprocess",
+    }
+)
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 512.0 is 512."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _clean(text: str) -> str:
+    if any(unicodedata.category(character) == "Cc" and character not in "\n\r\t" for character in text):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuses longer lists before their items are looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, (list, tuple)) and len(value) > most:
+            raise ValueError(f"must hold {most} at most, not {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _one_or_several(value: object) -> object:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _picked(value: object) -> object:
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+def _number(value: object) -> object:
+    """Replicate's megapixels come as text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d{1,2}(\.\d{1,6})?", value) else value
+
+
+def _ratio(value: object) -> object:
+    """Replicate's words for what is meant where nothing is said: the picture's, or width's and height's."""
+    return None if value in ("match_input_image", "custom") else value
+
+
+def _format(value: object) -> object:
+    name = value.strip().upper() if isinstance(value, str) else value
+    return "JPEG" if name == "JPG" else name
+
+
+def _row_of(table: Iterable[str]) -> tuple[Callable[[object], object], WithJsonSchema]:
+    """What takes the names of `table` alone, and how the JSON Schema says it."""
+    names = tuple(table)
+
+    def check(value: object) -> object:
+        if value not in names:
+            raise ValueError(f"must be {_either(names)}")
+        return value
+
+    return check, WithJsonSchema({"type": "string", "enum": list(names)})
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+_check_format, _FORMAT_SCHEMA = _row_of(FORMATS)
+_check_speed, _SPEED_SCHEMA = _row_of(SPEEDS)
+
+Whole = Annotated[StrictInt, BeforeValidator(_whole)]
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
+Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
+Picture = StrictStr | None
+_PICTURE = "a picture as base64, data URI or https URL"
+_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
+_TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
+_ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
+_PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
+_PROMPT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS}
+
+
+class Lora(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)]
+    scale: Annotated[Number, Field(ge=-4, le=4)] = 0.7
+    weight_name: StrictStr | None = None
+    revision: StrictStr | None = None
+
+
+class Control(BaseModel):
+    """One picture that says where things are; None means what the ControlNet's row says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: StrictStr
+    type: StrictStr | None = None
+    scale: Annotated[Number, Field(ge=0, le=2)] | None = None
+    start: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    end: Annotated[Number, Field(ge=0, le=1)] | None = None
+    preprocess: StrictBool = False
+
+
+Border = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
+
+
+class Borders(BaseModel):
+    """Pixels to draw anew on each side of a picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    left: Border = 0
+    right: Border = 0
+    top: Border = 0
+    bottom: Border = 0
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if not (self.left or self.right or self.top or self.bottom):
+            raise ValueError("must be above 0 on one side at least")
+        return self
+
+
+class Request(BaseModel):
+    """One valid request; None means the model's own default. Descriptions say what is allowed.
+
+    The order is the one in which a picture's file repeats them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: Annotated[
+        tuple[Annotated[Text, AfterValidator(_not_blank)], ...],
+        BeforeValidator(_one_or_several),
+        _at_most(4),
+        Field(min_length=1),
+        WithJsonSchema({"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "maxItems": 4}]}),
+    ] = Field(description=f"{_PROMPT}; or a list of 2 to 4, one a picture")
+    width: Side | None = Field(None, description=_SIDE)
+    height: Side | None = Field(None, description=_SIDE)
+    aspect_ratio: Annotated[
+        Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None, BeforeValidator(_ratio)
+    ] = Field(None, description="width to height, as 16:9; instead of width and height")
+    megapixels: Annotated[Annotated[Number, Field(ge=0.01, le=4.2)] | None, BeforeValidator(_number)] = Field(
+        None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
+    )
+    num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
+        None, description="an integer from 1 to 100"
+    )
+    guidance_scale: Annotated[Number, Field(ge=0, le=100)] | None = Field(
+        None, description="a number from 0 to the model's limit (20; Fill, Canny and Depth 100)"
+    )
+    max_sequence_length: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="an integer from 1 to the model's limit"
+    )
+    num_images: Annotated[Whole, Field(ge=1, le=4)] = Field(1, description="an integer from 1 to 4")
+    seed: Annotated[Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked)] = Field(
+        None, description="an integer from 0 to 2^63-1; null or -1 picks one"
+    )
+    output_format: Annotated[StrictStr, BeforeValidator(_format), AfterValidator(_check_format), _FORMAT_SCHEMA] = (
+        Field("PNG", description=_either(FORMATS))
+    )
+    output_quality: Annotated[Whole, Field(ge=1, le=100)] = Field(95, description="an integer from 1 to 100")
+
+    negative_prompt: Text | None = Field(None, description=f"{_TEXT}, with true_cfg_scale above 1")
+    true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
+    prompt_2: Text | None = Field(None, description=f"{_TEXT} for T5, where prompt is for CLIP alone")
+    scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
+    sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], _at_most(100), Field(min_length=1)] | None = (
+        Field(None, description="1 to 100 falling numbers from 1 to above 0, one a step; for experts")
+    )
+    shift: Annotated[Number, Field(ge=0.1, le=20)] | None = Field(
+        None, description="a number from 0.1 to 20: above 1 more steps go to much noise; for experts"
+    )
+    strength: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="a number from 0 to 1: how much of init_image may change"
+    )
+    speed: Annotated[StrictStr, AfterValidator(_check_speed), _SPEED_SCHEMA] = Field(
+        "exact", description=f"{_either(SPEEDS)}: all but exact guess some steps from others"
+    )
+
+    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=_ADAPTER)
+    lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
+    loras: Annotated[tuple[Lora, ...], _at_most(4)] = Field(
+        (), description=f"at most 4 of {{path, scale, weight_name, revision}}; path is {_ADAPTER}"
+    )
+
+    preserve_unmasked: StrictBool = Field(
+        True, description="true or false: outside mask_image the very pixels of init_image come back"
+    )
+    image_prompt_scale: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="a number from 0 to 2: how much image_prompt counts"
+    )
+    init_image: Picture = Field(None, description=_PICTURE)
+    mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
+    image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
+    init_images: Annotated[tuple[StrictStr, ...], _at_most(MAX_PICTURES)] = Field(
+        (), description=f"a list of such pictures, for models that take several: at most {MAX_PICTURES}"
+    )
+    control_image: Picture = Field(None, description=f"{_PICTURE}, which says where things are")
+    control_type: StrictStr | None = Field(None, description="what control_image is: canny, depth, pose ...")
+    controlnet_conditioning_scale: Annotated[Number, Field(ge=0, le=2)] | None = Field(
+        None, description="a number from 0 to 2: how much control_image counts"
+    )
+    control_guidance_start: Annotated[Number, Field(ge=0, le=1)] = Field(
+        0.0, description="a number from 0 to 1: the share of the steps before control_image counts"
+    )
+    control_guidance_end: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="a number from 0 to 1: the share of the steps after which control_image counts no more"
+    )
+    preprocess: StrictBool = Field(
+        False, description="true or false: true makes canny edges from control_image, which is then a plain picture"
+    )
+    controls: Annotated[tuple[Control, ...], _at_most(4)] = Field(
+        (), description="at most 4 of {image, type, scale, start, end, preprocess}, each as control_image"
+    )
+    outpaint: Borders | None = Field(
+        None,
+        description=f"{{left, right, top, bottom}}, integers from 0 to {MAX_SIDE}: pixels to draw around init_image",
+    )
+
+    describe: StrictBool = Field(False, description="true or false; true tells what this worker can do")
+    dry_run: StrictBool = Field(False, description="true or false; true tells what would be done")
+    preview: StrictBool = Field(
+        False, description="true or false; true adds a small JPEG of the picture so far to the progress"
+    )
+
+    _said: frozenset[str] | None = PrivateAttr(None)
+
+    @property
+    def said(self) -> frozenset[str]:
+        """The fields that say something else than their default does; null and nothing ("", []) say nothing."""
+        if self._said is not None:
+            return self._said
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return frozenset(name for name, value in values.items() if value not in (fields[name].default, None, "", ()))
+
+    def as_lists(self) -> Request:
+        """The same with init_image, control_image and lora_path as the first entries of their lists, and not beside
+        them; `entry_field` knows where an entry came from.
+        """
+        lists: dict[str, tuple[Any, ...]] = {}
+        if self.init_image is not None:
+            lists["init_images"] = (self.init_image, *self.init_images)
+        if self.control_image is not None:
+            options = {option: getattr(self, field) for option, field in CONTROL_OPTIONS.items()}
+            lists["controls"] = (Control(image=self.control_image, **options), *self.controls)
+        if self.lora_path is not None:
+            lists["loras"] = (Lora(path=self.lora_path, scale=self.lora_scale), *self.loras)
+        request = self.model_copy(update=lists | {SINGLES[name]: None for name in lists})
+        request._said = self.said | {SINGLES[name] for name in lists}
+        return request
+
+    def entry_field(self, name: str, i: int) -> str:
+        """The field that a client knows entry `i` of the list `name` by: loras.1, or lora_path."""
+        single = SINGLES[name] in self.said
+        return SINGLES[name] if single and i == 0 else f"{name}.{i - single}"
+
+    def sources(self) -> tuple[tuple[str, str, str], ...]:
+        """Every picture as (what it is for, a key of PICTURES; the field that holds it; base64, data URI or URL)."""
+        singles = ((kind, kind, getattr(self, kind)) for kind in ("mask_image", "image_prompt"))
+        lists = (("init_image", "init_images", self.init_images), ("control_image", "controls", self.controls))
+        return (
+            *(found for found in singles if found[2] is not None),
+            *(
+                (kind, self.entry_field(name, i), entry.image if isinstance(entry, Control) else entry)
+                for kind, name, entries in lists
+                for i, entry in enumerate(entries)
+            ),
+        )
+
+
+def reference(source: str) -> str:
+    """A plain URL as it is; anything else, also a URL that may hold a signature, as the digest of what was sent."""
+    if source.lower().startswith("https://") and not {"?", "@", "#"} & set(source):
+        return source
+    return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"

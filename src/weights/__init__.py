@@ -1,0 +1,1 @@
+"""Which files a model is made of, and where each of its weights is to live. No torch."""
