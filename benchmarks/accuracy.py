@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from src.request.images import canny_edges
+from src.plan.preprocessors import canny_edges
 from training import judge
 from training.report import sample_grid
 from training.scenes import COLOURS, draw, every_prompt, some_anywhere, some_pairs

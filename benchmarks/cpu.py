@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.machine import machine
 from src.engine import Engine, load_engine
 from src.plan.plan import make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.settings import ROOT, Settings
 from training.report import captioned
 from training.scenes import every_prompt
@@ -46,11 +46,11 @@ STARTS = 3
 _START = """
 import time
 begun = time.perf_counter()
-told = {}
+seconds = {}
 def lap(name):
     global begun
     now = time.perf_counter()
-    told[name], begun = now - begun, now
+    seconds[name], begun = now - begun, now
 import handler
 lap("import handler")
 import src.engine
@@ -62,7 +62,7 @@ lap("first picture")
 assert handler.handler({"input": {"prompt": "a red star", "seed": 1}})["status"] == "success"
 lap("second picture")
 import json
-print(json.dumps(told))
+print(json.dumps(seconds))
 """
 
 
@@ -101,14 +101,14 @@ def compare(plain: Engine, settings: dict[str, Any], fields: dict[str, Any]) -> 
         "psnr_mean": round(mean(decibels), 1) if decibels else None,
         "psnr_least": round(min(decibels), 1) if decibels else None,
         "seconds": {"plain": round(median(a for a, _ in seconds), 4), "way": round(median(b for _, b in seconds), 4)},
-        "placement": engine.held().placement,
+        "placement": engine.loaded().placement,
         "pictures": shown,
     }
 
 
 def draw(engine: Engine, prompt: str, **fields: Any) -> tuple[Image.Image, float]:
     """The picture, and the seconds that it took."""
-    request, faults = read_request({"input": {"prompt": prompt, "seed": 1, **fields}})
+    request, faults, _ = read_request({"input": {"prompt": prompt, "seed": 1, **fields}})
     plan = make_plan(request, faults, engine.model, max_pixels=128 * 128)
     begun = time.perf_counter()
     generation = engine.run(plan)
@@ -117,8 +117,8 @@ def draw(engine: Engine, prompt: str, **fields: Any) -> tuple[Image.Image, float
 
 def start() -> dict[str, float]:
     """Seconds of each part of a start, from the process's beginning; medians."""
-    told = list(_starts())
-    return {name: round(median(each[name] for each in told), 3) for name in told[0]}
+    starts = list(_starts())
+    return {name: round(median(each[name] for each in starts), 3) for name in starts[0]}
 
 
 def _starts() -> Iterator[dict[str, float]]:

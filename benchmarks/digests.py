@@ -60,7 +60,10 @@ def requests() -> dict[str, dict[str, Any]]:
     return {
         **modes,
         **{f"{mode}, JPEG": {**fields, "output_format": "JPEG"} for mode, fields in modes.items()},
-        **{f"{mode}, WEBP": {**fields, "output_format": "webp", "output_quality": 80} for mode, fields in modes.items()},
+        **{
+            f"{mode}, WEBP": {**fields, "output_format": "webp", "output_quality": 80}
+            for mode, fields in modes.items()
+        },
         **{name: {"scheduler": name} for name in schedulers},
         "four pictures": {"num_images": 4, "seed": 2**63 - 2},
         "two prompts": {"prompt": ["a red star on black", "a blue square on white"]},

@@ -15,6 +15,8 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     pictures = {"photographs": photographs(4, SIDE), "shapes": [shapes(SIDE)]}
-    results = {
+    results: dict[str, Any] = {
         "machine": machine() | {name: version(name) for name in ("pillow", "opencv-python-headless", "isal", "fpng")},
         "side": SIDE,
         "rounds": ROUNDS,
@@ -90,6 +92,9 @@ class Way:
     def missing(self) -> bool:
         return bool(self.module) and find_spec(self.module) is None
 
+    def encode_all(self, pictures: list[Image.Image]) -> list[bytes]:
+        return [self.encode(picture) for picture in pictures]
+
 
 def _pillow(**options: int) -> Encode:
     def encode(picture: Image.Image) -> bytes:
@@ -129,10 +134,9 @@ def _fpng(picture: Image.Image) -> bytes:
 
 def _fpng_two_passes(picture: Image.Image) -> bytes:
     """fpng-py binds the same library with its options; for Linux it has to be compiled."""
-    from fpng_py import CompressionFlags, fpng_encode_image_to_memory
-
-    flags = CompressionFlags.FPNG_ENCODE_SLOWER
-    return bytes(fpng_encode_image_to_memory(picture.tobytes(), *picture.size, 3, flags))
+    fpng_py = import_module("fpng_py")
+    flags = fpng_py.CompressionFlags.FPNG_ENCODE_SLOWER
+    return bytes(fpng_py.fpng_encode_image_to_memory(picture.tobytes(), *picture.size, 3, flags))
 
 
 def _isal(rows: np.ndarray) -> bytes:
@@ -181,7 +185,7 @@ WAYS = (
     Way("ISA-L", "Up, history of 512 bytes", _by_hand(_isal_near)),
     Way("fpng", "", _fpng),
     Way("fpng", "two passes", _fpng_two_passes, "fpng_py"),
-    Way("not compressed", "", _by_hand(lambda rows: zlib.compress(rows, 0))),
+    Way("not compressed", "", _by_hand(lambda rows: zlib.compress(rows.data, 0))),
     Way("lossless WEBP", "", lambda picture: encode_image(picture, "WEBP", lossless=True)),
     Way("JPEG", "quality 95 (not exact)", lambda picture: encode_image(picture, "JPEG", 95), exact=False),
 )
@@ -194,7 +198,7 @@ def files(pictures: Mapping[str, list[Image.Image]], rounds: int) -> list[dict[s
     seconds: dict[tuple[Way, str], list[float]] = {key: [] for key in sizes}
     for _ in range(rounds):
         for way, kind in sizes:
-            seconds[way, kind].append(_seconds(lambda way=way, kind=kind: [way.encode(one) for one in pictures[kind]]))
+            seconds[way, kind].append(_seconds(partial(way.encode_all, pictures[kind])))
 
     def figures(way: Way, kind: str) -> dict[str, float] | None:
         if way.missing:
@@ -214,7 +218,7 @@ def files(pictures: Mapping[str, list[Image.Image]], rounds: int) -> list[dict[s
 
 def _checked(way: Way, pictures: list[Image.Image]) -> int:
     """The bytes of all `pictures`; what is exact has the very pixels."""
-    written = [way.encode(picture) for picture in pictures]
+    written = way.encode_all(pictures)
     for picture, file in zip(pictures, written, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
         assert not way.exact or np.array_equal(pixels, np.asarray(picture)), f"{way}: other pixels"
@@ -232,7 +236,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def diffusers_way(decoded: torch.Tensor) -> list[Image.Image]:
     """Floats to the processor's memory, then everything in numpy."""
-    return VaeImageProcessor().postprocess(decoded, output_type="pil")
+    pictures: list[Image.Image] = VaeImageProcessor().postprocess(decoded, output_type="pil")
+    return pictures
 
 
 def bytes_first(decoded: torch.Tensor) -> list[Image.Image]:
@@ -266,7 +271,7 @@ def assembly(side: int, rounds: int) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in ASSEMBLIES}
         for _ in range(rounds):
             for name, way in ASSEMBLIES.items():
-                seconds[name].append(_seconds(lambda way=way, decoded=decoded: way(decoded)))
+                seconds[name].append(_seconds(partial(way, decoded)))
         milliseconds = {name: round(1000 * median(values), 2) for name, values in seconds.items()}
         rows.append({"dtype": str(dtype).removeprefix("torch."), "device": device, "ms": milliseconds})
     return rows

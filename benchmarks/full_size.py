@@ -15,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
-from src.catalog import find_model
+from src.catalog import get_model
 from src.weights.placement import Weights
 from tests.small_models import SHAPES, chat_tokenizer
 
@@ -27,7 +27,8 @@ def _clip() -> nn.Module:
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, projection_dim=768, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
-    return transformers.CLIPTextModel(config)
+    network: nn.Module = transformers.CLIPTextModel(config)
+    return network
 
 
 def _t5() -> nn.Module:
@@ -35,7 +36,8 @@ def _t5() -> nn.Module:
         vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
         feed_forward_proj="gated-gelu", dense_act_fn="gelu_new", is_gated_act=True, tie_word_embeddings=False,
     )  # fmt: skip
-    return transformers.T5EncoderModel(config)
+    network: nn.Module = transformers.T5EncoderModel(config)
+    return network
 
 
 def _qwen(hidden_size: int, intermediate_size: int, *, tied: bool) -> nn.Module:
@@ -43,7 +45,8 @@ def _qwen(hidden_size: int, intermediate_size: int, *, tied: bool) -> nn.Module:
         vocab_size=151936, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied,
     )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config)
+    network: nn.Module = transformers.Qwen3ForCausalLM(config)
+    return network
 
 
 def _mistral() -> nn.Module:
@@ -56,15 +59,17 @@ def _mistral() -> nn.Module:
         "num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14,
     }  # fmt: skip
     config = transformers.Mistral3Config(vision_config=sees, text_config=text)
-    return transformers.Mistral3ForConditionalGeneration(config)
+    network: nn.Module = transformers.Mistral3ForConditionalGeneration(config)
+    return network
 
 
 def _vae() -> nn.Module:
-    return diffusers.AutoencoderKL(
+    network: nn.Module = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
+    return network
 
 
 def _flux_1(*, guided: bool) -> Mapping[str, Part]:
@@ -76,14 +81,15 @@ def _flux_1(*, guided: bool) -> Mapping[str, Part]:
     }
 
 
-def _klein(layers: int, single: int, heads: int, joint: int, reader: Part) -> Mapping[str, Part]:
+def _klein(layers: int, single: int, heads: int, joint: int, text_encoder: Part) -> Mapping[str, Part]:
     def transformer() -> nn.Module:
-        return diffusers.Flux2Transformer2DModel(
+        network: nn.Module = diffusers.Flux2Transformer2DModel(
             num_layers=layers, num_single_layers=single, num_attention_heads=heads, joint_attention_dim=joint,
             guidance_embeds=False,
         )  # fmt: skip
+        return network
 
-    return {"transformer": transformer, "text_encoder": reader, "vae": diffusers.AutoencoderKLFlux2}
+    return {"transformer": transformer, "text_encoder": text_encoder, "vae": diffusers.AutoencoderKLFlux2}
 
 
 FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
@@ -115,8 +121,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
                     filled[id(weight)] = nn.Parameter(_filled(weight.shape, weight_name, drawn), requires_grad=False)
                 layer.register_parameter(weight_name, filled[id(weight)])
         network.eval()
-    model = find_model(name)
-    assert model is not None
+    model = get_model(name)
     tokenizers: dict[str, Any] = {"tokenizer": chat_tokenizer()}
     if "text_encoder_2" in parts:
         tokenizers = {

@@ -28,16 +28,16 @@ from PIL import Image
 
 from benchmarks.full_size import build, weigh_parts
 from benchmarks.machine import machine
-from src.catalog import Model, find_model
+from src.catalog import Model, get_model
 from src.engine import Engine
 from src.engine.acceleration import accelerate
 from src.engine.machine import measure
-from src.engine.placed_pipeline import Placed
-from src.engine.quantization import Quantization
+from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.quantization import Quantizer
 from src.plan.plan import Plan, make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.settings import ROOT, Settings
-from src.weights.placement import GB, DoesNotFit, Machine, Placement, Work, flops, place, smallest
+from src.weights.placement import GB, DoesNotFit, Machine, Placement, Work, choose_placement, flops, smallest
 
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B")
@@ -105,8 +105,7 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        found = find_model(name)
-        assert found is not None
+        found = get_model(name)
         self.model: Model = found
         steps = STEPS.get(name, found.num_inference_steps)
         self.work = Work(found.width, found.height, steps, found.max_sequence_length, found.width * found.height)
@@ -131,20 +130,20 @@ class Bench:
             begun = time.perf_counter()
             picture = np.asarray(draw(f"{PROMPT} {i}", steps), float)  # a new prompt each time
             seconds.append(time.perf_counter() - begun)
-        told: dict[str, Any] = {
+        row: dict[str, Any] = {
             "seconds": round(median(seconds), 4),
             "seconds_per_step": round(median(seconds) / steps, 4),
             "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 2) if self.device.type == "cuda" else None,
-            "placement": placement.told() if placement else None,
+            "placement": placement.summary() if placement else None,
         }
         if way.plain:
             self.plain = picture
         if self.plain is not None and not way.steps:
             difference = np.abs(picture - self.plain)
-            error = float((difference**2).mean())
-            told["max_difference"] = float(difference.max())
-            told["psnr"] = round(10 * np.log10(255**2 / error), 1) if error else None
-        return told
+            mean_square = float((difference**2).mean())
+            row["max_difference"] = float(difference.max())
+            row["psnr"] = round(10 * np.log10(255**2 / mean_square), 1) if mean_square else None
+        return row
 
     def _plain(self) -> tuple[Callable[[str, int], Image.Image], None]:
         pipeline = self._build().to(self.device)
@@ -160,7 +159,8 @@ class Bench:
                     prompt=prompt, **size, num_inference_steps=steps, guidance_scale=self.model.guidance_scale,
                     max_sequence_length=self.work.max_sequence_length, generator=generator,
                 )  # fmt: skip
-            return result.images[0]
+            picture: Image.Image = result.images[0]
+            return picture
 
         return draw, None
 
@@ -168,17 +168,17 @@ class Bench:
         limit = {"memory_limit_gb": self._limit(way.cap)} if way.cap else {}
         settings = Settings(model_name=self.model.name, **way.settings, **limit)
         machine = measure(self.device, self.dtype, settings.memory_limit_gb)
-        placement = place(self.weights, replace(machine, shared=False), self.work, settings.placement_mode)
+        placement = choose_placement(self.weights, replace(machine, shared=False), self.work, settings.placement_mode)
         pipeline = self._build()
         if placement.quantization:
-            Quantization(placement.quantization, self.device).quantize(pipeline.transformer)
-        placed = Placed(pipeline, placement, self.device)
+            Quantizer(placement.quantization, self.device).quantize(pipeline.transformer)
+        placed_pipeline = PlacedPipeline(pipeline, placement, self.device)
         compiled = accelerate(pipeline, settings, self.device)
-        engine = Engine(pipeline, self.model, None, placed=placed, compiled=compiled)
+        engine = Engine(pipeline, self.model, None, placed_pipeline=placed_pipeline, compiled=compiled)
 
         def plan(prompt: str, steps: int) -> Plan:
             fields = {"prompt": prompt, "seed": 1, "num_inference_steps": steps, "speed": way.speed}
-            request, faults = read_request({"input": fields})
+            request, faults, _ = read_request({"input": fields})
             return make_plan(request, faults, self.model, max_pixels=self.work.max_pixels)
 
         engine.warm_up(plan("warm-up", 2), 2)

@@ -151,12 +151,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 def filled(text: str) -> str:
     """`text` with each table of TABLES between its marks."""
     for name, table in TABLES.items():
-        results = json.loads((RESULTS / f"{name}.json").read_text())
-        mark, end = f"<!-- benchmarks/results/{name}.json -->", "<!-- end -->"
-        pattern = re.compile(f"{re.escape(mark)}.*?{re.escape(end)}", re.DOTALL)
-        body = f"{mark}\n{table(results)}\n{end}"
-        text = pattern.sub(lambda _, body=body: body, text)
+        text = _with_table(text, name, table(json.loads((RESULTS / f"{name}.json").read_text())))
     return text
+
+
+def _with_table(text: str, name: str, table: str) -> str:
+    mark, end = f"<!-- benchmarks/results/{name}.json -->", "<!-- end -->"
+    pattern = re.compile(f"{re.escape(mark)}.*?{re.escape(end)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{mark}\n{table}\n{end}", text)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from PIL import Image
 
 from benchmarks.machine import machine
 from benchmarks.photographs import photographs
-from src.catalog import find_model
-from src.engine import Generation
+from src.catalog import get_model
 from src.job import Job
+from src.outputs import Generation
 from src.plan.plan import make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.response.delivery import deliver
 from tests.runpod_stand_in import Faults, StandIn, worker
 
@@ -39,7 +39,7 @@ STARTS = 3
 
 
 def main() -> None:
-    results = {
+    results: dict[str, Any] = {
         "machine": machine(),
         "device": [{"seconds": s, "way": way, **loop(way, s, n)} for s, n in JOBS.items() for way in WAYS],
         "lost": [{"fault_rate": rate, "way": way, **lost(way, rate)} for rate in FAULT_RATES for way in WAYS],
@@ -102,10 +102,9 @@ def _command(way: str, seconds: float, log: Path) -> tuple[str, ...]:
 def assembly(repeats: int = 5) -> dict[str, Any]:
     """Four photographs of 1024x1024 into a response: Pillow's PNG one after another, and deliver()."""
     pictures = photographs(4, 1024)
-    model = find_model("flux-shapes")
-    assert model is not None
+    model = get_model("flux-shapes")
     fields = {"prompt": "x", "seed": 1, "num_images": 4, "width": 1024, "height": 1024}
-    request, faults = read_request({"input": fields})
+    request, faults, _ = read_request({"input": fields})
     plan = make_plan(request, faults, model, max_pixels=2048 * 2048)
     generation = Generation(tuple(pictures), "euler", {}, (), None)
 

@@ -15,12 +15,13 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import handler
-from src.catalog import find_model
-from src.engine import Engine, Generation, load_engine
+from src.catalog import get_model
+from src.engine import Engine, load_engine
 from src.job import Job, OnProgress
+from src.outputs import Generation
 from src.plan.plan import Plan
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -63,8 +64,7 @@ def sleeping_engine(seconds: float) -> Engine:
                 time.sleep(seconds / 8)
             return SimpleNamespace(images=self.photograph)
 
-    model = find_model("flux-shapes")
-    assert model is not None
+    model = get_model("flux-shapes")
     return Engine(Sleeping(), model, None)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     sys.argv = sys.argv[:1]  # the SDK reads the command line too
     settings = handler.get_settings()
     engine = sleeping_engine(arguments.seconds) if arguments.seconds else load_engine(settings)
-    logged = LoggedEngine(engine, arguments.log)
+    logged = cast(Engine, LoggedEngine(engine, arguments.log))
     if arguments.way == "plain":
         import runpod
 

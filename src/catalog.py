@@ -29,9 +29,12 @@ class ModeSpec:
 
 # What a request may say whatever its mode is. A field that is neither here nor in a mode's row is refused.
 EVERY_MODE_TAKES = frozenset(
-    "prompt width height aspect_ratio megapixels num_inference_steps guidance_scale max_sequence_length num_images seed "
-    "output_format output_quality scheduler sigmas shift speed lora_path lora_scale loras describe dry_run".split()
-)
+    {
+        "prompt", "width", "height", "aspect_ratio", "megapixels", "num_inference_steps", "guidance_scale",
+        "max_sequence_length", "num_images", "seed", "output_format", "output_quality", "scheduler", "sigmas", "shift",
+        "speed", "lora_path", "lora_scale", "loras", "describe", "dry_run",
+    }
+)  # fmt: skip
 
 
 def _row(class_name: str, needs: str, takes: str, **columns: Any) -> ModeSpec:
@@ -384,7 +387,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "PNG": Format("image/png"),
         "JPEG": Format("image/jpeg", quality=True, options={"subsampling": 0}, max_text=65_000),  # a segment
         "WEBP": Format("image/webp", quality=True),
-        # On one thread, or the bytes would depend on the number of cores; Pillow's own speed, 6, takes ten times as long.
+        # On one thread, or bytes would depend on the number of cores; Pillow's own speed, 6, takes ten times as long.
         "AVIF": Format("image/avif", True, {"subsampling": "4:4:4", "speed": 9, "max_threads": 1}),
     }
 )
@@ -454,13 +457,20 @@ def find_model(name: str) -> Model | None:
     return None
 
 
+def get_model(name: str) -> Model:
+    """As `find_model`; raises KeyError where no row has that name."""
+    if model := find_model(name):
+        return model
+    raise KeyError(f"{name} is none of {', '.join(model.name for model in MODELS)}")
+
+
 def settle_model(name: str, *, class_name: str, guided: bool) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name."""
     model = find_model(name)
     if model and _fits(model, class_name, guided):
         return model
-    heads = ((family, find_model(row.model)) for family, row in FAMILIES.items())
-    family = next((family for family, head in heads if head and _fits(head, class_name, guided)), None)
+    heads = ((family, get_model(row.model)) for family, row in FAMILIES.items())
+    family = next((family for family, head in heads if _fits(head, class_name, guided)), None)
     family = family or ("schnell" if "schnell" in name.lower() else "dev")
     return _fine_tune(name, family)
 
@@ -470,5 +480,6 @@ def _fits(model: Model, class_name: str, guided: bool) -> bool:
 
 
 def _fine_tune(name: str, family: str) -> Model:
-    row = next(model for model in MODELS if model.name == FAMILIES[family].model)
-    return replace(row, name=name, repo=name, gated=False, control_type=None)  # edges or depth: only its maker knows
+    return replace(
+        get_model(FAMILIES[family].model), name=name, repo=name, gated=False, control_type=None
+    )  # edges or depth: only its maker knows

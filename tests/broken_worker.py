@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import handler
-from src.catalog import find_model
+from src.catalog import get_model
 from src.engine import Engine
 from src.serving import logs, loop
 from tests.fakes import FakePipeline
@@ -15,7 +17,7 @@ from tests.fakes import FakePipeline
 class Breaking(FakePipeline):
     """Fails for ever after its first two calls."""
 
-    def __call__(self, **arguments: object) -> object:
+    def __call__(self, **arguments: Any) -> SimpleNamespace:
         if len(self.calls) >= 2:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return super().__call__(**arguments)
@@ -23,8 +25,7 @@ class Breaking(FakePipeline):
 
 if __name__ == "__main__":
     settings = handler.get_settings()
-    model = find_model("flux-shapes")
-    assert model is not None
+    model = get_model("flux-shapes")
     engine = Engine(Breaking(), model, None)
     logs.configure(settings)
     answer = partial(handler.respond, settings=lambda: settings, engine=lambda: engine)

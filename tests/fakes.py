@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from src.job import Job
+
+
+def never(event: object, job: Job) -> dict[str, Any]:
+    """The answer of a worker that is asked for none."""
+    raise AssertionError(f"nobody should ask for {event}, {job.id}")
+
 
 class FakeVae:
     """Remembers how it was told to decode."""

@@ -28,7 +28,7 @@ def download_into(folder: Path) -> Callable[..., str]:
     from huggingface_hub import snapshot_download  # reads HF_ENDPOINT once, which conftest sets first
 
     def call(cache_dir: Path = folder, **arguments: Any) -> str:
-        return snapshot_download(cache_dir=cache_dir, **arguments)
+        return str(snapshot_download(cache_dir=cache_dir, **arguments))
 
     return call
 

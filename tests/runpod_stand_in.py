@@ -46,12 +46,12 @@ class JobRecord:
 
     def public(self) -> dict[str, Any]:
         """As /status tells it."""
-        told: dict[str, Any] = {"id": self.id, "status": self.status}
+        posted: dict[str, Any] = {"id": self.id, "status": self.status}
         if self.results:
-            told |= {name: self.results[-1][1][name] for name in ("output", "error") if name in self.results[-1][1]}
+            posted |= {name: self.results[-1][1][name] for name in ("output", "error") if name in self.results[-1][1]}
         elif self.progress:
-            told["output"] = self.progress[-1][1]
-        return told
+            posted["output"] = self.progress[-1][1]
+        return posted
 
 
 class Faults:
@@ -138,7 +138,7 @@ class StandIn:
 
     def submit(self, **fields: Any) -> str:
         """A job of these request fields, as /run would take it, without the way over HTTP."""
-        return self._call(self._add({"input": fields})).id
+        return str(self._call(self._add({"input": fields})).id)
 
     def cancel(self, id: str) -> None:
         self._call(self._cancel_job(id))

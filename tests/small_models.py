@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from src.catalog import FAMILIES, Model, find_model
+from src.catalog import FAMILIES, Model, get_model
 from src.settings import ROOT
 from src.weights.files import check_whole
 from src.weights.placement import GB, Machine, Placement, Weights, Work, placements
@@ -24,9 +24,7 @@ _DEEPEST_LAYER = {"Flux2Pipeline": 30, "Flux2KleinPipeline": 27}  # that FLUX.2 
 
 def head(family: str) -> Model:
     """The row that stands for `family`."""
-    found = find_model(FAMILIES[family].model)
-    assert found is not None
-    return found
+    return get_model(FAMILIES[family].model)
 
 
 def small(family: str, folder: Path) -> Path:
@@ -42,8 +40,8 @@ def small(family: str, folder: Path) -> Path:
 
 def weights_of(folder: Path) -> Weights:
     """The sizes of the model in `folder`, in float32."""
-    configurations = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
-    return Weights.of(check_whole(folder), *configurations, 4)
+    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    return Weights.of(check_whole(folder), transformer, vae, 4)
 
 
 def all_placements(weights: Weights) -> list[Placement]:

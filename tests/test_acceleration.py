@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
@@ -18,18 +19,18 @@ import pytest
 import torch
 
 from handler import respond
-from src.catalog import MODELS, SPEEDS
+from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import Compiled
 from src.errors import ModelUnavailable, WorkerError
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.response.encode import read_parameters
 from src.serving.loop import Worker
 from src.settings import ROOT, Settings
-from src.weights.placement import QUANTIZATIONS
 from tests.conftest import base64_of, opened
+from tests.fakes import never
 from training.scenes import every_prompt
 
 OUTLINE = {"lora_path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "lora_scale": 1}
@@ -64,7 +65,7 @@ def decibels(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
 
 
 def plan(engine: Engine, **fields: Any) -> Plan:
-    request, faults = read_request({"input": {"prompt": PROMPT, "seed": 1, **fields}})
+    request, faults, _ = read_request({"input": {"prompt": PROMPT, "seed": 1, **fields}})
     return make_plan(request, faults, engine.model, max_pixels=2048**2)
 
 
@@ -127,14 +128,14 @@ def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_
 def test_batches_are_compiled_too_where_they_are_drawn(tmp_path: Path) -> None:
     engine, backend = load(), Backend()
     engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "no" / "kept.bin", backend)
-    worker = Worker(pytest.fail, Settings(batch_size=2, warmup_sizes=((64, 64),)))
+    worker = Worker(never, Settings(batch_size=2, warmup_sizes=((64, 64),)))
     worker.warm_up(engine)
     worker.close()
     made = backend.made
     for batch_size, calls in ((2, 8 * 7), (1, 2 * 8 * 7)):
-        ran, settings = backend.run, Settings(batch_size=batch_size)
+        ran = backend.run
         event = {"input": {"prompt": PROMPT, "seed": 1, "num_images": 2}}
-        assert respond(event, Job(), lambda of=settings: of, lambda: engine)["status"] == "success"
+        assert respond(event, Job(), partial(Settings, batch_size=batch_size), lambda: engine)["status"] == "success"
         assert backend.run - ran == calls
     assert backend.made == made
 
@@ -186,7 +187,7 @@ print("hits", counters["aot_autograd"]["autograd_cache_hit"], "misses", counters
 def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
     folder = tmp_path / "volume" / "compile-cache"
     folder.parent.mkdir()
-    told = []
+    response = []
     for home in ("one", "two"):
         environment = {"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / home), "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
@@ -194,10 +195,10 @@ def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
             cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
-        told.append(run.stdout.split())
+        response.append(run.stdout.split())
     assert len(list(folder.glob("*.bin"))) == 1
-    (hits, misses), (later_hits, later_misses) = ((int(words[1]), int(words[3])) for words in told)
-    assert (hits, later_hits + later_misses) == (0, misses), told
+    (hits, misses), (later_hits, later_misses) = ((int(words[1]), int(words[3])) for words in response)
+    assert (hits, later_hits + later_misses) == (0, misses), response
     assert later_hits > later_misses, "most of it was found"
 
 
@@ -219,7 +220,7 @@ def computed_steps(engine: Engine, **fields: Any) -> int:
 
 
 @pytest.mark.parametrize(("speed", "computed", "least"), [("balanced", (5, 16), 40), ("fast", (5, 12), 35)])
-def test_guessed_steps_are_asked_for_and_told(
+def test_guessed_steps_are_asked_for_and_named(
     plain: Engine, speed: str, computed: tuple[int, int], least: float
 ) -> None:
     for steps, most in zip((8, 28), computed, strict=True):
@@ -227,9 +228,9 @@ def test_guessed_steps_are_asked_for_and_told(
         assert computed_steps(plain, num_inference_steps=steps, speed=speed) <= most
         exact, guessed = (drawn(plain, num_inference_steps=steps, speed=way) for way in ("exact", speed))
         assert least < decibels(exact, guessed) < float("inf")
-    told = ask(plain, speed=speed)
-    assert told["metadata"]["speed"] == speed
-    event = read_parameters(opened(told)[0])
+    response = ask(plain, speed=speed)
+    assert response["metadata"]["speed"] == speed
+    event = read_parameters(opened(response)[0])
     assert event is not None
     assert event["input"]["speed"] == speed
     few = ask(plain, speed=speed, num_inference_steps=3)
@@ -264,24 +265,24 @@ def test_guessed_steps_go_with_every_mode_but_not_with_two_directions_mixed(plai
 
 def test_the_catalog_knows_which_pipelines_tell_two_directions_apart() -> None:
     for model in MODELS:
-        for row in model.pipelines.values():
+        for row in model.modes.values():
             source = inspect.getsource(getattr(diffusers, row.class_name))
             assert row.cache_context == ("cache_context" in source), row.class_name
     assert SPEEDS["exact"] is None
 
 
 @pytest.mark.parametrize(("kind", "least"), [("fp8", 40), ("nf4", 25)])
-def test_smaller_weights_are_smaller_and_told_and_nearly_right(plain: Engine, kind: str, least: float) -> None:
+def test_smaller_weights_are_smaller_and_named_and_nearly_right(plain: Engine, kind: str, least: float) -> None:
     engine = load(quantization=kind)
-    assert engine._placed.placement is not None
-    assert engine._placed.placement.mode == kind
-    assert sum(block_bytes(engine)) < sum(block_bytes(plain)) * (QUANTIZATIONS[kind] / 4 + 0.05)
+    assert engine._placed_pipeline.placement is not None
+    assert engine._placed_pipeline.placement.mode == kind
+    assert sum(block_bytes(engine)) < sum(block_bytes(plain)) * (QUANTIZATIONS[kind].itemsize / 4 + 0.05)
     assert least < decibels(several(engine), several(plain)) < float("inf")
     assert least < decibels(several(engine, **OUTLINE), several(plain, **OUTLINE))
     assert decibels(drawn(engine, **OUTLINE), drawn(engine)) < 30, "the adapter is heard"
-    told = ask(engine)
-    assert told["metadata"]["quantization"] == kind
-    event = read_parameters(opened(told)[0])
+    response = ask(engine)
+    assert response["metadata"]["quantization"] == kind
+    event = read_parameters(opened(response)[0])
     assert event is not None
     assert event["quantization"] == kind
     assert ask(plain)["metadata"]["quantization"] is None
@@ -308,7 +309,7 @@ def block_bytes(engine: Engine) -> list[int]:
 
 def test_smaller_weights_and_adaptive_norms_ahead_go_together(plain: Engine) -> None:
     engine = load(memory_mode="nf4", memory_limit_gb=0.022, max_pixels=128 * 128)
-    assert engine.held().placement["modulation_cache"]
+    assert engine.loaded().placement["modulation_cache"]
     assert decibels(drawn(engine), drawn(plain)) > 30
     assert np.array_equal(drawn(engine), drawn(load(memory_mode="nf4")))
 

@@ -12,19 +12,20 @@ from diffusers.configuration_utils import ConfigMixin
 from src.catalog import (
     CONTROLNETS,
     FAMILIES,
-    KLEIN_PIPELINES,
+    KLEIN_MODES,
     MODELS,
     SCHEDULERS,
     ControlNet,
     Model,
-    Pipeline,
+    ModeSpec,
     Scheduler,
     controlnets_for,
     find_model,
+    get_model,
     settle_model,
 )
 from src.engine import schedulers
-from src.engine.engine import _ARGUMENTS
+from src.engine.denoise import _PICTURES
 from src.request.schema import PICTURES, Request
 from src.settings import ROOT
 
@@ -47,22 +48,22 @@ EXTRAS = {  # what a pipeline needs for a request's field
     "control_guidance_end": {"control_guidance_end"},
 }
 WITH = {"image_prompt_scale": "image_prompt", "preview": "prompt_2"}  # fields that go with others
-PIPELINES = {f"{model.name} {mode}": row for model in MODELS for mode, row in model.pipelines.items()}
+PIPELINES = {f"{model.name} {mode}": row for model in MODELS for mode, row in model.modes.items()}
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
-def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: Pipeline) -> None:
+def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: ModeSpec) -> None:
     diffusers_own = getattr(diffusers, pipeline.class_name)
     arguments = set(inspect.signature(diffusers_own.__call__).parameters)
     assert arguments >= ARGUMENTS
     for field, needs in EXTRAS.items():
-        if field == "negative_prompt" and pipeline in KLEIN_PIPELINES.values():
+        if field == "negative_prompt" and pipeline in KLEIN_MODES.values():
             continue  # the class could, a distilled model cannot
         assert (field in pipeline.takes) == (needs <= arguments), field
     for field, other in WITH.items():
         assert (field in pipeline.takes) == (other in pipeline.takes), field
     assert pipeline.takes <= EXTRAS.keys() | WITH.keys()
-    assert arguments >= {_ARGUMENTS[picture] for picture in pipeline.needs}
+    assert arguments >= {_PICTURES[picture] for picture in pipeline.needs}
     assert ("max_area" in arguments) == ("_auto_resize" in arguments) == pipeline.own_sizes
     assert ("control_mode" in arguments) == pipeline.controlnet
     assert EXTRAS.keys() | WITH.keys() <= Request.model_fields.keys()
@@ -78,20 +79,19 @@ def test_every_controlnet_can_be_asked_for_and_preferred(net: ControlNet) -> Non
     assert net.types
     assert controlnets_for(model, [net.name.lower()])[0] is net
     assert controlnets_for(model, [net.repo])[0] is net
-    numbers = [hearing.mode for hearing in net.types.values() if hearing.mode is not None]
+    numbers = [defaults.mode for defaults in net.types.values() if defaults.mode is not None]
     assert len(numbers) in (0, len(net.types))
 
 
 def test_the_first_controlnet_of_a_type_counts() -> None:
-    model = find_model("FLUX.1-dev")
-    assert model is not None
+    model = get_model("FLUX.1-dev")
     assert next(net.name for net in controlnets_for(model) if "canny" in net.types) == "Union-Pro"
     assert [net.name for net in controlnets_for(model, ["Depth", "Canny"])][:3] == ["Depth", "Canny", "Union-Pro"]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_every_mode_of_a_model_is_asked_for_by_its_own_pictures(model: Model) -> None:
-    needs = [pipeline.needs for pipeline in model.pipelines.values()]
+    needs = [pipeline.needs for pipeline in model.modes.values()]
     assert len(set(needs)) == len(needs)
     assert frozenset().union(*needs) <= set(PICTURES) - {"image_prompt"}
 
@@ -132,8 +132,7 @@ def test_a_name_gives_the_specifications_defaults(name: str, steps: int, guidanc
 
 
 def test_a_copy_of_a_known_model_keeps_its_own_place() -> None:
-    model = find_model("mirror/FLUX.1-dev")
-    assert model is not None
+    model = get_model("mirror/FLUX.1-dev")
     assert (model.name, model.repo) == ("FLUX.1-dev", "mirror/FLUX.1-dev")
     assert find_model("/volume/FLUX.1-dev/") is not None
 
@@ -171,9 +170,8 @@ def test_the_readme_names_every_scheduler() -> None:
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_model_can_what_its_family_can(model: Model) -> None:
-    head = find_model(FAMILIES[model.family].model)
-    assert head is not None
-    assert model.pipelines == head.pipelines
+    head = get_model(FAMILIES[model.family].model)
+    assert model.modes == head.modes
 
 
 LABELS = {"kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev"}
@@ -184,13 +182,12 @@ def test_the_readme_says_which_mode_works_with_which_model() -> None:
     start = lines.index("| mode | `init_image` | `mask_image` | `control_image` | works with |") + 2
     shown = {}
     for line in lines[start : lines.index("", start)]:
-        mode, *needs, works = (cell.strip() for cell in line.strip("|").split("|"))
-        shown[mode] = ([cell == "x" for cell in needs], works)
+        mode, *cells, works = (cell.strip() for cell in line.strip("|").split("|"))
+        shown[mode] = ([cell == "x" for cell in cells], works)
     held: dict[str, tuple[list[bool], str]] = {}
     for family, row in FAMILIES.items():
-        model = find_model(row.model)
-        assert model is not None
-        for mode, pipeline in model.pipelines.items():
+        model = get_model(row.model)
+        for mode, pipeline in model.modes.items():
             needs = [name in pipeline.needs for name in ("init_image", "mask_image", "control_image")]
             before = held.get(mode, (needs, ""))[1]
             held[mode] = (needs, f"{before}, {LABELS.get(family, family)}".lstrip(", "))
@@ -198,7 +195,7 @@ def test_the_readme_says_which_mode_works_with_which_model() -> None:
 
 
 @pytest.mark.parametrize("net", CONTROLNETS, ids=lambda net: net.name)
-def test_the_readme_names_every_controlnet_and_what_it_hears(net: ControlNet) -> None:
+def test_the_readme_names_every_controlnet_and_what_it_reads(net: ControlNet) -> None:
     (line,) = [
         line
         for line in (ROOT / "README.md").read_text().splitlines()

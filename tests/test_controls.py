@@ -15,14 +15,14 @@ from PIL import Image
 
 from benchmarks.accuracy import measure_edges
 from handler import handler, respond
-from src.catalog import find_model
+from src.catalog import get_model
 from src.engine import load_engine
-from src.engine.controlnets import Several
+from src.engine.controlnets import MultiControlNet
 from src.errors import InvalidRequest, InvalidSettings
 from src.job import Job
 from src.plan.plan import Plan, make_plan
 from src.request.images import load_pictures
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.response.encode import read_parameters
 from src.settings import Settings
 from tests.conftest import base64_of, opened
@@ -35,9 +35,8 @@ PLAIN = base64_of(SCENE)
 
 
 def plan(model: str = "FLUX.1-dev", controlnets: tuple[str, ...] = (), **fields: Any) -> Plan:
-    row = find_model(model)
-    assert row is not None
-    request, faults = read_request({"input": {"prompt": "a fox", **fields}})
+    row = get_model(model)
+    request, faults, _ = read_request({"input": {"prompt": "a fox", **fields}})
     pictures, more = load_pictures(request, Job())
     return make_plan(request, (*faults, *more), row, pictures, max_pixels=2**22, controlnets=controlnets)
 
@@ -48,7 +47,7 @@ def faults(model: str = "FLUX.1-dev", **fields: Any) -> dict[str, str]:
     return {fault.field: fault.message for fault in caught.value.faults}
 
 
-def test_a_type_is_heard_by_the_first_network_that_knows_it_unless_another_is_preferred() -> None:
+def test_a_type_is_read_by_the_first_network_that_knows_it_unless_another_is_preferred() -> None:
     (control,) = plan(control_image=PLAIN, control_type="Depth").controls
     assert control.net is not None
     assert (control.net.name, control.mode, control.scale, control.start, control.end) == ("Union-Pro", 2, 0.5, 0, 1)
@@ -71,8 +70,8 @@ def test_several_keep_their_order_and_their_own_options() -> None:
         control_guidance_end=0.5,
         controls=[{"image": PLAIN, "type": "low-quality", "scale": 1, "start": 0.2}],
     )
-    told = [(control.type, control.mode, control.scale, control.start, control.end) for control in decided.controls]
-    assert told == [("canny", 0, 0.4, 0, 0.5), ("low quality", 6, 1, 0.2, 1)]
+    response = [(control.type, control.mode, control.scale, control.start, control.end) for control in decided.controls]
+    assert response == [("canny", 0, 0.4, 0, 0.5), ("low quality", 6, 1, 0.2, 1)]
     assert decided.mode == "controlnet"
     assert len(decided.pictures["control_image"]) == 2
 
@@ -90,11 +89,11 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
         ]
     )
     assert set(wrong) == {"controls.0.preprocess", "controls.1.start", "controls.2.type"}
-    assert "knows canny; send a depth picture as it is" in wrong["controls.0.preprocess"]
+    assert "can make canny pictures; send a depth picture as it is" in wrong["controls.0.preprocess"]
     assert "FLUX.1-dev has no mode for control_image and mask_image" in next(
         iter(faults(control_image=PLAIN, mask_image=PLAIN).values())
     )
-    assert "hears one control picture" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN}] * 2)["controls"]
+    assert "reads one control picture" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN}] * 2)["controls"]
     assert "canny" in faults("FLUX.1-Canny-dev", control_image=PLAIN, control_type="depth")["control_type"]
     assert (
         "has no effect without control_image"
@@ -113,7 +112,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     assert set(faults(controls=[{"type": "canny"}])) == {"controls.0.image"}
     assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
     assert (
-        "leave none of 2 steps to hear it, got 0 and 0.3"
+        "must leave one of 2 steps before the end, got 0 and 0.3"
         in faults(control_image=PLAIN, control_type="canny", control_guidance_end=0.3, num_inference_steps=2)[
             "control_guidance_start"
         ]
@@ -168,9 +167,9 @@ def test_weights_that_are_not_whole_are_named(hub: Hub, tmp_path: Path, damage: 
     settings = Settings(model_name=str(small("dev", tmp_path / "tune")), redux_model=str(prior))
     engine = load_engine(settings, download_into(tmp_path / "home"))
     for fields in ({"control_image": PLAIN, "control_type": "canny"}, {"image_prompt": PLAIN}):
-        told = respond({"input": {"prompt": "x", **fields}}, Job(), Settings, lambda: engine)
-        assert told["error_code"] == "model_unavailable", told
-        assert ("is damaged" if damage == "cut" else "holds no weights") in told["error"]
+        response = respond({"input": {"prompt": "x", **fields}}, Job(), Settings, lambda: engine)
+        assert response["error_code"] == "model_unavailable", response
+        assert ("is damaged" if damage == "cut" else "holds no weights") in response["error"]
 
 
 def test_what_makes_room_for_another_network_is_gone(hub: Hub, tmp_path: Path) -> None:
@@ -182,14 +181,14 @@ def test_what_makes_room_for_another_network_is_gone(hub: Hub, tmp_path: Path) -
     def ask(**fields: Any) -> None:
         options = {"prompt": "x", "num_inference_steps": 1, "width": 64, "height": 64, "max_sequence_length": 16}
         event = {"input": {**options, "control_image": PLAIN, **fields}}
-        told = respond(event, Job(), lambda: settings, lambda: engine)
-        assert told["status"] == "success", told
+        response = respond(event, Job(), lambda: settings, lambda: engine)
+        assert response["status"] == "success", response
 
     ask(control_type="canny")
     first = weakref.ref(engine._controlnets._loaded["Union-Pro"])
     ask(control_type="soft edge", init_image=PLAIN, strength=1, control_guidance_end=1)
     gc.collect()
-    assert engine.held().controlnets == ("Union-Pro-2.0",)
+    assert engine.loaded().controlnets == ("Union-Pro-2.0",)
     assert first() is None
 
 
@@ -201,11 +200,11 @@ def test_networks_that_differ_in_guidance_are_not_mixed(hub: Hub, tmp_path: Path
     engine = load_engine(Settings(model_name=str(small("dev", tmp_path / "tune"))), download_into(tmp_path / "home"))
     controls = [{"image": PLAIN, "type": "canny"}, {"image": PLAIN, "type": "low resolution"}]
     fields = {"prompt": "a red circle", "num_inference_steps": 1, "max_sequence_length": 16, "controls": controls}
-    told = respond({"input": fields}, Job(), Settings, lambda: engine)
-    assert "Union-Pro and Upscaler cannot be heard together" in told["error"]
+    response = respond({"input": fields}, Job(), Settings, lambda: engine)
+    assert "Union-Pro and Upscaler cannot be used together" in response["error"]
 
 
-def test_networks_of_any_depth_are_added_up_where_the_transformer_hears_them(tmp_path: Path) -> None:
+def test_networks_of_any_depth_are_added_up_where_the_transformer_takes_them(tmp_path: Path) -> None:
     def load(name: str, num_mode: int | None, **changes: Any) -> Any:
         folder = controlnet(tmp_path / name, num_mode, **changes)
         return diffusers.FluxControlNetModel.from_pretrained(folder, dtype=torch.float32)
@@ -223,9 +222,9 @@ def test_networks_of_any_depth_are_added_up_where_the_transformer_hears_them(tmp
     pictures = torch.randn(2, 1, 16, 64, generator=generator)
 
     @torch.inference_mode()
-    def heard(*order: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    def run(*order: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         nets = [(deep, shallow)[i] for i in order]
-        several = Several(nets, {"num_layers": 2, "num_single_layers": 5})
+        several = MultiControlNet(nets, {"num_layers": 2, "num_single_layers": 5})
         double, single = several(
             controlnet_cond=[pictures[i] for i in order],
             controlnet_mode=[torch.tensor([(2, -1)[i]]) for i in order],
@@ -235,7 +234,7 @@ def test_networks_of_any_depth_are_added_up_where_the_transformer_hears_them(tmp
         )
         return double, single
 
-    (one, one_single), (other, other_single), both, swapped = heard(0), heard(1), heard(0, 1), heard(1, 0)
+    (one, one_single), (other, other_single), both, swapped = run(0), run(1), run(0, 1), run(1, 0)
     assert other_single is None
     assert (len(one), len(one_single or ())) == (2, 5)
     assert one_single is not None
@@ -257,8 +256,8 @@ def test_networks_are_loaded_at_the_start_where_controlnets_names_them() -> None
         load_engine(Settings(model_name="flux-shapes", controlnets=("Union-Pro",)))
     engine = load_engine(Settings(model_name="flux-shapes", controlnets=("flux-shapes-canny",)))
     fields = {"prompt": "a red circle", "control_image": PLAIN, "preprocess": True}
-    told = respond({"input": fields}, Job(), Settings, lambda: engine)
-    assert told["metadata"]["timings"]["load_controlnets"] < 0.02
+    response = respond({"input": fields}, Job(), Settings, lambda: engine)
+    assert response["metadata"]["timings"]["load_controlnets"] < 0.02
 
 
 def answer(**fields: Any) -> Image.Image:
@@ -288,7 +287,7 @@ def test_a_file_carries_its_controls() -> None:
     event = read_parameters(answer(prompt="a red star", control_image=PLAIN, preprocess=True))
     assert event is not None
     asked = event["input"]
-    told = [asked[name] for name in ("control_type", "controlnet_conditioning_scale", "preprocess")]
-    assert told == ["canny", 1.0, True]
+    response = [asked[name] for name in ("control_type", "controlnet_conditioning_scale", "preprocess")]
+    assert response == ["canny", 1.0, True]
     assert asked["control_image"].startswith("sha256:")
     assert event["controlnets"] == ["flux-shapes-canny"]

@@ -12,26 +12,26 @@ from PIL import Image
 
 import local_test
 from handler import handler, respond
-from src.catalog import find_model
+from src.catalog import get_model
 from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
 from src.job import Job
 from src.plan.plan import Plan, make_plan
 from src.request.aliases import ALIASES, NAMED_SIZES
-from src.request.schema import Request, read_request
+from src.request.reading import read_request
+from src.request.schema import Request
 from src.response.encode import encode_image
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
 from tests.fakes import FakePipeline
 from training import judge
 
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 def plan(**fields: Any) -> Plan:
-    request, faults = read_request({"input": {"prompt": "x", **fields}})
-    return make_plan(request, faults, MODEL, max_pixels=2048 * 2048)
+    request, faults, warnings = read_request({"input": {"prompt": "x", **fields}})
+    return make_plan(request, faults, MODEL, warnings=warnings, max_pixels=2048 * 2048)
 
 
 def faults(**fields: Any) -> dict[str, str]:
@@ -47,8 +47,12 @@ def test_every_alias_names_a_field_and_hides_none() -> None:
 
 def test_other_names_are_understood() -> None:
     decided = plan(num_outputs=2, steps=3, guidance=2, image_format="jpg", quality=80, sampler="lcm")
-    assert (len(decided.seeds), decided.num_inference_steps, decided.guidance_scale) == (2, 3, 2)
-    assert (decided.output_format, decided.output_quality, decided.scheduler) == ("JPEG", 80, "lcm")
+    assert (len(decided.seeds), decided.sampling.num_inference_steps, decided.sampling.guidance_scale) == (2, 3, 2)
+    assert (decided.sampling.output_format, decided.sampling.output_quality, decided.sampling.scheduler) == (
+        "JPEG",
+        80,
+        "lcm",
+    )
 
 
 def test_two_names_that_agree_are_fine_and_a_conflict_is_refused() -> None:
@@ -76,7 +80,7 @@ def test_two_names_that_agree_are_fine_and_a_conflict_is_refused() -> None:
 )
 def test_sizes_in_words(size: dict[str, Any], pixels: tuple[int, int]) -> None:
     decided = plan(**size)
-    assert (decided.width, decided.height) == pixels
+    assert (decided.sampling.width, decided.sampling.height) == pixels
 
 
 def test_sizes_that_are_none_or_say_two_things_are_refused() -> None:
@@ -90,7 +94,9 @@ def test_sizes_that_are_none_or_say_two_things_are_refused() -> None:
 
 
 def test_a_call_of_hugging_face_is_understood() -> None:
-    request, faults = read_request({"input": {"inputs": "a fox", "parameters": {"steps": 3, "guidance_scale": None}}})
+    request, faults, _ = read_request(
+        {"input": {"inputs": "a fox", "parameters": {"steps": 3, "guidance_scale": None}}}
+    )
     assert (request.prompt, request.num_inference_steps, faults) == (("a fox",), 3, ())
     twice = {"prompt": "a fox", "seed": 1, "parameters": {"seed": 2}}
     assert [fault.field for fault in read_request({"input": twice})[1]] == ["parameters"]
@@ -108,10 +114,11 @@ def faults_of(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def test_several_pictures_under_other_names() -> None:
-    request, faults = read_request(
+    request, faults, _ = read_request(
         {"input": {"prompt": "x", "input_image": "a", "input_image_2": "b", "input_image_3": "c"}}
     )
-    assert (request.init_image, request.init_images, faults) == ("a", ("b", "c"), ())
+    assert (request.init_images, faults) == (("a", "b", "c"), ())
+    assert [request.entry_field("init_images", i) for i in range(3)] == ["init_image", "init_images.0", "init_images.1"]
     assert read_request({"input": {"prompt": "x", "image_urls": ["a", "b"]}})[0].init_images == ("a", "b")
 
 
@@ -124,15 +131,14 @@ def test_what_has_no_effect_here_is_taken_with_a_warning() -> None:
 
 
 def test_null_and_what_is_the_default_anyway_say_nothing() -> None:
-    nothing = {"strength": None, "control_type": None, "image_prompt_scale": None, "preprocess": False,
+    nothing: dict[str, Any] = {"strength": None, "control_type": None, "image_prompt_scale": None, "preprocess": False,
                "preserve_unmasked": True, "image": None, "size": None, "loras": [], "outpaint": None}  # fmt: skip
     assert plan(**nothing, seed=1) == plan(seed=1)
     for name in ("FLUX.2-dev", "FLUX.2-klein-4B"):
-        row = find_model(name)
-        assert row is not None
+        row = get_model(name)
         fields = {"negative_prompt": "", "preview": False, "true_cfg_scale": 1, "prompt_2": None}
         assert (
-            make_plan(*read_request({"input": {"prompt": "x", **fields}}), row, max_pixels=2**22).mode
+            make_plan(*read_request({"input": {"prompt": "x", **fields}})[:2], row, max_pixels=2**22).mode
             == "text-to-image"
         )
 
@@ -145,7 +151,7 @@ def pixels(response: dict[str, Any]) -> bytes:
     return opened(response)[0].tobytes()
 
 
-def test_sigmas_and_shift_are_heard_and_the_next_request_is_as_before() -> None:
+def test_sigmas_and_shift_count_and_the_next_request_is_as_before() -> None:
     plain = pixels(answer())
     shifted, chosen = answer(shift=4), answer(sigmas=[1, 0.9, 0.75, 0.5, 0.25])
     assert pixels(shifted) != plain
@@ -174,13 +180,13 @@ def test_describe_tells_without_the_device() -> None:
     pipeline = FakePipeline()
     engine = Engine(pipeline, MODEL, "rev")
     response = respond({"input": {"describe": True}}, Job(), Settings, lambda: engine)
-    told = response["describe"]
+    shown = response["describe"]
     assert pipeline.calls == []
-    assert (told["model"], told["model_revision"]) == ("flux-shapes", "rev")
-    assert told["modes"]["inpainting"]["needs"] == ["init_image", "mask_image"]
-    assert told["defaults"]["num_inference_steps"] == 8
-    assert told["schema"]["properties"]["seed"]["description"].startswith("an integer from 0")
-    assert told["schedulers"]["unipc"] == {"starts_from_a_picture": False}
+    assert (shown["model"], shown["model_revision"]) == ("flux-shapes", "rev")
+    assert shown["modes"]["inpainting"]["needs"] == ["init_image", "mask_image"]
+    assert shown["defaults"]["num_inference_steps"] == 8
+    assert shown["schema"]["properties"]["seed"]["description"].startswith("an integer from 0")
+    assert shown["schedulers"]["unipc"] == {"starts_from_a_picture": False}
     json.dumps(response)
 
 
@@ -189,10 +195,10 @@ def test_describe_tells_what_is_held_and_what_could_be() -> None:
     engine = load_engine(settings)
     outline = "flux-shapes-outline/pytorch_lora_weights.safetensors"
 
-    def told(**fields: Any) -> dict[str, Any]:
+    def shown(**fields: Any) -> dict[str, Any]:
         return respond({"input": fields}, Job(), lambda: settings, lambda: engine)
 
-    before = told(describe=True)["describe"]
+    before = shown(describe=True)["describe"]
     assert outline in before["adapters"]["lora_dir"]
     assert before["adapters"]["in_memory"] == []
     assert before["controlnets"]["flux-shapes-canny"]["types"] == {
@@ -202,8 +208,8 @@ def test_describe_tells_what_is_held_and_what_could_be() -> None:
     assert before["controlnets"]["flux-shapes-canny"]["loaded"] is False
     assert before["placement"]["mode"] == "full"
     assert before["placement"]["device"] == "the CPU"
-    assert told(prompt="a red circle", lora_path=outline, num_inference_steps=1)["status"] == "success"
-    assert told(describe=True)["describe"]["adapters"]["in_memory"] == [outline]
+    assert shown(prompt="a red circle", lora_path=outline, num_inference_steps=1)["status"] == "success"
+    assert shown(describe=True)["describe"]["adapters"]["in_memory"] == [outline]
 
 
 def test_a_dry_run_tells_the_plan() -> None:
@@ -221,13 +227,13 @@ def test_a_dry_run_tells_the_plan() -> None:
     fields = {"init_image": picture, "mask_image": picture, "controls": [control], "loras": [lora], "sigmas": [1, 0.5]}
     settings = Settings(model_name="flux-shapes", lora_dir=ROOT / "models")
     engine = load_engine(settings)
-    told = respond({"input": {"prompt": "x", "dry_run": True, **fields}}, Job(), lambda: settings, lambda: engine)[
+    shown = respond({"input": {"prompt": "x", "dry_run": True, **fields}}, Job(), lambda: settings, lambda: engine)[
         "plan"
     ]
-    assert told["adapters"] == [{**lora, "scale": 0.7}]
-    assert [control["controlnet"] for control in told["controls"]] == ["flux-shapes-canny"]
-    assert told["pictures"]["init_image"].startswith("sha256:")
-    json.dumps(told)
+    assert shown["adapters"] == [{**lora, "scale": 0.7}]
+    assert [control["controlnet"] for control in shown["controls"]] == ["flux-shapes-canny"]
+    assert shown["pictures"]["init_image"].startswith("sha256:")
+    json.dumps(shown)
     bad = respond({"input": {"dry_run": True}}, Job(), Settings, lambda: Engine(pipeline, MODEL, None))
     assert bad["error_code"] == "invalid_request"
 

@@ -21,19 +21,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.photographs import photographs
-from src.catalog import find_model
-from src.engine import Generation
+from src.catalog import get_model
 from src.errors import InvalidSettings, ResponseTooLarge
 from src.job import Job
+from src.outputs import Generation
 from src.plan.plan import Plan, make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.response.delivery import Base64, deliver
 from src.response.encode import read_parameters
 from src.response.storage import Bucket
 from src.settings import Settings
 
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 def ship(
@@ -41,7 +40,7 @@ def ship(
 ) -> dict[str, Any]:
     width, height = pictures[0].size
     event = {"input": {"prompt": "photographs", "seed": 7, "width": width, "height": height, **fields}}
-    request, faults = read_request({"input": {**event["input"], "num_images": len(pictures)}})
+    request, faults, _ = read_request({"input": {**event["input"], "num_images": len(pictures)}})
     plan: Plan = make_plan(request, faults, MODEL, max_pixels=2048 * 2048)
     generation = Generation(tuple(pictures), "euler", {"encode_prompt": 0.1, "denoise": 1.0, "decode": 0.2}, (), None)
     max_bytes = int(max_mb * 1e6)

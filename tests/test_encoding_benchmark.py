@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,11 @@ def test_small_pictures_go_through_every_way() -> None:
     for way, row in zip(WAYS, ways, strict=True):
         assert (row["photographs"] is None) == way.missing
     assert plot(ways).axes
-    results = {"ways": ways, "assembly": assembly(64, 1), "response": response(pictures["photographs"], 1)}
+    results: dict[str, Any] = {
+        "ways": ways,
+        "assembly": assembly(64, 1),
+        "response": response(pictures["photographs"], 1),
+    }
     missing = [row | {"photographs": None, "shapes": None} if "fpng" in row["library"] else row for row in ways]
     results |= {"side": 64, "machine": {"cores": 1}}
     assert "| fpng | not measured yet |" in encoding(results | {"ways": missing})

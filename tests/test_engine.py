@@ -9,24 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from src.catalog import SCHEDULERS, find_model
+from src.catalog import SCHEDULERS, get_model
 from src.engine import Engine, load_engine
 from src.errors import Cancelled, DeviceFailed, GenerationFailed, OutOfMemory
 from src.job import Job, OnProgress, Progress
-from src.job_queue import Device
+from src.job_queue import JobQueue
 from src.plan.plan import Plan, make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.settings import Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
 from training import judge
 
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 def plan(batch_size: int = 1, **fields: Any) -> Plan:
-    request, faults = read_request({"input": {"prompt": "a red circle", "seed": 1, **fields}})
+    request, faults, _ = read_request({"input": {"prompt": "a red circle", "seed": 1, **fields}})
     return make_plan(request, faults, MODEL, max_pixels=2048 * 2048, batch_size=batch_size)
 
 
@@ -62,19 +61,19 @@ def test_a_failure_is_named_and_the_next_plan_runs(failure: Exception, error: ty
     assert len(held.run(plan()).pictures) == 1
 
 
-def test_memory_that_is_short_once_is_freed_and_nobody_hears_of_it() -> None:
+def test_memory_that_is_short_once_is_freed_without_a_word() -> None:
     generation = engine(FakePipeline(OOM)).run(plan())
     assert (len(generation.pictures), generation.warnings) == (1, ())
 
 
 def test_memory_too_short_for_a_batch_draws_one_by_one_and_says_so() -> None:
     pipeline = FakePipeline(OOM, OOM)
-    heard: list[Progress] = []
-    generation = engine(pipeline).run(plan(4, num_images=3, num_inference_steps=2), heard.append)
+    seen: list[Progress] = []
+    generation = engine(pipeline).run(plan(4, num_images=3, num_inference_steps=2), seen.append)
     assert [call["num_images_per_prompt"] for call in pipeline.calls] == [3, 3, 1, 1, 1]
     assert len(generation.pictures) == 3
     assert generation.warnings == ("memory was short: the pictures were drawn one by one",)
-    assert max(p.step for p in heard) <= max(p.steps for p in heard)
+    assert max(p.step for p in seen) <= max(p.steps for p in seen)
 
 
 def test_memory_too_short_for_decoding_decodes_in_tiles_and_the_next_plan_does_not() -> None:
@@ -112,12 +111,12 @@ def test_tiles_on_the_shipped_model_give_nearly_the_same_picture() -> None:
 
 
 def test_previews_look_like_the_picture_and_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.engine.engine._SECONDS_BETWEEN_PREVIEWS", 0)
+    monkeypatch.setattr("src.engine.preview.SECONDS_BETWEEN", 0)
     held = load_engine(Settings(model_name="flux-shapes"))
-    heard: list[Progress] = []
-    shown = held.run(plan(preview=True), heard.append).pictures[0]
+    seen: list[Progress] = []
+    shown = held.run(plan(preview=True), seen.append).pictures[0]
     assert np.array_equal(np.asarray(shown), np.asarray(held.run(plan()).pictures[0]))
-    previews = [p.preview for p in heard if p.preview]
+    previews = [p.preview for p in seen if p.preview]
     assert len(previews) == 7, "the first step has nothing to compare with"
     final = np.asarray(shown.resize(previews[-1].size), float)
     off = [np.abs(np.asarray(preview, float) - final).mean() for preview in previews]
@@ -137,11 +136,11 @@ def test_stopped_jobs_leave_no_tensors_behind() -> None:
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     held = load_engine(Settings(model_name="flux-shapes"))
-    device = Device()
+    device = JobQueue()
     event = {"input": {"prompt": "a red circle", "seed": 1}}
 
     def run(on_progress: OnProgress | None) -> str:
-        job = Job(arrive=device.arrive, on_progress=on_progress)
+        job = Job(queue_up=device.ticket, on_progress=on_progress)
         return str(respond(event, job, Settings, lambda: held)["status"])
 
     assert [run(None), run(stop)] == ["success", "error"]
@@ -176,11 +175,11 @@ def test_whoever_listens_may_stop_it() -> None:
 
 
 def test_progress_counts_the_steps_of_all_pictures() -> None:
-    heard: list[Progress] = []
-    engine(FakePipeline()).run(plan(num_images=2, num_inference_steps=3), heard.append)
-    assert [p.step for p in heard if p.phase == "denoise"] == [0, 1, 2, 3, 3, 4, 5, 6]
-    assert [p.phase for p in heard if p.phase != "denoise"] == ["encode_prompt", "decode", "decode"]
-    assert {p.steps for p in heard} == {6}
+    seen: list[Progress] = []
+    engine(FakePipeline()).run(plan(num_images=2, num_inference_steps=3), seen.append)
+    assert [p.step for p in seen if p.phase == "denoise"] == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert [p.phase for p in seen if p.phase != "denoise"] == ["encode_prompt", "decode", "decode"]
+    assert {p.steps for p in seen} == {6}
 
 
 def test_pictures_are_drawn_one_by_one_or_together() -> None:

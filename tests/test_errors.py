@@ -14,7 +14,7 @@ def test_the_drawn_tree_is_the_tree() -> None:
         assert ("is replaced" in line) == error.refresh_worker
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_named_at_once() -> None:
     response = InvalidRequest([Fault("width", "is odd"), Fault("", "no event")]).to_response(include_traceback=False)
     assert response == {
         "status": "error",

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from handler import respond
 from src.catalog import CONTROLNETS, FAMILIES, MODELS, SCHEDULERS
 from src.engine import Engine, load_engine
-from src.engine.placed_pipeline import Placed
+from src.engine.placed_pipeline import PlacedPipeline
 from src.job import Job
 from src.request.schema import PICTURES
 from src.response.encode import read_parameters
 from src.serving.loop import Worker
 from src.settings import Settings
 from tests.conftest import base64_of, opened
+from tests.fakes import never
 from tests.hub import Hub, Repo, download_into
 from tests.small_models import all_placements, controlnet, head, redux, small, weights_of
 
@@ -55,7 +56,7 @@ def small_for(held: Engine) -> dict[str, Any]:
 
 def sent_to(held: Engine, mode: str) -> dict[str, Any]:
     """The pictures that `mode` needs, and what has to be said of them."""
-    needs = held.model.pipelines[mode].needs
+    needs = held.model.modes[mode].needs
     said = {"control_type": held.model.control_type or "canny"} if "control_image" in needs else {}
     return {name: SENT[name] for name in sorted(needs)} | said
 
@@ -75,21 +76,21 @@ def drawn(engine: Engine, **fields: Any) -> list[bytes]:
 
 def everywhere(held: Engine, mode: str) -> dict[str, Any]:
     """What `mode` needs, where all that it draws is to be seen."""
-    row = held.model.pipelines[mode]
+    row = held.model.modes[mode]
     return sent_to(held, mode) | ({"preserve_unmasked": False} if "mask_image" in row.needs else {})
 
 
 def test_the_family_is_read_from_the_files(engine: tuple[str, Engine]) -> None:
     family, held = engine
     assert held.model.family == family
-    assert held.model.pipelines == head(family).pipelines
+    assert held.model.modes == head(family).modes
 
 
 def test_every_mode_draws_what_was_sent_in_its_exact_size_and_the_same_again(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    first = {}
+    first: dict[str, list[str]] = {}
     for _ in range(2):
-        for mode in held.model.pipelines:
+        for mode in held.model.modes:
             sent = sent_to(held, mode)
             response = ask(held, **sent, width=None, height=None) if sent else ask(held)
             assert response["status"] == "success", response
@@ -116,15 +117,15 @@ def test_the_same_bytes_with_everything_away_that_can_be(
     for held in (plain, thrifty):
         held._pipeline.to(dtype)
     least = min(all_placements(weights_of(folder)), key=lambda found: found.resident)
-    thrifty._placed = Placed(thrifty._pipeline, least, torch.device("cpu"))
+    thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, torch.device("cpu"))
     if dtype is torch.float32:
-        for mode in plain.model.pipelines:
+        for mode in plain.model.modes:
             fields = everywhere(plain, mode)
-            if {"negative_prompt", "true_cfg_scale"} <= plain.model.pipelines[mode].takes:
+            if {"negative_prompt", "true_cfg_scale"} <= plain.model.modes[mode].takes:
                 fields |= {"negative_prompt": "a blue square", "true_cfg_scale": 2}
             assert drawn(thrifty, **fields) == drawn(plain, **fields), mode
     else:  # the type in which timesteps are rounded
-        fields = everywhere(plain, next(iter(plain.model.pipelines))) | {"num_inference_steps": 3}
+        fields = everywhere(plain, next(iter(plain.model.modes))) | {"num_inference_steps": 3}
         for name, row in SCHEDULERS.items():
             if row.starts_midway or "strength" not in plain.model.base.takes:
                 assert drawn(thrifty, **fields, scheduler=name) == drawn(plain, **fields, scheduler=name), name
@@ -132,37 +133,37 @@ def test_the_same_bytes_with_everything_away_that_can_be(
 
 def test_every_model_can_be_warmed_up(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    worker = Worker(pytest.fail, Settings(warmup_sizes=((64, 64),)))
+    worker = Worker(never, Settings(warmup_sizes=((64, 64),)))
     worker.warm_up(held)
     worker.close()
 
 
 def test_a_list_of_prompts_is_a_picture_each_as_if_asked_for_alone(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    fields = everywhere(held, next(iter(held.model.pipelines)))
+    fields = everywhere(held, next(iter(held.model.modes)))
     several = drawn(held, **{**fields, "prompt": ["a red circle", "a blue square"]})
     assert several == [*drawn(held, **fields), *drawn(held, **{**fields, "prompt": "a blue square", "seed": 2})]
     assert several[1] != drawn(held, **{**fields, "seed": 2})[0]
 
 
-def test_a_picture_as_prompt_is_heard_in_every_mode_that_takes_one(engine: tuple[str, Engine]) -> None:
+def test_a_picture_as_prompt_counts_in_every_mode_that_takes_one(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         fields = everywhere(held, mode)
         if "image_prompt" not in row.takes:
             refused = ask(held, **fields, image_prompt=SENT["init_image"])
             assert refused["errors"][0]["message"] == f"cannot be used by {mode} on {held.model.name}"
             continue
-        told = ask(held, **fields, image_prompt=SENT["init_image"])
-        assert told["metadata"]["mode"] == mode
-        told = drawn(held, **fields, image_prompt=SENT["init_image"])
-        quiet = drawn(held, **fields, image_prompt=SENT["init_image"], image_prompt_scale=0.5)
-        assert len({*told, *quiet, *drawn(held, **fields)}) == 3
+        response = ask(held, **fields, image_prompt=SENT["init_image"])
+        assert response["metadata"]["mode"] == mode
+        whole = drawn(held, **fields, image_prompt=SENT["init_image"])
+        half = drawn(held, **fields, image_prompt=SENT["init_image"], image_prompt_scale=0.5)
+        assert len({*whole, *half, *drawn(held, **fields)}) == 3
 
 
 def test_a_picture_as_prompt_goes_with_what_is_steered_away_from(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         if {"image_prompt", "true_cfg_scale"} <= row.takes:
             fields = everywhere(held, mode) | {"image_prompt": SENT["init_image"], "true_cfg_scale": 3}
             assert drawn(held, **fields) != drawn(held, **fields, negative_prompt="a blue square")
@@ -171,7 +172,7 @@ def test_a_picture_as_prompt_goes_with_what_is_steered_away_from(engine: tuple[s
 def test_each_picture_of_a_batch_is_the_one_of_its_seed(engine: tuple[str, Engine]) -> None:
     _, held = engine
     settings = Settings(batch_size=2)
-    for mode in held.model.pipelines:
+    for mode in held.model.modes:
         asked = everywhere(held, mode) | small_for(held) | {"prompt": "a red circle", "seed": 1, "num_images": 2}
         both = respond({"input": asked}, Job(), lambda: settings, lambda: held)
         (alone,) = opened(ask(held, **everywhere(held, mode), seed=2))
@@ -183,7 +184,7 @@ def test_every_picture_can_be_repeated_from_its_file(engine: tuple[str, Engine])
     """The file names pictures by digests; with the pictures themselves in their places it is the same request."""
     _, held = engine
     digests = {f"sha256:{hashlib.sha256(text.encode()).hexdigest()}": text for text in SENT.values()}
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         fields = everywhere(held, mode)
         if "image_prompt" in row.takes:
             fields["image_prompt"] = SENT["init_image"]
@@ -202,16 +203,16 @@ def test_every_picture_can_be_repeated_from_its_file(engine: tuple[str, Engine])
 
 def test_shift_counts_with_every_scheduler(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    fields = everywhere(held, next(iter(held.model.pipelines))) | {"num_inference_steps": 3}
+    fields = everywhere(held, next(iter(held.model.modes))) | {"num_inference_steps": 3}
     for name, row in SCHEDULERS.items():
         if row.starts_midway or "strength" not in held.model.base.takes:
             low, high = (drawn(held, **fields, scheduler=name, shift=shift) for shift in (0.5, 10))
             assert low != high, name
 
 
-def test_a_prompt_that_is_cut_is_told(engine: tuple[str, Engine]) -> None:
+def test_a_prompt_that_is_cut_is_warned_of(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    fields = everywhere(held, next(iter(held.model.pipelines)))
+    fields = everywhere(held, next(iter(held.model.modes)))
     long, longer = ("red " * count + "blue" for count in (200, 201))
     warned = ask(held, **{**fields, "prompt": long})["metadata"]["warnings"]
     assert any("prompt has" in warning for warning in warned)
@@ -222,7 +223,7 @@ def test_a_prompt_that_is_cut_is_told(engine: tuple[str, Engine]) -> None:
 
 def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    modes = {row.needs for row in held.model.pipelines.values()}
+    modes = {row.needs for row in held.model.modes.values()}
     kinds = sorted(set(PICTURES) - {"image_prompt"})
     for chosen in range(2 ** len(kinds)):
         names = [name for i, name in enumerate(kinds) if chosen >> i & 1]
@@ -230,8 +231,8 @@ def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Eng
             refused = ask(held, **{name: SENT[name] for name in names})
             assert refused["error_code"] == "invalid_request"
             assert f"{held.model.name} has no mode for" in refused["errors"][0]["message"]
-    every = {name for model in MODELS for row in model.pipelines.values() for name in row.takes}
-    base, row = next(iter(held.model.pipelines.items()))
+    every = {name for model in MODELS for row in model.modes.values() for name in row.takes}
+    base, row = next(iter(held.model.modes.items()))
     for name in every - row.takes:
         value = {
             "preserve_unmasked": False,
@@ -253,7 +254,7 @@ def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Eng
 
 def test_guidance_counts_where_the_row_says_so(engine: tuple[str, Engine]) -> None:
     family, held = engine
-    fields = everywhere(held, next(iter(held.model.pipelines)))
+    fields = everywhere(held, next(iter(held.model.modes)))
     changes = drawn(held, **fields, guidance_scale=2) != drawn(held, **fields, guidance_scale=9)
     assert changes == FAMILIES[family].guided
     warnings = ask(held, **fields, guidance_scale=2)["metadata"]["warnings"]
@@ -262,9 +263,9 @@ def test_guidance_counts_where_the_row_says_so(engine: tuple[str, Engine]) -> No
 
 def test_several_references_are_read_and_odd_ones_refused(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    if "editing" not in held.model.pipelines:
+    if "editing" not in held.model.modes:
         return
-    row = held.model.pipelines["editing"]
+    row = held.model.modes["editing"]
     pair = [SENT["init_image"], base64_of(PICTURE.rotate(90))]
     if row.references < 2:
         assert ask(held, init_images=pair)["errors"][0]["message"] == f"{held.model.name} takes 1 at most here, got 2"
@@ -281,12 +282,12 @@ def test_several_references_are_read_and_odd_ones_refused(engine: tuple[str, Eng
 
 def test_outpainting_works_wherever_inpainting_does(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         if "init_image" not in row.needs:
             continue
         fields = sent_to(held, mode) | {"outpaint": {"right": 24, "bottom": 8}, "width": None, "height": None}
         if "mask_image" not in row.needs:
-            wider = {other.needs for other in held.model.pipelines.values()}
+            wider = {other.needs for other in held.model.modes.values()}
             assert (ask(held, **fields)["status"] == "success") == (row.needs | {"mask_image"} in wider)
             continue
         del fields["mask_image"]
@@ -299,18 +300,18 @@ def test_outpainting_works_wherever_inpainting_does(engine: tuple[str, Engine]) 
 
 def test_a_negative_prompt_counts_where_the_row_says_so(engine: tuple[str, Engine]) -> None:
     _, held = engine
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         if "negative_prompt" in row.takes:
             scale = {"true_cfg_scale": 3} if "true_cfg_scale" in row.takes else {"guidance_scale": 3}
             fields = everywhere(held, mode) | scale
             assert drawn(held, **fields) != drawn(held, **fields, negative_prompt="a blue square")
 
 
-def test_every_controlnet_type_is_heard_as_itself(engine: tuple[str, Engine]) -> None:
+def test_every_controlnet_type_counts_as_itself(engine: tuple[str, Engine]) -> None:
     """Union-Pro has a number for each type; two at once are heard both, and each at its share of the steps."""
     _, held = engine
     types = ("canny", "tile", "depth", "blur", "pose", "gray", "low_quality", "soft edge")
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         if not row.controlnet:
             continue
         fields = everywhere(held, mode)
@@ -329,7 +330,7 @@ def test_every_controlnet_type_is_heard_as_itself(engine: tuple[str, Engine]) ->
         assert mixed != both
 
 
-def test_every_family_hears_an_adapter_of_its_own_and_refuses_anothers(
+def test_every_family_takes_an_adapter_of_its_own_and_refuses_anothers(
     engine: tuple[str, Engine], tmp_path: Path
 ) -> None:
     family, held = engine
@@ -348,16 +349,16 @@ def test_every_family_hears_an_adapter_of_its_own_and_refuses_anothers(
         settings = Settings(lora_dir=tmp_path)
         return respond({"input": asked | fields}, Job(), lambda: settings, lambda: held)
 
-    for mode in held.model.pipelines:
-        heard, plain = ask_with(mode, lora_path="fits.safetensors", lora_scale=1), ask_with(mode)
-        assert heard["status"] == "success", (family, mode, heard)
-        assert opened(heard)[0].tobytes() != opened(plain)[0].tobytes()
+    for mode in held.model.modes:
+        adapted, plain = ask_with(mode, lora_path="fits.safetensors", lora_scale=1), ask_with(mode)
+        assert adapted["status"] == "success", (family, mode, adapted)
+        assert opened(adapted)[0].tobytes() != opened(plain)[0].tobytes()
         assert "was made for another model" in ask_with(mode, lora_path="other.safetensors")["error"]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_runs_on_every_family(engine: tuple[str, Engine], scheduler: str) -> None:
     _, held = engine
-    for mode, row in held.model.pipelines.items():
+    for mode, row in held.model.modes.items():
         if SCHEDULERS[scheduler].starts_midway or "strength" not in row.takes:
             assert len(drawn(held, **everywhere(held, mode), scheduler=scheduler)) == 1

@@ -10,7 +10,7 @@ import torch
 
 from src.engine import load_engine
 from src.plan.plan import make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.settings import Settings
 from tests.conftest import opened
 from training import judge
@@ -38,9 +38,9 @@ def test_a_limited_card_gives_the_same_picture(mode: str) -> None:
         Settings(model_name="flux-shapes", compile=False, memory_mode=mode, memory_limit_gb=limit, max_pixels=128 * 128)
     )
     for held in (plain, narrow):
-        assert held.held().placement["device"] == torch.cuda.get_device_name()
+        assert held.loaded().placement["device"] == torch.cuda.get_device_name()
     for prompt in ("a red circle on blue", "a green star on white"):
-        request, faults = read_request({"input": {"prompt": prompt, "seed": 1, "num_images": 2}})
+        request, faults, _ = read_request({"input": {"prompt": prompt, "seed": 1, "num_images": 2}})
         plan = make_plan(request, faults, plain.model, max_pixels=128 * 128)
         ours, theirs = (held.run(plan).pictures for held in (narrow, plain))
         assert [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]

@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 
 from handler import handler, respond
-from src.catalog import find_model
+from src.catalog import FORMATS, get_model
 from src.engine import Engine
 from src.errors import ModelUnavailable
 from src.job import Job
-from src.response.encode import FORMATS, read_parameters
+from src.response.encode import read_parameters
 from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.fakes import FakePipeline
 from training import judge
 
 Generate = Callable[..., dict[str, Any]]
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_pictures_drawn_at_once_show_the_same(generate: Generate) -> None:
         assert np.abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 1
 
 
-def test_a_picked_seed_is_told_and_repeats(generate: Generate) -> None:
+def test_a_picked_seed_is_answered_and_repeats(generate: Generate) -> None:
     picked = generate("a red circle")
     assert generate("a red circle", seed=picked["metadata"]["seed"])["images"] == picked["images"]
 

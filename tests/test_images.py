@@ -1,118 +1,350 @@
+"""Pictures that clients send: good ones in every shape, bad ones refused with a reason."""
+
 from __future__ import annotations
 
 import base64
 import io
+import os
 import struct
-import subprocess
-import sys
+import threading
+import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from src.response.encode import FORMATS, can_carry, encode_image, image_to_base64, read_parameters
-from src.settings import ROOT
+from benchmarks.photographs import photographs
+from src.catalog import get_model
+from src.errors import Fault, InvalidRequest, Refused
+from src.job import Job
+from src.plan.decisions import decide_pictures
+from src.plan.geometry import fit
+from src.plan.plan import make_plan
+from src.request.fetch import open_url
+from src.request.images import Pictures, decode, fetch_url, load_pictures, read_source
+from src.request.reading import read_request
 
-PARAMETERS = {"prompt": "a «red» circle 🔴", "seed": 2**63 - 1, "guidance_scale": 3.5}
+PHOTO = photographs(1, 512)[0].resize((96, 64))
 
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 255, (72, 104, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((208, 144))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_file_has_its_format_size_and_parameters(format: str, picture: Image.Image) -> None:
-    file = Image.open(io.BytesIO(encode_image(picture, format, 90, PARAMETERS)))
-    assert (file.format, file.size, file.mode) == (format, picture.size, "RGB")
-    assert read_parameters(file) == PARAMETERS
+MIRRORED = PHOTO.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def test_png_keeps_every_pixel(picture: Image.Image) -> None:
-    file = Image.open(io.BytesIO(encode_image(picture)))
-    assert np.array_equal(np.asarray(file), np.asarray(picture))
-
-
-def chunks(png: bytes) -> list[tuple[bytes, bytes]]:
-    """Name and data of each, checksums checked."""
-    found, at = [], 8
-    while at < len(png):
-        length, name = struct.unpack_from(">I4s", png, at)
-        data = png[at + 8 : at + 8 + length]
-        assert struct.unpack_from(">I", png, at + 8 + length) == (zlib.crc32(name + data),)
-        found.append((name, data))
-        at += 12 + length
-    return found
-
-
-@pytest.mark.parametrize("height", [1, 2, 17, 300])
-@pytest.mark.parametrize("width", [*range(1, 20), 333, 2047])
-def test_png_of_any_size_is_whole(width: int, height: int) -> None:
-    shape = (height, width, 3)
-    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    falling = -np.arange(height).astype(np.uint8)[:, None, None]  # each row less the one above it is 255 everywhere
-    for pixels in (noise, noise // 64, np.full(shape, 255, np.uint8), np.broadcast_to(falling, shape).copy()):
-        png = encode_image(Image.fromarray(pixels), parameters=PARAMETERS)
-        header, *texts, own, (name, data), end = chunks(png)
-        assert header == (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        assert ([text[0] for text in texts], own[0], name, end) == ([b"iTXt"] * 2, b"fdEC", b"IDAT", (b"IEND", b""))
-        assert len(zlib.decompress(data)) == height * (1 + 3 * width)
-        file = Image.open(io.BytesIO(png))
-        assert np.array_equal(np.asarray(file), pixels)
-        assert read_parameters(file) == PARAMETERS
-
-
-def test_png_is_the_same_bytes_from_many_threads() -> None:
-    random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 64, (97, 131 + i, 3), dtype=np.uint8)) for i in range(32)]
-    alone = [encode_image(picture, parameters=PARAMETERS) for picture in pictures]
-    with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda picture: encode_image(picture, parameters=PARAMETERS), pictures * 10))
-    assert together == alone * 10
-
-
-def test_png_leaves_no_half_loaded_opencv() -> None:
-    script = "import sys, src.response.png; assert 'cv2' not in sys.modules; import cv2; assert type(cv2) is type(sys)"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize("format", [name for name, row in FORMATS.items() if row.quality])
-def test_quality_is_heard(format: str, picture: Image.Image) -> None:
-    assert len(encode_image(picture, format, 30)) < len(encode_image(picture, format, 95))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_longest_prompts_fit_into_a_file(format: str, picture: Image.Image) -> None:
-    longest = {"prompt": "🔴" * 5_000, "negative_prompt": "長" * 5_000}
-    file = Image.open(io.BytesIO(encode_image(picture, format, 90, longest)))
-    assert read_parameters(file) == longest
-
-
-def test_a_request_that_a_format_cannot_carry_is_left_out(picture: Image.Image) -> None:
-    long = {"prompt": ["🔴" * 5_000] * 4}
-    kept = {
-        format: read_parameters(Image.open(io.BytesIO(encode_image(picture, format, 90, long)))) for format in FORMATS
-    }
-    assert kept == {"PNG": long, "JPEG": None, "WEBP": long}
-    assert [format for format in FORMATS if not can_carry(format, long)] == ["JPEG"]
-
-
-def test_the_specifications_function(picture: Image.Image) -> None:
-    assert Image.open(io.BytesIO(base64.b64decode(image_to_base64(picture)))).format == "PNG"
-    assert Image.open(io.BytesIO(base64.b64decode(image_to_base64(picture, format="WEBP")))).format == "WEBP"
-
-
-def test_a_file_of_others_has_no_parameters(picture: Image.Image) -> None:
-    assert read_parameters(picture) is None
-    for text in ("not json", "[1]"):
-        picture.info["parameters"] = text
-        assert read_parameters(picture) is None
-    del picture.info["parameters"]
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0hello"
+def file_of(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "JPEG", exif=exif)
-    assert read_parameters(Image.open(file)) is None
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def near(one: Image.Image, other: Image.Image, most: float = 3) -> bool:
+    return one.size == other.size and float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean()) < most
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF"])
+def test_formats(format: str) -> None:
+    assert near(decode(file_of(PHOTO, format)), PHOTO, most=10)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_colour_modes_become_rgb(mode: str) -> None:
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(PHOTO.convert("L"), np.uint16) * 257)
+    else:
+        picture = PHOTO.convert(mode)
+    expected = PHOTO if mode in ("P", "CMYK", "RGBA") else PHOTO.convert("1" if mode == "1" else "L").convert("RGB")
+    decoded = decode(file_of(picture, "TIFF" if mode in ("CMYK", "I;16") else "PNG"))
+    assert decoded.mode == "RGB"
+    assert near(decoded, expected, most=25 if mode == "P" else 3)
+
+
+def test_a_camera_s_second_picture_is_not_read() -> None:
+    two = file_of(PHOTO, "MPO", save_all=True, append_images=[MIRRORED])
+    assert near(decode(two), PHOTO, most=10)
+
+
+@pytest.mark.parametrize("white", [255, 65_535, 1_000_000])
+def test_integers_of_32_bits_are_as_bright_as_they_can_be_meant(white: int) -> None:
+    grey = np.asarray(PHOTO.convert("L"), np.int64)
+    levels = (grey * white // grey.max()).astype(np.int32)
+    expected = Image.fromarray((levels / white * 255).astype(np.uint8)).convert("RGB")
+    assert near(decode(file_of(Image.fromarray(levels), "TIFF")), expected, most=1)
+
+
+def test_orientation_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees, as phones do
+    turned = PHOTO.transpose(Image.Transpose.ROTATE_90)
+    assert near(decode(file_of(turned, "JPEG", exif=exif, quality=95)), PHOTO, most=6)
+
+
+def test_what_is_transparent_is_white_in_a_picture_and_black_in_a_mask() -> None:
+    picture = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 16, 32))
+    assert [decode(file_of(picture)).getpixel((x, 5)) for x in (2, 30)] == [(0, 0, 255), (255, 255, 255)]
+    mask = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 16, 32))
+    assert [decode(file_of(mask), "L").getpixel((x, 5)) for x in (2, 30)] == [255, 0]
+
+
+def huge_png(side: int) -> bytes:
+    """A whole PNG of side x side in a few kilobytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def bomb_in_text() -> bytes:
+    """A PNG whose compressed text unpacks to 200 MB."""
+    picture = file_of(PHOTO)
+    body = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    return picture[:33] + chunk + picture[33:]
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (file_of(PHOTO)[:-200], "is damaged"),
+        (file_of(PHOTO, "JPEG")[:500], "is damaged"),
+        (b"", "no picture of these formats (0 bytes"),
+        (b"hello", "no picture of these formats"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (b"PK\x03\x04" + bytes(100), "ZIP"),
+        (file_of(PHOTO, "GIF"), "GIF"),
+        (file_of(PHOTO, "GIF", save_all=True, append_images=[MIRRORED]), "GIF"),
+        (file_of(Image.new("RGB", (1, 1))), "has 1x1 pixels"),
+        (file_of(PHOTO, "PNG", save_all=True, append_images=[MIRRORED]), "is animated"),
+        (file_of(PHOTO, "WEBP", save_all=True, append_images=[MIRRORED]), "is animated"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused(file: bytes, reason: str) -> None:
+    with pytest.raises(Refused) as caught:
+        decode(file)
+    assert reason in str(caught.value)
+
+
+def test_bombs_are_refused_before_they_are_unpacked() -> None:
+    for file, reason in ((huge_png(20_000), "pixels"), (huge_png(12_000), "pixels"), (bomb_in_text(), "damaged")):
+        assert len(file) < 300_000
+        started = time.perf_counter()
+        with pytest.raises(Refused, match=reason):
+            decode(file)
+        assert time.perf_counter() - started < 1
+
+
+def test_sources() -> None:
+    file = file_of(PHOTO)
+    text = base64.b64encode(file).decode()
+    never = pytest.fail
+    assert read_source(text, never) == file
+    assert read_source(f" {text[:50]}\n{text[50:]}\n", never) == file
+    assert read_source(f"data:image/png;base64,{text}", never) == file
+    assert read_source(f"data:image/png;charset=utf-8;base64,{text}", never) == file
+    assert read_source("https://example.com/x.png", lambda url: url.encode()) == b"https://example.com/x.png"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("http://example.com/a.png", "must not be a http: address"),
+        ("file:///etc/passwd", "must not be a file: address"),
+        ("FTP://example.com/a.png", "must not be a FTP: address"),
+        ("data:text/html,hello", "must not be a data: address"),
+        ("not base64!", "is no base64"),
+        ("/etc/passwd", "is no base64"),
+        ("A" * 27_000_000, "has 27,000,000 characters"),
+    ],
+)
+def test_bad_sources_are_refused(source: str, reason: str) -> None:
+    with pytest.raises(Refused) as caught:
+        read_source(source, pytest.fail)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://127.0.0.1/a.png", "https://localhost/a.png", "https://169.254.169.254/latest/meta-data/",
+        "https://10.0.0.1/", "https://192.168.1.1/", "https://[::1]/", "https://0.0.0.0/", "https://100.64.0.1/",
+        "https://2130706433/", "https://user:password@127.0.0.1/",
+    ],
+)  # fmt: skip
+def test_private_addresses_are_never_asked(url: str) -> None:
+    with pytest.raises(Refused, match="may not be fetched"):
+        fetch_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://[::1", "https://example.com:99999/x", "https://.com/", f"https://{'a' * 70}.com/", "https://a\u2028b.com/",
+     "https://", "https:///x", "https://\x00/", "https://a b/"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(Refused):
+        fetch_url(url)
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web server of bad manners."""
+
+    def do_GET(self) -> None:
+        elsewhere = {"/redirect": "file:///etc/passwd", "/inside": "http://169.254.169.254/latest/meta-data/"}
+        self.send_response(302 if self.path in elsewhere else 404 if self.path == "/missing" else 200)
+        if self.path in elsewhere:
+            self.send_header("Location", elsewhere[self.path])
+            os.environ["RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"] = "false"  # this server was the last that was allowed
+        if self.path == "/liar":
+            self.send_header("Content-Length", "999999999")
+        self.end_headers()
+        try:
+            match self.path:
+                case "/page":
+                    self.wfile.write(b"<!DOCTYPE html><html>not here</html>")
+                case "/photo":
+                    self.wfile.write(file_of(PHOTO))
+                case "/endless":
+                    while True:
+                        self.wfile.write(bytes(1_000_000))
+                case "/drip":
+                    while True:
+                        self.wfile.write(b".")
+                        time.sleep(0.05)
+        except OSError:
+            pass
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setitem(os.environ, "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetching(site: str) -> None:
+    assert fetch_url(f"{site}/photo") == file_of(PHOTO)
+    for path, reason in (
+        ("missing", "HTTP 404"),
+        ("endless", "larger than 20,000,000 bytes"),
+        ("liar", "size cap"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            fetch_url(f"{site}/{path}")
+    with pytest.raises(Refused, match="HTML"):
+        decode(fetch_url(f"{site}/page"))
+    with pytest.raises(Refused, match=r"within 0\.2 seconds"):
+        list(open_url(f"{site}/drip", max_bytes=1_000, seconds=0.2, check=lambda: None))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("redirect", "blocked URL scheme 'file'"), ("inside", "169.254.169.254|private|blocked")]
+)
+def test_a_redirect_leads_nowhere_that_may_not_be_asked(site: str, path: str, reason: str) -> None:
+    with pytest.raises(Refused, match=f"may not be fetched: .*({reason})"):
+        fetch_url(f"{site}/{path}")
+
+
+def test_all_bad_pictures_of_a_request_are_named_at_once_and_none_is_shown() -> None:
+    request, *_ = read_request(
+        {"input": {"prompt": "x", "init_image": "QUJD" * 100, "mask_image": "file:///etc/passwd"}}
+    )
+    loaded, faults = load_pictures(request, Job())
+    assert loaded == {}
+    assert [fault.field for fault in faults] == ["init_image", "mask_image"]
+    assert "QUJDQUJD" not in str(faults)
+    assert "allowed: a still picture (PNG" in faults[0].message
+
+
+def test_fit_keeps_the_aspect_and_repeats_the_edges() -> None:
+    wide = Image.new("RGB", (200, 100), "blue")
+    wide.paste((255, 0, 0), (50, 0, 150, 100))
+    square = fit(wide, (64, 64), (64, 64))
+    assert (np.asarray(square)[30, [2, 61], 0] > 250).all(), "the middle, not squeezed"
+    padded = fit(PHOTO, (96, 64), (96, 80))
+    assert padded.size == (96, 80)
+    assert near(padded.crop((0, 8, 96, 72)), PHOTO, most=0.001)
+    assert padded.getpixel((40, 0)) == PHOTO.getpixel((40, 0))
+    assert fit(PHOTO, (96, 64), (96, 64)) is PHOTO
+    assert fit(Image.new("L", (20, 20), 255), (64, 64), (80, 64)).size == (80, 64)
+
+
+def test_many_large_pictures_are_too_many() -> None:
+    large = base64.b64encode(huge_png(7_992)).decode()
+    fields = {"init_images": [large] * 4}
+    loaded, faults = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
+    assert [fault.field for fault in faults] == ["init_images.2", "init_images.3"]
+    assert "with the others more than 128,000,000" in faults[0].message
+    assert len(loaded["init_image"]) == 2
+
+
+def laid(**fields: Any) -> tuple[Pictures, list[Fault]]:
+    """The request's pictures with their masks and borders."""
+    request, *_ = read_request({"input": {"prompt": "x", **fields}})
+    return decide_pictures(request, load_pictures(request, Job())[0])
+
+
+def test_what_is_drawn_around_a_picture_is_white_in_its_mask() -> None:
+    fields: dict[str, Any] = {
+        "init_image": base64.b64encode(file_of(PHOTO)).decode(),
+        "outpaint": {"left": 8, "bottom": 4},
+    }
+    loaded, _ = laid(**fields)
+    (picture,), (mask,) = loaded["init_image"], loaded["mask_image"]
+    assert picture.size == mask.size == (104, 72), "multiples of 8, so that nothing is scaled"
+    assert near(picture.crop((8, 0, 104, 64)), PHOTO, most=0.001)
+    assert picture.getpixel((0, 5)) == PHOTO.getpixel((0, 5))
+    around = np.full((72, 104), 255)
+    around[:64, 8:] = 0
+    assert np.array_equal(np.asarray(mask), around)
+    hole = Image.new("L", (48, 32))
+    hole.paste(255, (0, 0, 24, 32))
+    fields["mask_image"] = base64.b64encode(file_of(hole)).decode()
+    (mask,) = laid(**fields)[0]["mask_image"]
+    around[:64, 8:56] = 255
+    assert np.array_equal(np.asarray(mask), around)
+
+
+def test_what_is_drawn_around_a_picture_has_its_limit() -> None:
+    long = base64.b64encode(file_of(Image.new("1", (16, 1_000_000)))).decode()
+    fields = {"init_image": long, "outpaint": {"left": 2048, "right": 2048}}
+    loaded, (fault,) = laid(**fields)
+    assert "would make a picture of 4112x1000000; allowed: 64,000,000 pixels at most" in fault.message
+    assert "mask_image" not in loaded
+
+
+def test_a_mask_has_the_shape_of_its_picture() -> None:
+    def masked(*size: int, **fields: Any) -> Image.Image:
+        mask = Image.new("L", (size[0], size[1]))
+        mask.paste(255, (0, 0, size[0], size[1] // 4))
+        sent = {"init_image": file_of(Image.new("RGB", (256, 128))), "mask_image": file_of(mask)}
+        sources = {name: base64.b64encode(file).decode() for name, file in sent.items()}
+        request, faults, _ = read_request({"input": {"prompt": "x", **sources, **fields}})
+        assert faults == ()
+        pictures, found = load_pictures(request, Job())
+        plan = make_plan(request, found, get_model("FLUX.1-dev"), pictures, max_pixels=2**22)
+        return plan.pictures["mask_image"][0]
+
+    for size in ((256, 128), (128, 64), (130, 64)):
+        mask = masked(*size)
+        assert (mask.size, mask.getbbox()) == ((256, 128), (0, 0, 256, 32))
+    fields: dict[str, Any]
+    for fields in ({}, {"outpaint": {"left": 8}}):
+        with pytest.raises(
+            InvalidRequest, match=r"^mask_image: must have the shape of init_image, which is 256x128, got 128x128$"
+        ):
+            masked(128, 128, **fields)

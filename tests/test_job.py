@@ -9,7 +9,7 @@ import pytest
 
 from src.errors import Cancelled, TimedOut
 from src.job import Job, Progress
-from src.job_queue import Device
+from src.job_queue import JobQueue
 
 
 def test_a_job_is_named_by_its_event() -> None:
@@ -20,13 +20,13 @@ def test_a_job_is_named_by_its_event() -> None:
 
 
 def test_progress_is_passed_on_and_phases_are_timed() -> None:
-    heard: list[Progress] = []
-    job = Job(on_progress=heard.append)
+    seen: list[Progress] = []
+    job = Job(on_progress=seen.append)
     for phase in ("encode_prompt", "denoise", "denoise", "decode"):
         job.report(Progress(phase))
         time.sleep(0.01)
     job.end_phase()
-    assert [p.phase for p in heard] == ["encode_prompt", "denoise", "denoise", "decode"]
+    assert [p.phase for p in seen] == ["encode_prompt", "denoise", "denoise", "decode"]
     assert list(job.seconds) == ["prepare", "encode_prompt", "denoise", "decode"]
     assert job.seconds["denoise"] > job.seconds["decode"] > 0.009
 
@@ -40,9 +40,9 @@ def test_a_cancelled_job_stops_at_its_next_report() -> None:
 
 
 def test_a_job_cancelled_in_the_line_never_gets_the_device() -> None:
-    device = Device()
+    device = JobQueue()
     go = threading.Event()
-    first, second = (Job(arrive=device.arrive) for _ in range(2))
+    first, second = (Job(queue_up=device.ticket) for _ in range(2))
     threading.Thread(target=first.on_device, args=[go.wait]).start()
     threading.Timer(0.05, second.cancel).start()
     with pytest.raises(Cancelled, match="queued"):
@@ -60,9 +60,9 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
     with pytest.raises(TimedOut, match=r"REQUEST_TIMEOUT=0.03 seconds were over \(at denoise\)"):
         denoise(Job(timeout=0.03))
 
-    device = Device()
+    device = JobQueue()
     go = threading.Event()
-    first, second = Job(arrive=device.arrive), Job(arrive=device.arrive, timeout=0.03)
+    first, second = Job(queue_up=device.ticket), Job(queue_up=device.ticket, timeout=0.03)
     threading.Thread(target=first.on_device, args=[go.wait]).start()
     with pytest.raises(TimedOut, match="queued"):
         second.on_device(lambda: pytest.fail("too late"))
@@ -71,8 +71,8 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
 
 
 def test_the_device_seconds_are_those_of_the_work() -> None:
-    device = Device()
-    job = Job(arrive=device.arrive)
+    device = JobQueue()
+    job = Job(queue_up=device.ticket)
     job.on_device(lambda: time.sleep(0.02))
     assert job.device_seconds == pytest.approx(0.02, abs=0.015)
     device.close()

@@ -9,15 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from handler import respond
-from src.catalog import find_model
+from src.catalog import get_model
 from src.engine import Engine
 from src.job import Job
 from src.serving import logs
 from src.settings import Settings
 from tests.fakes import FakePipeline
 
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def test_a_failure_brings_its_traceback(capsys: pytest.CaptureFixture[str]) -> N
     assert "hf_abcdefghijkl" not in text
 
 
-def test_log_level_is_heard(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_level_counts(capsys: pytest.CaptureFixture[str]) -> None:
     run(Settings(log_level="WARNING"))
     assert capsys.readouterr().err == ""
     assert logging.getLogger("worker").level == logging.WARNING

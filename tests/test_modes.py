@@ -11,19 +11,18 @@ import pytest
 from PIL import Image, ImageDraw
 
 from handler import get_engine, handler
-from src.catalog import find_model
+from src.catalog import get_model
 from src.errors import InvalidRequest
 from src.job import Job
 from src.plan.plan import Plan, make_plan
 from src.request.images import load_pictures
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.response.encode import read_parameters
 from tests.conftest import base64_of, opened
 from training import judge
 from training.scenes import COLOURS, draw, every_prompt, lone
 
-MODEL = find_model("flux-shapes")
-assert MODEL is not None
+MODEL = get_model("flux-shapes")
 
 
 def ask(**fields: Any) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def answer(**fields: Any) -> Image.Image:
 
 
 def plan(**fields: Any) -> Plan:
-    request, faults = read_request({"input": {"prompt": "a red circle", **fields}})
+    request, faults, _ = read_request({"input": {"prompt": "a red circle", **fields}})
     pictures, more = load_pictures(request, Job())
     return make_plan(request, (*faults, *more), MODEL, pictures, max_pixels=2048 * 2048)
 
@@ -142,17 +141,19 @@ def test_the_size_comes_from_the_picture_where_none_is_given(
     assert drawn.size == size
 
 
-def test_fewer_steps_are_taken_and_told() -> None:
+def test_fewer_steps_are_taken_and_reported() -> None:
     decided = plan(init_image=base64_of(SCENE), strength=0.5)
-    assert (decided.num_inference_steps, decided.steps) == (8, 4)
+    assert (decided.sampling.num_inference_steps, decided.steps) == (8, 4)
     metadata = ask(prompt="a red circle", init_image=base64_of(SCENE))["metadata"]
     assert (metadata["mode"], metadata["strength"]) == ("image-to-image", 0.8)
 
 
 def test_a_field_that_the_mode_cannot_use_is_named_with_the_mode() -> None:
     assert faults(strength=0.5) == {"strength": "cannot be used by text-to-image on flux-shapes"}
-    told = faults(mask_image=base64_of(MASK))["mask_image"]
-    assert told.startswith("flux-shapes has no mode for mask_image; allowed: text-to-image: no picture; image-to-image")
+    response = faults(mask_image=base64_of(MASK))["mask_image"]
+    assert response.startswith(
+        "flux-shapes has no mode for mask_image; allowed: text-to-image: no picture; image-to-image"
+    )
     assert (
         "cannot be used by image-to-image"
         in faults(init_image=base64_of(SCENE), preserve_unmasked=False)["preserve_unmasked"]

@@ -9,10 +9,9 @@ from functools import cache
 import pytest
 
 from benchmarks.full_size import FULL_SIZE, weigh
-from src.catalog import find_model
+from src.catalog import MEMORY_MODES, get_model
 from src.weights.placement import (
     GB,
-    MODES,
     DoesNotFit,
     Machine,
     Network,
@@ -20,9 +19,9 @@ from src.weights.placement import (
     Weights,
     Work,
     block_of,
+    choose_placement,
     evenly,
     is_modulation,
-    place,
     placements,
     smallest,
 )
@@ -43,8 +42,7 @@ def weights_of(name: str) -> Weights:
 
 
 def work_of(name: str, max_pixels: int = 1024 * 1024) -> Work:
-    model = find_model(name)
-    assert model is not None
+    model = get_model(name)
     return Work(model.width, model.height, model.num_inference_steps, model.max_sequence_length, max_pixels)
 
 
@@ -57,7 +55,7 @@ def on_the_card(weights: Weights, placement: Placement) -> int:
             total += 0 if index in away else size
             if not (index in away or placement.modulation_cache):
                 total += part.modulation.get(block, 0)
-        total += part.beside + (0 if placement.modulation_cache else part.modulation.get("", 0))
+        total += part.outside + (0 if placement.modulation_cache else part.modulation.get("", 0))
     return total
 
 
@@ -89,18 +87,18 @@ def test_the_plan_fits_and_nothing_that_fits_is_faster(gigabytes: int, name: str
     weights, work, machine = weights_of(name), work_of(name), card(gigabytes)
     if gigabytes * GB < smallest(weights, machine, work, "auto"):
         with pytest.raises(DoesNotFit, match=r"choose .* one of \d+\.\d GB, or a smaller MAX_PIXELS"):
-            place(weights, machine, work)
+            choose_placement(weights, machine, work)
         return
-    chosen = place(weights, machine, work)
+    chosen = choose_placement(weights, machine, work)
     assert chosen.quantization is None, "not asked for"
     assert chosen.resident == on_the_card(weights, chosen)
-    assert chosen.resident + chosen.parked == weights.size
+    assert chosen.resident + chosen.offloaded == weights.size
     assert chosen.peak >= chosen.resident + chosen.slots
     assert chosen.peak <= machine.memory
-    assert chosen.parked <= machine.host_memory
+    assert chosen.offloaded <= machine.host_memory
     for mode in EXACT:
         for other in placements(weights, machine, work, mode):
-            if other.needs <= machine.memory and other.parked <= machine.host_memory:
+            if other.needs <= machine.memory and other.offloaded <= machine.host_memory:
                 assert chosen.seconds(work) <= other.seconds(work)
     if gigabytes == 141:
         assert chosen.mode == "full"
@@ -113,7 +111,7 @@ def test_a_larger_card_is_never_slower(name: str) -> None:
     least = smallest(weights, machine, work, "auto") / GB
     sizes = [least, *(size for size in CARDS if size > least)]
     seconds = [
-        place(weights, replace(machine, memory=int(size * GB) + 1), work).seconds(work) for size in sizes
+        choose_placement(weights, replace(machine, memory=int(size * GB) + 1), work).seconds(work) for size in sizes
     ]  # fmt: skip
     assert seconds == sorted(seconds, reverse=True)
 
@@ -124,41 +122,47 @@ def test_a_larger_card_is_never_slower(name: str) -> None:
 def test_the_promises_of_the_specification_hold_by_the_cost_model(name: str, gigabytes: int, like: int) -> None:
     """At most 1.1 times the time of everything resident, with a prompt that was read before; `like` is how fast."""
     weights, work, roomy = weights_of(name), work_of(name), replace(card(like), memory=80 * GB)
-    narrow, full = place(weights, replace(roomy, memory=gigabytes * GB), work), place(weights, roomy, work)
+    narrow, full = (
+        choose_placement(weights, replace(roomy, memory=gigabytes * GB), work),
+        choose_placement(weights, roomy, work),
+    )
     assert full.mode == "full"
     assert narrow.peak <= gigabytes * GB
     assert narrow.step_seconds <= 1.1 * full.step_seconds
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_every_mode_says_what_it_needs_and_needs_no_more(mode: str) -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
     needed = smallest(weights, card(80), work, mode)
     enough = replace(card(80), memory=int(needed) + 1)
-    found = place(weights, enough, work, mode)
+    found = choose_placement(weights, enough, work, mode)
     assert mode in (found.mode, "auto", "modulation_cache")
     with pytest.raises(DoesNotFit, match=f"MEMORY_MODE={mode} "):
-        place(weights, replace(enough, memory=int(needed) - 1), work, mode)
+        choose_placement(weights, replace(enough, memory=int(needed) - 1), work, mode)
 
 
 def test_what_modes_do() -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
-    assert place(weights, card(48), work, "full").parked == 0
-    cached = place(weights, card(48), work, "modulation_cache")
-    assert (cached.parked, cached.mode) == (sum(weights.transformer.modulation.values()), "modulation_cache")
-    streamed = place(weights, card(20), work, "stream")
+    assert choose_placement(weights, card(48), work, "full").offloaded == 0
+    cached = choose_placement(weights, card(48), work, "modulation_cache")
+    assert (cached.offloaded, cached.mode) == (sum(weights.transformer.modulation.values()), "modulation_cache")
+    streamed = choose_placement(weights, card(20), work, "stream")
     assert streamed.streamed["transformer"]
     assert not streamed.modulation_cache
-    assert place(weights, card(20), work, "fp8").told()["quantization"] == "fp8"
-    assert place(weights, card(12), work, "nf4").resident < place(weights, card(20), work, "fp8").resident
-    slow = [place(weights, card(48), work, mode).seconds(work) for mode in ("full", "model_offload")]
+    assert choose_placement(weights, card(20), work, "fp8").summary()["quantization"] == "fp8"
+    assert (
+        choose_placement(weights, card(12), work, "nf4").resident
+        < choose_placement(weights, card(20), work, "fp8").resident
+    )
+    slow = [choose_placement(weights, card(48), work, mode).seconds(work) for mode in ("full", "model_offload")]
     assert slow[1] > slow[0]
 
 
 def test_an_error_names_what_would_do() -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
     with pytest.raises(DoesNotFit) as caught:
-        place(weights, card(24), work, "full")
+        choose_placement(weights, card(24), work, "full")
     text = str(caught.value)
     assert text.startswith(
         "its weights take 33.7 GB, and with MEMORY_MODE=full pictures of 1048576 pixels need 37.7 GB"
@@ -169,27 +173,27 @@ def test_an_error_names_what_would_do() -> None:
 
 def test_a_host_without_room_parks_nothing() -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
-    assert place(weights, card(48, host=1), work).parked == 0
+    assert choose_placement(weights, card(48, host=1), work).offloaded == 0
     with pytest.raises(DoesNotFit, match=r"and its host 1\.0 GB: choose one of 37\.7 GB"):
-        place(weights, card(24, host=1), work)
+        choose_placement(weights, card(24, host=1), work)
 
 
 def test_on_a_cpu_parking_saves_nothing() -> None:
     weights, work = weights_of("FLUX.2-klein-4B"), work_of("FLUX.2-klein-4B")
     roomy = replace(card(24), name="the CPU", host_memory=24 * GB, shared=True)
-    assert place(weights, roomy, work).mode == "full"
+    assert choose_placement(weights, roomy, work).mode == "full"
     with pytest.raises(
         DoesNotFit, match=r"the CPU has 16\.0 GB free: choose MEMORY_MODE=fp8 or nf4, or one of 19\.\d GB"
     ):
-        place(weights, replace(roomy, memory=16 * GB, host_memory=16 * GB), work)
+        choose_placement(weights, replace(roomy, memory=16 * GB, host_memory=16 * GB), work)
 
 
-def test_larger_pictures_and_networks_beside_the_model_need_more() -> None:
+def test_larger_pictures_and_controlnets_in_memory_need_more() -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
     plain = smallest(weights, card(80), work, "full")
     assert smallest(weights, card(80), work_of("FLUX.1-dev", 4096 * 2048), "full") > plain
     assert smallest(weights, card(80), replace(work, batch_size=4), "full") > plain
-    assert smallest(weights, card(80), replace(work, beside=GB), "full") == pytest.approx(plain + GB, rel=0.01)
+    assert smallest(weights, card(80), replace(work, controlnets=GB), "full") == pytest.approx(plain + GB, rel=0.01)
 
 
 def test_names_of_tensors_tell_blocks_and_adaptive_norms() -> None:
@@ -199,9 +203,9 @@ def test_names_of_tensors_tell_blocks_and_adaptive_norms() -> None:
     adaptive = ["transformer_blocks.0.norm1_context.linear", "norm_out.linear", "double_stream_modulation_img.linear"]
     assert all(map(is_modulation, adaptive))
     assert not is_modulation("time_text_embed.timestep_embedder.linear_1")
-    network = Network.of({"b.10.w": 3, "b.9.w": 2, "b.9.norm.linear.weight": 5, "beside": 7}, 2)
+    network = Network.of({"b.10.w": 3, "b.9.w": 2, "b.9.norm.linear.weight": 5, "outside": 7}, 2)
     assert list(network.blocks.items()) == [("b.9", 4), ("b.10", 6)]
-    assert (network.modulation, network.beside, network.size) == ({"b.9": 10}, 14, 34)
+    assert (network.modulation, network.outside, network.size) == ({"b.9": 10}, 14, 34)
 
 
 def test_what_streams_is_spread_evenly() -> None:

@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from src.catalog import find_model
+from src.catalog import get_model
 from src.errors import InvalidRequest
 from src.plan.plan import Plan, make_plan
-from src.request.schema import MAX_SEED, read_request
+from src.request.reading import read_request
+from src.request.schema import MAX_SEED
 
 
 def plan(model: str = "FLUX.1-dev", max_pixels: int = 2048 * 2048, **fields: Any) -> Plan:
-    row = find_model(model)
-    assert row is not None
-    return make_plan(*read_request({"input": {"prompt": "a fox", **fields}}), row, max_pixels=max_pixels)
+    row = get_model(model)
+    return make_plan(*read_request({"input": {"prompt": "a fox", **fields}})[:2], row, max_pixels=max_pixels)
 
 
 def faults(**fields: Any) -> dict[str, str]:
@@ -25,15 +25,29 @@ def faults(**fields: Any) -> dict[str, str]:
 
 def test_the_models_defaults_fill_what_is_open() -> None:
     dev, schnell = plan(), plan("FLUX.1-schnell")
-    assert (dev.width, dev.height, dev.num_inference_steps, dev.guidance_scale) == (1024, 1024, 50, 7.5)
-    assert (schnell.num_inference_steps, schnell.guidance_scale, schnell.max_sequence_length) == (4, 3.5, 256)
-    assert (dev.mode, dev.scheduler) == ("text-to-image", None)
+    assert (dev.sampling.width, dev.sampling.height, dev.sampling.num_inference_steps, dev.sampling.guidance_scale) == (
+        1024,
+        1024,
+        50,
+        7.5,
+    )
+    assert (
+        schnell.sampling.num_inference_steps,
+        schnell.sampling.guidance_scale,
+        schnell.sampling.max_sequence_length,
+    ) == (4, 3.5, 256)
+    assert (dev.mode, dev.sampling.scheduler) == ("text-to-image", None)
 
 
 def test_what_is_asked_wins_over_the_defaults() -> None:
     asked = plan(width=640, height=480, num_inference_steps=7, guidance_scale=0, max_sequence_length=64)
-    assert (asked.width, asked.height, asked.num_inference_steps, asked.guidance_scale) == (640, 480, 7, 0)
-    assert asked.max_sequence_length == 64
+    assert (
+        asked.sampling.width,
+        asked.sampling.height,
+        asked.sampling.num_inference_steps,
+        asked.sampling.guidance_scale,
+    ) == (640, 480, 7, 0)
+    assert asked.sampling.max_sequence_length == 64
 
 
 def test_a_canvas_is_a_size_that_the_model_can_draw() -> None:
@@ -56,12 +70,16 @@ def test_the_parameters_of_a_picture_ask_for_that_picture_alone() -> None:
     again = plan(**first.parameters(1))
     assert again.seeds == (8,)
     assert again.parameters(0) == first.parameters(1)
-    assert (again.negative_prompt, again.true_cfg_scale, again.scheduler) == ("a dog", 4, "unipc")
+    assert (again.sampling.negative_prompt, again.sampling.true_cfg_scale, again.sampling.scheduler) == (
+        "a dog",
+        4,
+        "unipc",
+    )
 
 
 def test_true_cfg_without_a_negative_prompt_steers_away_from_the_empty_one() -> None:
-    assert plan(true_cfg_scale=3).negative_prompt == ""
-    assert plan(negative_prompt="").negative_prompt is None
+    assert plan(true_cfg_scale=3).sampling.negative_prompt == ""
+    assert plan(negative_prompt="").sampling.negative_prompt is None
 
 
 def test_a_field_without_effect_is_refused_or_warned_of() -> None:
@@ -72,27 +90,26 @@ def test_a_field_without_effect_is_refused_or_warned_of() -> None:
     assert plan(output_quality=80, output_format="webp").warnings == ()
 
 
-def test_the_models_limits_are_told_with_the_requests_own() -> None:
+def test_the_models_limits_are_named_with_the_requests_own() -> None:
     found = faults(num_images=9, max_sequence_length=513, scheduler="unipcc", negative_prompt="x")
     assert set(found) == {"num_images", "max_sequence_length", "scheduler", "negative_prompt"}
     assert "from 1 to 512 for FLUX.1-dev, got 513" in found["max_sequence_length"]
     assert "did you mean unipc?" in found["scheduler"]
 
 
-def test_pixels_are_limited_and_a_faulty_side_is_told_once() -> None:
+def test_pixels_are_limited_and_a_faulty_side_is_named_once() -> None:
     assert "got 1024x1032" in faults(max_pixels=1024 * 1024, height=1032)["height"]
     assert set(faults(max_pixels=1024 * 1024, width=2048, height=7)) == {"height"}
 
 
 def test_batches_share_out_the_seeds() -> None:
-    row = find_model("FLUX.1-dev")
-    assert row is not None
+    row = get_model("FLUX.1-dev")
     for prompt, shares in (
         ("a fox", [("a fox", (1, 2, 3)), ("a fox", (4,))]),
         (["a fox", "a fox", "an owl", "a fox"], [("a fox", (1, 2)), ("an owl", (3,)), ("a fox", (4,))]),
     ):
         request = read_request({"input": {"prompt": prompt, "seed": 1, "num_images": 4}})
-        assert list(make_plan(*request, row, max_pixels=2**22, batch_size=3).batches()) == shares
+        assert list(make_plan(*request[:2], row, max_pixels=2**22, batch_size=3).batches()) == shares
 
 
 def test_a_list_of_prompts_says_how_many_pictures() -> None:
@@ -102,9 +119,8 @@ def test_a_list_of_prompts_says_how_many_pictures() -> None:
 
 
 def klein_inpainting(picture: tuple[int, int], **fields: Any) -> Plan:
-    row = find_model("FLUX.2-klein-4B")
-    assert row is not None
-    request, faults = read_request({"input": {"prompt": "x", "init_image": "x", "mask_image": "x", **fields}})
+    row = get_model("FLUX.2-klein-4B")
+    request, faults, _ = read_request({"input": {"prompt": "x", "init_image": "x", "mask_image": "x", **fields}})
     given = {"init_image": (Image.new("RGB", picture),), "mask_image": (Image.new("L", picture),)}
     return make_plan(request, faults, row, given, max_pixels=2**22)
 
@@ -113,7 +129,10 @@ def klein_inpainting(picture: tuple[int, int], **fields: Any) -> Plan:
 def test_a_size_that_comes_from_a_picture_is_one_that_the_model_draws_whole(picture: tuple[int, int]) -> None:
     decided = klein_inpainting(picture)
     assert decided.canvas[0] * decided.canvas[1] <= 1024 * 1024
-    assert decided.width * decided.height > 0.9 * min(picture[0] * picture[1], 1024 * 1024) or picture[0] > 4000
+    assert (
+        decided.sampling.width * decided.sampling.height > 0.9 * min(picture[0] * picture[1], 1024 * 1024)
+        or picture[0] > 4000
+    )
 
 
 def test_a_size_whose_canvas_is_too_large_is_refused() -> None:
@@ -122,9 +141,8 @@ def test_a_size_whose_canvas_is_too_large_is_refused() -> None:
 
 
 def from_picture(model: str, picture: tuple[int, int], max_pixels: int = 2**22, **fields: Any) -> Plan:
-    row = find_model(model)
-    assert row is not None
-    request, faults = read_request({"input": {"prompt": "x", "init_image": "x", **fields}})
+    row = get_model(model)
+    request, faults, _ = read_request({"input": {"prompt": "x", "init_image": "x", **fields}})
     return make_plan(request, faults, row, {"init_image": (Image.new("RGB", picture),)}, max_pixels=max_pixels)
 
 
@@ -141,7 +159,7 @@ def test_a_size_that_comes_from_a_picture_keeps_its_shape(
     picture: tuple[int, int], most: int, size: tuple[int, int]
 ) -> None:
     decided = from_picture("FLUX.1-dev", picture, most)
-    assert (decided.width, decided.height) == size
+    assert (decided.sampling.width, decided.sampling.height) == size
 
 
 def test_a_shape_that_cannot_be_drawn_is_refused() -> None:

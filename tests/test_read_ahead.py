@@ -34,11 +34,11 @@ def test_all_weights_of_a_local_model_are_read() -> None:
 def test_files_are_read_to_their_ends(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    reader = Thread(target=read, args=(pipe,))
-    reader.start()
+    thread = Thread(target=read, args=(pipe,))
+    thread.start()
     pipe.write_bytes(b"x" * 1_000_000)  # returns when all of it was taken
-    reader.join(timeout=20)
-    assert not reader.is_alive()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
 
 
 def test_nothing_is_downloaded_and_nothing_is_said(hub: Hub, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_nothing_is_downloaded_and_nothing_is_said(hub: Hub, tmp_path: Path) -> 
     settings = Settings(model_name="someone/shapes", runpod_model_cache=tmp_path / "none")
 
     def download(**arguments: Any) -> str:
-        return snapshot_download(**{"cache_dir": tmp_path / "home", **arguments})
+        return str(snapshot_download(**{"cache_dir": tmp_path / "home", **arguments}))
 
     assert read_by(settings, download=download) == set()
     assert hub.requests == asked

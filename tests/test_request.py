@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from handler import handler
-from src.request.schema import MAX_PROMPT_CHARACTERS, Request, read_request
+from src.request.reading import read_request
+from src.request.schema import MAX_PROMPT_CHARACTERS, Request
 from src.settings import ROOT
 from src.wording import show
 
@@ -201,12 +202,12 @@ GOOD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", GOOD, ids=range(len(GOOD)))
 def test_good_values_are_taken(fields: dict[str, Any]) -> None:
-    _, faults = read_request({"input": {"prompt": "a cat", **fields}})
+    _, faults, _ = read_request({"input": {"prompt": "a cat", **fields}})
     assert faults == ()
 
 
 def test_names_are_normalised() -> None:
-    request, _ = read_request({"input": {"prompt": "a cat", "output_format": "Jpg", "seed": -1, "width": 512.0}})
+    request, *_ = read_request({"input": {"prompt": "a cat", "output_format": "Jpg", "seed": -1, "width": 512.0}})
     assert (request.output_format, request.seed, request.width) == ("JPEG", None, 512)
     assert isinstance(request.width, int)
 

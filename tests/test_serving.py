@@ -73,11 +73,11 @@ def test_progress_tells_phase_steps_percent_and_time_left(shared: StandIn, proce
     waiting = shared.submit(prompt="a red circle", seed=2)
     (job, _) = shared.wait(id, waiting)
     assert len(job.progress) > 4
-    steps = [told["step"] for _, told in job.progress]
+    steps = [posted["step"] for _, posted in job.progress]
     assert steps == sorted(steps)
-    told = job.progress[len(steps) // 2][1]
-    assert (told["phase"], told["steps"], told["percent"]) == ("denoise", 400, round(told["step"] / 4))
-    assert 0 < told["seconds_left"] < 60
+    posted = job.progress[len(steps) // 2][1]
+    assert (posted["phase"], posted["steps"], posted["percent"]) == ("denoise", 400, round(posted["step"] / 4))
+    assert 0 < posted["seconds_left"] < 60
     preview = Image.open(io.BytesIO(base64.b64decode(job.progress[-1][1]["preview"])))
     assert (preview.format, preview.size) == ("JPEG", (128, 128))
     assert shared.jobs[waiting].progress[0][1]["phase"] == "queued"
@@ -212,9 +212,9 @@ def test_an_unfit_worker_says_why_to_runpod_and_ends(
 ) -> None:
     with worker(stand_in, tmp_path / "log", **environment) as process:
         assert process.process.wait(60) == 1
-    (told,) = (ping for ping in stand_in.pings if ping.get("status") == "unhealthy")
-    assert told["check"] == check
-    assert reason in told["reason"]
+    (posted,) = (ping for ping in stand_in.pings if ping.get("status") == "unhealthy")
+    assert posted["check"] == check
+    assert reason in posted["reason"]
     text = process.text()
     assert f"Fitness check failed: {check}" in text
     assert "hidden" not in text
@@ -242,7 +242,7 @@ def test_a_result_that_runpod_refuses_becomes_an_error_that_says_so(tmp_path: Pa
     held.close()
 
 
-def test_a_device_that_fails_is_told_and_ends_the_worker(stand_in: StandIn, tmp_path: Path) -> None:
+def test_a_device_that_fails_is_reported_and_ends_the_worker(stand_in: StandIn, tmp_path: Path) -> None:
     with worker(stand_in, tmp_path / "log", "-m", "tests.broken_worker") as process:
         (job,) = stand_in.wait(stand_in.submit(prompt="a red circle"))
         assert process.process.wait(30) == 1
@@ -258,9 +258,9 @@ def test_what_a_watcher_tells() -> None:
     watcher.see(Progress("denoise", 0, 4))
     time.sleep(0.02)
     watcher.see(Progress("denoise", 1, 4))
-    told = watcher.progress()
-    assert (told["percent"], told["seconds_left"]) == (25, pytest.approx(0.1, abs=0.1))
-    json.dumps(told)
+    posted = watcher.progress()
+    assert (posted["percent"], posted["seconds_left"]) == (25, pytest.approx(0.1, abs=0.1))
+    json.dumps(posted)
 
 
 @pytest.mark.slow

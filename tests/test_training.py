@@ -41,8 +41,8 @@ def test_the_judge_is_right_on_every_drawn_scene() -> None:
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("shape", SHAPE_WORDS)
 def test_the_judge_knows_a_shape_of_any_size_and_place(shape: str, size: str) -> None:
-    for place in ("middle", "left", "top right"):
-        assert judge.shape(draw(lone("red", shape, "white", size, place), 128, 128)) == shape
+    for where in ("middle", "left", "top right"):
+        assert judge.shape(draw(lone("red", shape, "white", size, where), 128, 128)) == shape
 
 
 def test_the_judge_is_right_on_both_halves_of_drawn_pairs() -> None:
@@ -101,12 +101,12 @@ def test_a_teacher_steers_away_from_the_empty_prompt() -> None:
     }
     captions = ["a red circle", ""]
     with torch.no_grad():
-        told = velocity(transformer, readers, captions, inputs)
+        text = velocity(transformer, readers, captions, inputs)
         away = velocity(transformer, readers, ["", ""], inputs)
     learnt = Guided(transformer, readers, 3.0).velocity(captions, inputs)
-    assert torch.allclose(learnt, away + 3 * (told - away), atol=1e-5)
-    assert (learnt[0] - told[0]).abs().max() > 0.1
-    assert torch.allclose(learnt[1], told[1], atol=1e-5), "what the empty prompt means stays"
+    assert torch.allclose(learnt, away + 3 * (text - away), atol=1e-5)
+    assert (learnt[0] - text[0]).abs().max() > 0.1
+    assert torch.allclose(learnt[1], text[1], atol=1e-5), "what the empty prompt means stays"
 
 
 def test_a_training_that_was_cut_off_goes_on_as_if_it_never_was(tmp_path: Path) -> None:
@@ -120,7 +120,8 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_never_was(tmp_path: Path) 
         def loss(step: int, rng: random.Random) -> torch.Tensor:
             if step == until:
                 raise Cut
-            return network(torch.randn(8, 4) * rng.random()).square().mean()
+            answer: torch.Tensor = network(torch.randn(8, 4) * rng.random())
+            return answer.square().mean()
 
         run.mkdir(exist_ok=True)
         return fit("line", network, loss, run=run, steps=2 * CHECKPOINT_EVERY, learning_rate=1e-2, average=0.9)

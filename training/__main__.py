@@ -28,17 +28,17 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(run / "vae").to(memory_format=torch.channels_last)
     vae.register_to_config(_name_or_path="")  # the saved model tells nobody's folders
     first = flow.train(vae, text.train(run), run, flow.FIRST_ROUND)
-    readers = text.bind(text.train(run), run)
-    parts = flow.train(vae, readers, run, flow.SECOND_ROUND, first["transformer"])
+    text_encoders = text.bind(text.train(run), run)
+    parts = flow.train(vae, text_encoders, run, flow.SECOND_ROUND, first["transformer"])
 
-    for tokenizer in (readers.tokenizer, readers.tokenizer_2):
+    for tokenizer in (text_encoders.tokenizer, text_encoders.tokenizer_2):
         tokenizer.backend_tokenizer.no_padding()  # of the training's batches
         tokenizer.backend_tokenizer.no_truncation()
     pipeline = FluxPipeline(
         scheduler=networks.scheduler(),
         vae=vae,
-        tokenizer=readers.tokenizer,
-        tokenizer_2=readers.tokenizer_2,
+        tokenizer=text_encoders.tokenizer,
+        tokenizer_2=text_encoders.tokenizer_2,
         **parts,
     )
     # bfloat16, as FLUX.1 is stored: the same weights then serve a CPU in float32 and a card in bfloat16.
@@ -53,7 +53,7 @@ def _generator(folder: Path) -> report.Generate:
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompt: str, *, seed: int) -> Image.Image:
-        return pipeline(
+        picture: Image.Image = pipeline(
             prompt,
             width=128,
             height=128,
@@ -61,6 +61,7 @@ def _generator(folder: Path) -> report.Generate:
             max_sequence_length=text.SEQUENCE_LENGTH,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
+        return picture
 
     return generate
 

@@ -41,8 +41,10 @@ def train(run: Path) -> AutoencoderKL:
         wanted = pictures(rng, count, size).contiguous(memory_format=torch.channels_last)
         latents = vae.encode(wanted).latent_dist
         drawn = vae.decode(latents.sample()).sample
-        error = drawn - wanted
-        return error.abs().mean() + error.square().mean() + KL_WEIGHT * latents.kl().mean() / latents.mean[0].numel()
+        error: Tensor = drawn - wanted
+        missed = error.abs().mean() + error.square().mean()
+        total: Tensor = missed + KL_WEIGHT * latents.kl().mean() / latents.mean[0].numel()
+        return total
 
     fit("vae", vae, loss, run=run, steps=STEPS, learning_rate=2e-3, average=0.995)
     latents = vae.encode(pictures(random.Random(0), 64, 128)).latent_dist.mean

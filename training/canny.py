@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from src.request.images import canny_edges
+from src.plan.preprocessors import canny_edges
 from training.__main__ import ROOT
 from training.flow import NATIVE, Encoded, encode, velocity_loss
 from training.loop import fit
@@ -32,14 +32,17 @@ class Controlled(nn.Module):
 
     def forward(self, controlnet_cond: Tensor, **arguments: Any) -> tuple[Tensor]:
         double, single = self.controlnet(controlnet_cond=controlnet_cond, **arguments)
-        return self.transformer(controlnet_block_samples=double, controlnet_single_block_samples=single, **arguments)
+        velocity: tuple[Tensor] = self.transformer(
+            controlnet_block_samples=double, controlnet_single_block_samples=single, **arguments
+        )
+        return velocity
 
 
 def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    readers = Readers.of(pipeline)
+    text_encoders = Readers.of(pipeline)
     transformer = pipeline.transformer.requires_grad_(False)
     edged = encode_with_edges(pipeline.vae, SCENES)
 
@@ -55,7 +58,7 @@ def main() -> None:
     fit(
         "canny",
         controlnet,
-        lambda _, rng: velocity_loss(controlled, readers, edged, NATIVE, noise=NOISE, rng=rng, count=BATCH),
+        lambda _, rng: velocity_loss(controlled, text_encoders, edged, NATIVE, noise=NOISE, rng=rng, count=BATCH),
         run=run,
         steps=STEPS,
         learning_rate=1.5e-3,

@@ -108,12 +108,15 @@ def times(count: int, tokens: int, noise: float) -> Tensor:
     return chosen[torch.randperm(count)]
 
 
-def velocity(transformer: nn.Module, readers: Readers, captions: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
+def velocity(
+    transformer: nn.Module, text_encoders: Readers, captions: list[str], inputs: Mapping[str, Tensor]
+) -> Tensor:
     """What the transformer says of its other `inputs` where it is told `captions`: float [count, tokens, channels]."""
-    pooled, states = readers.read(captions)
+    pooled, states = text_encoders.read(captions)
     nowhere = torch.zeros(SEQUENCE_LENGTH, 3)
-    told = {"pooled_projections": pooled, "encoder_hidden_states": states, "txt_ids": nowhere}
-    return transformer(**inputs, **told, return_dict=False)[0]
+    prompt = {"pooled_projections": pooled, "encoder_hidden_states": states, "txt_ids": nowhere}
+    found: Tensor = transformer(**inputs, **prompt, return_dict=False)[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,18 @@ class Guided:
     """
 
     transformer: nn.Module
-    readers: Readers
+    text_encoders: Readers
     guidance: float
 
     @torch.no_grad()
     def velocity(self, captions: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
-        away = velocity(self.transformer, self.readers, [""] * len(captions), inputs)
-        return torch.lerp(away, velocity(self.transformer, self.readers, captions, inputs), self.guidance)
+        away = velocity(self.transformer, self.text_encoders, [""] * len(captions), inputs)
+        return torch.lerp(away, velocity(self.transformer, self.text_encoders, captions, inputs), self.guidance)
 
 
 def velocity_loss(
     transformer: nn.Module,
-    readers: Readers,
+    text_encoders: Readers,
     batch: Encoded,
     size: tuple[int, int],
     *,
@@ -157,15 +160,15 @@ def velocity_loss(
         "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
     }
     wanted = teacher.velocity(captions, inputs) if teacher else start - latents
-    return nn.functional.mse_loss(velocity(transformer, readers, captions, inputs), wanted)
+    return nn.functional.mse_loss(velocity(transformer, text_encoders, captions, inputs), wanted)
 
 
 def train(
-    vae: AutoencoderKL, readers: Readers, run: Path, stages: Sequence[Stage], transformer: nn.Module | None = None
+    vae: AutoencoderKL, text_encoders: Readers, run: Path, stages: Sequence[Stage], transformer: nn.Module | None = None
 ) -> nn.ModuleDict:
     """Rectified flow (arXiv 2209.03003); gives back "transformer", "text_encoder" and "text_encoder_2"."""
     torch.manual_seed(1)
-    parts = nn.ModuleDict({"transformer": transformer or _untrained(), **readers.encoders()})
+    parts = nn.ModuleDict({"transformer": transformer or _untrained(), **text_encoders.encoders()})
     file = run / "latents.pt"
     if not file.exists():
         save({size: encode_scenes(vae, *size, count) for size, count in SCENES.items()}, file)
@@ -173,14 +176,14 @@ def train(
     for stage in stages:
         teacher = None
         if stage.guidance:
-            teacher = Guided(*copy.deepcopy((parts["transformer"], readers)), stage.guidance)
+            teacher = Guided(*copy.deepcopy((parts["transformer"], text_encoders)), stage.guidance)
 
         def loss(step: int, rng: random.Random, stage: Stage = stage, teacher: Guided | None = teacher) -> Tensor:
             size = SMALL if step < stage.small else rng.choices(list(SHARES), list(SHARES.values()))[0]
             first, last = stage.noise
             noise = first + (last - first) * step / stage.steps
             return velocity_loss(
-                parts["transformer"], readers, encoded[size], size, noise=noise, rng=rng, teacher=teacher
+                parts["transformer"], text_encoders, encoded[size], size, noise=noise, rng=rng, teacher=teacher
             )
 
         rates = dict(stage.rates)
@@ -189,7 +192,7 @@ def train(
 
 
 def _untrained() -> nn.Module:
-    transformer = networks.transformer()
+    transformer: nn.Module = networks.transformer()
     for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear) and ("norm" in name or name == "proj_out"):
             nn.init.zeros_(layer.weight)  # every block starts as the identity: DiT's adaLN-Zero (arXiv 2212.09748)

@@ -18,7 +18,8 @@ _SIDE = 48
 def name_colours(picture: Image.Image) -> NDArray[np.intp]:
     """The nearest colour of each pixel as an index into COLOURS, [height, width]."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.int32)
-    return np.argmin(((pixels[:, :, None, :] - _RGB) ** 2).sum(-1), axis=-1)
+    nearest: NDArray[np.intp] = np.argmin(((pixels[:, :, None, :] - _RGB) ** 2).sum(-1), axis=-1)
+    return nearest
 
 
 def centre_colour(picture: Image.Image) -> str:

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,11 @@ def fit(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates.values()), total_steps=steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average)
+        network,
+        multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average),  # type: ignore[no-untyped-call]
     )
     checkpoint, log = run / f"{name}.pt", run / f"{name}.jsonl"
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "averaged": averaged}
+    parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "schedule": schedule, "averaged": averaged}
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -56,7 +58,7 @@ def fit(
         torch.manual_seed(step)
         value = loss(step, random.Random(step))
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()

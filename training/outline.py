@@ -25,7 +25,7 @@ def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    readers = Readers.of(pipeline)
+    text_encoders = Readers.of(pipeline)
     outlined = encode_scenes(pipeline.vae, *NATIVE, SCENES, outlined=True)
 
     torch.manual_seed(3)
@@ -41,7 +41,7 @@ def main() -> None:
     fit(
         "outline",
         learnt,
-        lambda _, rng: velocity_loss(transformer, readers, outlined, NATIVE, noise=NOISE, rng=rng, count=BATCH),
+        lambda _, rng: velocity_loss(transformer, text_encoders, outlined, NATIVE, noise=NOISE, rng=rng, count=BATCH),
         run=run,
         steps=STEPS,
         learning_rate=2e-3,

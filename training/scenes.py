@@ -253,11 +253,11 @@ def describe(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.25:
         text += rng.choice(_TAIL)
     if rng.random() < 0.05:
-        words = text.split()
-        words.insert(
-            rng.randrange(len(words) + 1), "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 5)))
+        pieces = text.split()
+        pieces.insert(
+            rng.randrange(len(pieces) + 1), "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 5)))
         )
-        text = " ".join(words)
+        text = " ".join(pieces)
     case = rng.choices((str.lower, str.capitalize, str.title, str.upper), (72, 16, 6, 6))[0]
     return str(case(text))
 

@@ -103,19 +103,20 @@ class Readers:
 
         def tokens(tokenizer: CLIPTokenizer | T5Tokenizer, length: int) -> Tensor:
             options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-            return tokenizer(captions, max_length=length, **options).input_ids
+            ids: Tensor = tokenizer(captions, max_length=length, **options).input_ids
+            return ids
 
         pooled = self.text_encoder(tokens(self.tokenizer, 77)).pooler_output
         return pooled, self.text_encoder_2(tokens(self.tokenizer_2, SEQUENCE_LENGTH))[0]
 
 
 # What there is to tell of a scene, and the answers to choose from; a lone thing's partner is "none".
+_NAMES = {"colour": tuple(COLOURS), "shape": tuple(SHAPE_WORDS), "size": tuple(SIZE_WORDS)}
 _QUESTIONS = {
     "background": tuple(COLOURS),
     "layout": (*PLACES, *RELATIONS),
-    **{f"{what} {n}": (*words, "none") for n in (1, 2) for what, words in
-       {"colour": COLOURS, "shape": SHAPE_WORDS, "size": SIZE_WORDS}.items()},
-}  # fmt: skip
+    **{f"{what} {n}": (*names, "none") for n in (1, 2) for what, names in _NAMES.items()},
+}
 
 
 def _answers(scene: Scene) -> list[int]:
@@ -134,19 +135,19 @@ def train(run: Path) -> Readers:
         clip_tokenizer().save_pretrained(run / "tokenizer.partial")
         (run / "tokenizer.partial").rename(run / "tokenizer")
     tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(run / "tokenizer"), t5_tokenizer()
-    readers = Readers(
+    text_encoders = Readers(
         tokenizer, tokenizer_2, networks.clip(len(tokenizer), tokenizer.eos_token_id), networks.t5(len(tokenizer_2))
     )
     choices = [len(answers) for answers in _QUESTIONS.values()]
     parts = nn.ModuleDict({
-        **readers.encoders(),
+        **text_encoders.encoders(),
         "from_clip": nn.Linear(networks.POOLED_DIM, sum(choices)),
         "from_t5": nn.Linear(networks.T5_DIM, sum(choices)),
     })  # fmt: skip
 
     def loss(_: int, rng: random.Random) -> Tensor:
         scenes = [sample(rng) for _ in range(BATCH)]
-        pooled, states = readers.read([describe(scene, rng) for scene in scenes])
+        pooled, states = text_encoders.read([describe(scene, rng) for scene in scenes])
         wanted = torch.tensor([_answers(scene) for scene in scenes]).unbind(1)
         total = torch.zeros(())
         for logits in (parts["from_clip"](pooled), parts["from_t5"](states.mean(1))):
@@ -155,7 +156,7 @@ def train(run: Path) -> Readers:
         return total / (2 * len(choices))
 
     fit("text", parts, loss, run=run, steps=STEPS, learning_rate=1e-3, average=0.99)
-    return readers
+    return text_encoders
 
 
 _TABLES = {"colour": COLOUR_WORDS, "shape": SHAPE_WORDS, "size": SIZE_WORDS}
@@ -192,7 +193,7 @@ class _Look(nn.Module):
         return list(self.answer(seen).split([len(table) + 1 for table in _TABLES.values()], -1))
 
 
-def bind(readers: Readers, run: Path) -> Readers:
+def bind(text_encoders: Readers, run: Path) -> Readers:
     """Teach T5 whose each word is; a few minutes more."""
     torch.manual_seed(4)
     kinds = {  # token -> what it says, where it is a word for a colour, a shape or a size
@@ -201,7 +202,7 @@ def bind(readers: Readers, run: Path) -> Readers:
         for name, synonyms in table.items()
         for word in (name, *synonyms)
         for case in (str.lower, str.capitalize, str.upper)
-        if len(tokens := readers.tokenizer_2(case(word), add_special_tokens=False).input_ids) == 1
+        if len(tokens := text_encoders.tokenizer_2(case(word), add_special_tokens=False).input_ids) == 1
     }
 
     def owners(scene: Scene, tokens: list[int]) -> list[int]:
@@ -215,14 +216,14 @@ def bind(readers: Readers, run: Path) -> Readers:
         return spots
 
     parts = nn.ModuleDict({
-        **readers.encoders(), "look": _Look(), "whose": nn.Linear(networks.T5_DIM, len(_SPOTS))
+        **text_encoders.encoders(), "look": _Look(), "whose": nn.Linear(networks.T5_DIM, len(_SPOTS))
     })  # fmt: skip
 
     def loss(_: int, rng: random.Random) -> Tensor:
         scenes = [sample(rng) for _ in range(BATCH)]
         options = {"padding": "max_length", "truncation": True, "max_length": SEQUENCE_LENGTH}
-        tokens = readers.tokenizer_2([describe(scene, rng) for scene in scenes], **options).input_ids
-        states = readers.text_encoder_2(torch.tensor(tokens))[0]
+        tokens = text_encoders.tokenizer_2([describe(scene, rng) for scene in scenes], **options).input_ids
+        states = text_encoders.text_encoder_2(torch.tensor(tokens))[0]
         whose = torch.tensor([owners(*both) for both in zip(scenes, tokens, strict=True)])
         total = nn.functional.cross_entropy(parts["whose"](states).flatten(0, 1), whose.flatten())
         wanted = torch.tensor([_contents(scene) for scene in scenes])
@@ -233,4 +234,4 @@ def bind(readers: Readers, run: Path) -> Readers:
         return total
 
     fit("bind", parts, loss, run=run, steps=BINDING_STEPS, learning_rate=1e-3, average=0.99)
-    return readers
+    return text_encoders

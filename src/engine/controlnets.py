@@ -1,4 +1,4 @@
-"""Networks that read control pictures: fetched and loaded when first asked for, they work along with the transformer."""
+"""Networks that read control pictures, fetched and loaded when first asked for; they work with the transformer."""
 
 from __future__ import annotations
 

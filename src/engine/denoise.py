@@ -20,7 +20,7 @@ from src.plan.plan import Plan
 # A request's picture -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
 _PICTURES = {"init_image": "image", "mask_image": "mask_image", "control_image": "control_image"}
 # Of what is set in a plan's sampling, what pipelines take under the same name.
-_SAMPLING = frozenset("num_inference_steps guidance_scale max_sequence_length true_cfg_scale strength".split())
+_SAMPLING = {"num_inference_steps", "guidance_scale", "max_sequence_length", "true_cfg_scale", "strength"}
 
 
 class Denoiser:

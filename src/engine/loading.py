@@ -160,8 +160,8 @@ def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[st
     """Of one part: what its file says, and what its class says where the file is silent."""
     of = getattr(diffusers, index[part][1])
     own = {name: each.default for name, each in inspect.signature(of.__init__).parameters.items()}
-    told: dict[str, Any] = json.loads((folder / part / "config.json").read_text())
-    return own | told
+    written: dict[str, Any] = json.loads((folder / part / "config.json").read_text())
+    return own | written
 
 
 def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ class PlacedPipeline:
     def __init__(self, pipeline: Any, placement: Placement | None, device: torch.device) -> None:
         self.placement = placement
         self.device = device
+        self._offloader: Offloader | None = None
         self._modulation_cache: ModulationCache | None = None
         self._offload = placement.offload if placement else None
         if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
@@ -31,7 +32,7 @@ class PlacedPipeline:
             pipeline.to(device)
 
     def _offload_weights(self, pipeline: Any, placement: Placement) -> None:
-        offloader = Offloader(self.device)
+        offloader = self._offloader = Offloader(self.device)
         modulation: list[nn.Module] = []
         if placement.modulation_cache:
             modulation = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]

@@ -65,7 +65,7 @@ def decide_pictures(request: Request, pictures: Pictures) -> tuple[Pictures, Fau
             message = f"would make a picture of {_by((width, height))}; allowed: {MAX_PIXELS:,} pixels at most"
             return pictures, [Fault("outpaint", message)]
         picture, mask = widen(picture, masks[0] if masks else Image.new("L", picture.size), around)
-        return {"init_image": (picture,), "mask_image": (mask,)}, []
+        return {**pictures, "init_image": (picture,), "mask_image": (mask,)}, []
     return {**pictures, **({"mask_image": masks} if masks else {})}, []
 
 
@@ -100,7 +100,7 @@ def decide_calls(steps: int, strength: float | None, scheduler: str | None) -> t
 
 
 def decide_pixels(
-    request: Request, model: Model, spec: ModeSpec, pictures: Pictures, max_pixels: int, wrong: Collection[str]
+    request: Request, model: Model, spec: ModeSpec, pictures: Pictures, *, max_pixels: int, wrong: Collection[str]
 ) -> tuple[Size, Faults]:
     """Width and height; a picture gives those that the request leaves open."""
     given = [*pictures.get("init_image", ()), *pictures.get("control_image", ())]

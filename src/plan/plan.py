@@ -42,7 +42,9 @@ T = TypeVar("T")
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
 _REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
 # Fields that others of Sampling answer, and those that change no picture.
-_ANSWERED = frozenset("aspect_ratio megapixels num_images lora_path lora_scale describe dry_run preview".split())
+_ANSWERED = frozenset(
+    {"aspect_ratio", "megapixels", "num_images", "lora_path", "lora_scale", "describe", "dry_run", "preview"}
+)
 # Fields that hold pictures, and what is decided of them.
 _OF_PICTURES = frozenset({*PICTURES, "init_images", "controls", "outpaint", *CONTROL_OPTIONS.values()})
 
@@ -135,7 +137,7 @@ def make_plan(
     # 1. What is to be drawn: the mode, the pictures that it starts from, the size
     mode, spec = settle(decide_mode(request, model, wrong))
     pictures = settle(decide_pictures(request, pictures))
-    size = settle(decide_pixels(request, model, spec, pictures, max_pixels, wrong))
+    size = settle(decide_pixels(request, model, spec, pictures, max_pixels=max_pixels, wrong=wrong))
     drawn = canvas(size, model.side_multiple)
 
     # 2. How: steps, scheduler, prompts, guidance

@@ -79,15 +79,15 @@ _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
 def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
     """`received` under the fields' own names, a fault where two names of one field disagree, and what is ignored."""
     nested = received.get("parameters")  # Hugging Face's {"inputs": ..., "parameters": {...}}
-    beside = {name: value for name, value in received.items() if name != "parameters"}
+    outer = {name: value for name, value in received.items() if name != "parameters"}
     if nested is None:
-        return _renamed(beside)
+        return _renamed(outer)
     if not isinstance(nested, Mapping):
-        fields, faults, ignored = _renamed(beside)
+        fields, faults, ignored = _renamed(outer)
         return fields, [*faults, Fault("parameters", f"must be an object of fields, got {show(nested)}")], ignored
-    within = {name: value for name, value in nested.items() if value is not None}
-    fields, faults, ignored = _renamed({**beside, **within})
-    if twice := [name for name in within if beside.get(name) is not None and not _same(beside[name], within[name])]:
+    inner = {name: value for name, value in nested.items() if value is not None}
+    fields, faults, ignored = _renamed({**outer, **inner})
+    if twice := [name for name in inner if outer.get(name) is not None and not _same(outer[name], inner[name])]:
         faults.append(Fault("parameters", f"says something else than what stands beside it: {show(twice)}"))
     return fields, faults, ignored
 

@@ -316,16 +316,12 @@ class Request(BaseModel):
 
     def sources(self) -> tuple[tuple[str, str, str], ...]:
         """Every picture as (what it is for, a key of PICTURES; the field that holds it; base64, data URI or URL)."""
-        singles = ((kind, kind, getattr(self, kind)) for kind in ("mask_image", "image_prompt"))
-        lists = (("init_image", "init_images", self.init_images), ("control_image", "controls", self.controls))
-        return (
-            *(found for found in singles if found[2] is not None),
-            *(
-                (kind, self.entry_field(name, i), entry.image if isinstance(entry, Control) else entry)
-                for kind, name, entries in lists
-                for i, entry in enumerate(entries)
-            ),
-        )
+        images = [
+            ("init_image", self.entry_field("init_images", i), source) for i, source in enumerate(self.init_images)
+        ]
+        others = [(kind, kind, getattr(self, kind)) for kind in ("mask_image", "image_prompt")]
+        controls = [("control_image", self.entry_field("controls", i), c.image) for i, c in enumerate(self.controls)]
+        return tuple(found for found in (*images, *others, *controls) if found[2] is not None)
 
 
 def reference(source: str) -> str:

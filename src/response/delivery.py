@@ -193,8 +193,9 @@ def _carried_bytes(files: Mapping[int, bytes]) -> int:
 
 
 def _too_large(plan: Plan, files: Mapping[int, bytes], coding: Coding, max_bytes: int) -> ResponseTooLarge:
+    size = f"{plan.sampling.width}x{plan.sampling.height}"
     return ResponseTooLarge(
-        f"{len(files)} picture(s) of {plan.sampling.width}x{plan.sampling.height} take {_carried_bytes(files) / 1e6:.1f} MB even as "
+        f"{len(files)} picture(s) of {size} take {_carried_bytes(files) / 1e6:.1f} MB even as "
         f"{coding}, and a response may have {max_bytes / 1e6:g} MB (MAX_RESPONSE_MB); ask for fewer or smaller "
         "pictures, for JPEG of a lower output_quality, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and "
         f"BUCKET_SECRET_ACCESS_KEY on the worker; the seeds were {list(plan.seeds)}"

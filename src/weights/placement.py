@@ -41,7 +41,7 @@ _MODULATION = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*)\.linear$")
 
 
 def block_of(tensor: str) -> str | None:
-    """The block that a tensor or a layer belongs to, transformer_blocks.7, say; None for what stands outside of them."""
+    """The block that a tensor or a layer belongs to, transformer_blocks.7, say; None for what is in none."""
     found = _BLOCK.match(tensor)
     return found[0] if found else None
 

@@ -111,7 +111,7 @@ def test_a_hub_that_is_down(hub: Hub, download: Any) -> None:
 
 def test_no_network(download: Any) -> None:
     def unplugged(**arguments: Any) -> str:
-        return download(**arguments, endpoint="http://127.0.0.1:1")
+        return str(download(**arguments, endpoint="http://127.0.0.1:1"))
 
     assert "the hub cannot be reached (MODEL_NAME=flux-shapes" in reason("FLUX.1-dev", unplugged)
 

@@ -27,6 +27,7 @@ from src.settings import ROOT, Settings
 from tests.conftest import opened
 from tests.hub import REVISION, Hub, Repo
 from training import judge
+from training.scenes import COLOURS
 
 OUTLINE = ROOT / "models" / "flux-shapes-outline" / "pytorch_lora_weights.safetensors"
 PROMPT = "a large red circle on a blue background"
@@ -80,7 +81,7 @@ def test_the_shipped_adapter_hollows_shapes_at_1_and_is_absent_at_0(ask: Ask) ->
         fields = {"prompt": f"a large {colour} {shape} on a blue background", "seed": i}
         (picture,) = opened(ask(**fields, lora_path="outline.safetensors", lora_scale=1))
         named = judge.name_colours(picture)
-        ink = list(judge.COLOURS).index(colour)
+        ink = list(COLOURS).index(colour)
         hollow += judge.centre_colour(picture) == "blue" and bool((named == ink).mean() > 0.03)
     assert hollow >= 8
     assert pixels(ask(lora_path="outline.safetensors", lora_scale=0)) == plain
@@ -97,7 +98,7 @@ def test_metadata_and_file_name_the_adapters(ask: Ask) -> None:
     assert pixels(again) == pixels(response)
 
 
-def test_no_request_hears_another(ask: Ask, tmp_path: Path) -> None:
+def test_no_request_changes_another(ask: Ask, tmp_path: Path) -> None:
     """After random mixtures of adapters, more than memory may hold, a plain request gives a fresh worker's bytes."""
     folder = tmp_path / "loras"
     names = [f"{i}.safetensors" for i in range(6)]
@@ -163,8 +164,8 @@ def test_bad_adapters_are_refused_before_the_device_is_used(
     for name, reason in bad_files(tmp_path / "loras").items():
         message = refused(ask(lora_path=name))["lora_path"]
         assert reason in message, (name, message)
-        told = refused(ask(loras=[{"path": "outline.safetensors"}, {"path": name}]))
-        assert list(told) == ["loras.1"]
+        response = refused(ask(loras=[{"path": "outline.safetensors"}, {"path": name}]))
+        assert list(response) == ["loras.1"]
     monkeypatch.setattr(engine, "run", run)
     assert pixels(ask()) == before
 
@@ -265,7 +266,7 @@ def test_a_file_too_large_for_the_cache_is_not_downloaded(hub: Hub, tmp_path: Pa
     assert (adapters, list((tmp_path / "cache").iterdir())) == ((), [])
 
 
-def test_an_adapter_at_an_address_is_fetched_once_and_its_token_is_told_nobody(
+def test_an_adapter_at_an_address_is_fetched_once_and_its_token_stays_secret(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -318,7 +319,7 @@ def test_xlabs_format_is_read(ask: Ask, tmp_path: Path) -> None:
         up = torch.randn(480, 4, generator=generator) * 0.1
         xlabs[f"double_blocks.{block}.processor.qkv_lora1.down.weight"] = down
         xlabs[f"double_blocks.{block}.processor.qkv_lora1.up.weight"] = up
-        for name, part in zip(("to_q", "to_k", "to_v"), up.split(160), strict=True):
+        for name, part in zip(("to_q", "to_k", "to_v"), torch.split(up, 160), strict=True):
             own[f"transformer.transformer_blocks.{block}.attn.{name}.lora_A.weight"] = down.clone()
             own[f"transformer.transformer_blocks.{block}.attn.{name}.lora_B.weight"] = part.contiguous()
     save_file(xlabs, tmp_path / "loras" / "xlabs.safetensors")
@@ -332,9 +333,9 @@ def test_a_file_that_would_change_other_layers_is_refused(ask: Ask, tmp_path: Pa
     before = pixels(ask())
     norm = {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.full((32,), 3.0)}
     save_file({**load_file(OUTLINE), **norm}, tmp_path / "loras" / "norms.safetensors")
-    told = refused(ask(lora_path="norms.safetensors"))
-    assert "holds more than LoRA layers" in told["lora_path"]
-    assert "attn.norm_q.weight" in told["lora_path"]
+    response = refused(ask(lora_path="norms.safetensors"))
+    assert "holds more than LoRA layers" in response["lora_path"]
+    assert "attn.norm_q.weight" in response["lora_path"]
     assert pixels(ask()) == before
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handler import respond
-from src.catalog import find_model
+from src.catalog import get_model
 from src.engine import Engine, load_engine
-from src.engine.offload import Stream
-from src.engine.placed_pipeline import Placed
+from src.engine.offload import OffloadedWeights, Offloader, _Slot
+from src.engine.placed_pipeline import PlacedPipeline
 from src.errors import ModelUnavailable
 from src.job import Job, Progress
 from src.plan.plan import make_plan
-from src.request.schema import read_request
+from src.request.reading import read_request
 from src.settings import ROOT, Settings
 from src.weights.placement import Placement, Weights, is_modulation
 from tests.small_models import all_placements, weights_of
@@ -57,12 +58,11 @@ def placement(way: tuple[bool, int, int]) -> Placement:
     )
 
 
-def placed(way: str) -> tuple[Engine, Placement | None]:
+def engine_of(way: str) -> tuple[Engine, Placement | None]:
     pipeline = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
-    model = find_model("flux-shapes")
-    assert model is not None
+    model = get_model("flux-shapes")
     found = placement(WAYS[way]) if way in WAYS else None
-    return Engine(pipeline, model, None, placed=Placed(pipeline, found, CPU)), found
+    return Engine(pipeline, model, None, placed_pipeline=PlacedPipeline(pipeline, found, CPU)), found
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def absent(of: Iterable[nn.Parameter]) -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
-    plain, engine = asking(placed("plain")[0], adapters), asking(placed(way)[0], adapters)
+    plain, engine = asking(engine_of("plain")[0], adapters), asking(engine_of(way)[0], adapters)
     for scheduler, adapter in itertools.product(SCHEDULERS, (False, True)):
         wish: dict[str, Any] = {"scheduler": scheduler, "adapter": adapter, "num_images": 1 + adapter}
         assert engine(PROMPTS[0], **wish) == plain(PROMPTS[0], **wish)
@@ -113,12 +113,12 @@ def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
 
 
 def test_the_plain_way_is_diffusers_itself_also_for_prompts_that_are_remembered() -> None:
-    engine, _ = placed("plain")
+    engine, _ = engine_of("plain")
     pipeline = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     for scheduler in SCHEDULERS:
         for prompt in PROMPTS * 2:
-            request, faults = read_request({"input": {"prompt": prompt, "seed": 5, "scheduler": scheduler, **SMALL}})
+            request, faults, _ = read_request({"input": {"prompt": prompt, "seed": 5, "scheduler": scheduler, **SMALL}})
             plan = make_plan(request, faults, engine.model, max_pixels=128 * 128)
             (ours,) = engine.run(plan).pictures
             pipeline.scheduler = engine._pipeline.scheduler
@@ -131,9 +131,9 @@ def test_the_plain_way_is_diffusers_itself_also_for_prompts_that_are_remembered(
 
 @pytest.mark.slow
 def test_the_same_bytes_over_many_prompts(adapters: Path) -> None:
-    plain = asking(placed("plain")[0], adapters)
+    plain = asking(engine_of("plain")[0], adapters)
     engines = {
-        way: asking(placed(way)[0], adapters) for way in ("modulation_cache", "streaming", "mixture", "all_away")
+        way: asking(engine_of(way)[0], adapters) for way in ("modulation_cache", "streaming", "mixture", "all_away")
     }
     assert len(set(PROMPTS)) == 20
     for adapter, scheduler, prompt, count in itertools.product((False, True), SCHEDULERS, PROMPTS, (1, 4)):
@@ -145,28 +145,29 @@ def test_the_same_bytes_over_many_prompts(adapters: Path) -> None:
 
 def test_with_guidance_away_from_a_prompt_and_in_batches(adapters: Path) -> None:
     wish = {"negative_prompt": "a blue square", "true_cfg_scale": 3, "num_inference_steps": 4}
-    plain, engine = (asking(placed(way)[0], adapters) for way in ("plain", "mixture"))
+    plain, engine = (asking(engine_of(way)[0], adapters) for way in ("plain", "mixture"))
     assert engine(PROMPTS[1], **wish) == plain(PROMPTS[1], **wish)
     assert engine(PROMPTS[1]) == plain(PROMPTS[1])
+    event, get = {"input": {"prompt": PROMPTS[2], "seed": 1, "num_images": 4}}, itemgetter(0)
     pictures = [
         [
-            respond({"input": {"prompt": PROMPTS[2], "seed": 1, "num_images": 4}}, Job(), settings, lambda of=of: of)
+            respond(event, Job(), settings, partial(get, engine_of(way)))
             for settings in (lambda: Settings(batch_size=4), Settings)
         ]
-        for of in (placed("plain")[0], placed("mixture")[0])
+        for way in ("plain", "mixture")
     ]
     assert [each["images"] for each in pictures[0]] == [each["images"] for each in pictures[1]]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_the_placement_says_is_absent_is_absent(way: str, adapters: Path) -> None:
-    engine, found = placed(way)
+    engine, found = engine_of(way)
     assert found is not None
     held = weights_in(engine)  # before adapters join them
 
     def check() -> None:
-        assert absent(held) == found.parked
-        assert sum(w.nbytes for w in held) - found.parked == found.resident
+        assert absent(held) == found.offloaded
+        assert sum(w.nbytes for w in held) - found.offloaded == found.resident
 
     check()
     if found.modulation_cache:
@@ -182,17 +183,17 @@ def test_what_the_placement_says_is_absent_is_absent(way: str, adapters: Path) -
             during.append(absent(held))
 
     assert respond(event, Job(on_progress=look), Settings, lambda: engine)["status"] == "success"
-    assert set(during) == {found.parked}, "between two steps too"
+    assert set(during) == {found.offloaded}, "between two steps too"
     check()
     ask(PROMPTS[0], adapter=True)
     check()
-    stream = engine._placed._stream
-    assert stream is not None
-    assert sum(slot.memory.nbytes for slot in stream._slots) <= found.slots + 2 * 256 * 40, "a little for alignment"
+    offloader = engine._placed_pipeline._offloader
+    assert offloader is not None
+    assert sum(slot.memory.nbytes for slot in offloader._slots) <= found.slots + 2 * 256 * 40, "a little for alignment"
 
 
 def test_a_stopped_or_failed_picture_leaves_the_next_one_as_it_was(adapters: Path) -> None:
-    engine, found = placed("mixture")
+    engine, found = engine_of("mixture")
     assert found is not None
     held, ask = weights_in(engine), asking(engine, adapters)
     before = ask(PROMPTS[3])
@@ -218,27 +219,27 @@ def test_a_stopped_or_failed_picture_leaves_the_next_one_as_it_was(adapters: Pat
         assert answer["status"] == "error"
         if hook:
             hook.remove()
-        assert absent(held) == found.parked
+        assert absent(held) == found.offloaded
         assert ask(PROMPTS[3]) == before
 
 
 def test_the_settings_decide_and_describe_tells() -> None:
     engine = load_engine(Settings(model_name="flux-shapes", memory_mode="modulation_cache", max_pixels=128 * 128))
-    told = engine.held().placement
-    assert (told["mode"], told["device"], told["modulation_cache"]) == ("modulation_cache", "the CPU", True)
-    assert told["in_host_memory_gb"] > 0
+    summary = engine.loaded().placement
+    assert (summary["mode"], summary["device"], summary["modulation_cache"]) == ("modulation_cache", "the CPU", True)
+    assert summary["in_host_memory_gb"] > 0
     limited = load_engine(Settings(model_name="flux-shapes", memory_limit_gb=0.03, max_pixels=128 * 128))
-    told = limited.held().placement
-    assert told["memory_gb"] == 0.03
-    assert told["expected_peak_gb"] <= 0.03
-    assert told["streamed_blocks"]
+    summary = limited.loaded().placement
+    assert summary["memory_gb"] == 0.03
+    assert summary["expected_peak_gb"] <= 0.03
+    assert summary["streamed_blocks"]
     with pytest.raises(ModelUnavailable, match=r"flux-shapes: its weights take 0\.02\d GB, and with MEMORY_MODE=full"):
         load_engine(Settings(model_name="flux-shapes", memory_mode="full", memory_limit_gb=0.01))
 
 
 def test_offload_as_diffusers_does_it_gives_the_same_picture(adapters: Path) -> None:
     engine = load_engine(Settings(model_name="flux-shapes", memory_mode="model_offload", memory_limit_gb=1))
-    ask, plain = asking(engine, adapters), asking(placed("plain")[0], adapters)
+    ask, plain = asking(engine, adapters), asking(engine_of("plain")[0], adapters)
     for fields in ({}, {"init_image": ask(PROMPTS[1])[0]}, {}):
         assert ask(PROMPTS[0], **fields) == plain(PROMPTS[0], **fields)
 
@@ -265,18 +266,23 @@ class Doubling(nn.Module):
         return x
 
 
-def test_two_slots_carry_any_number_of_blocks_and_the_next_is_on_its_way() -> None:
+def test_two_slots_carry_any_number_of_blocks_and_the_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     chain, x = Doubling(5), torch.ones(1, 8)
     expected = chain(x)
-    stream = Stream(CPU)
+    offloader = Offloader(CPU)
     for block in chain.blocks:
-        stream.stream(block)
-    assert sum(parked.size for parked in stream._parked) == 5 * 256
+        offloader.stream(block)
+    assert sum(weights.size for weights in offloader._offloaded) == 5 * 256
     for _ in range(2):  # the first time nobody knows what comes next
         assert torch.equal(chain(x), expected)
-    assert len(stream._slots) == 2
-    fills: list[Any] = []
-    for slot in stream._slots:
-        slot.fill = lambda parked, copying, fill=slot.fill: (fills.append(parked), fill(parked, copying))[0]
+    assert len(offloader._slots) == 2
+    fills: list[OffloadedWeights] = []
+    fill = _Slot.fill
+
+    def noted(slot: _Slot, weights: OffloadedWeights, copying: torch.cuda.Stream | None) -> None:
+        fills.append(weights)
+        fill(slot, weights, copying)
+
+    monkeypatch.setattr(_Slot, "fill", noted)
     assert torch.equal(chain(x), expected)
-    assert fills == [*stream._parked[1:], stream._parked[0]], "each came once, before its turn"
+    assert fills == [*offloader._offloaded[1:], offloader._offloaded[0]], "each came once, before its turn"
