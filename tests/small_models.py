@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ def head(family: str) -> Model:
     return get_model(FAMILIES[family].model)
 
 
-def small(family: str, folder: Path) -> Path:
-    """`folder`, with a small random model of `family` in it."""
+def small(family: str, folder: Path, **changes: Any) -> Path:
+    """`folder`, with a small random model of `family` in it; `changes` are of FLUX.1's transformer."""
     torch.manual_seed(0)
     class_name = head(family).base.class_name
     if class_name.startswith("Flux2"):
         _flux_2(class_name, family, folder)
     else:
-        _flux_1(class_name, family, folder)
+        _flux_1(class_name, family, folder, changes)
     return folder
 
 
@@ -76,7 +77,7 @@ def redux(folder: Path, words: int = 128) -> Path:
     return folder
 
 
-def _flux_1(class_name: str, family: str, folder: Path) -> None:
+def _flux_1(class_name: str, family: str, folder: Path, changes: Mapping[str, Any]) -> None:
     """flux-shapes' parts around a random transformer of the family's shape."""
     shapes = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
     transformer = diffusers.FluxTransformer2DModel.from_config(
@@ -87,6 +88,7 @@ def _flux_1(class_name: str, family: str, folder: Path) -> None:
             "in_channels": IN_CHANNELS.get(family, 64),
             "out_channels": 64,
             "guidance_embeds": FAMILIES[family].guided,
+            **changes,
         }
     )
     parts = {name: getattr(shapes, name) for name in shapes.components if hasattr(shapes, name)}

@@ -22,7 +22,7 @@ from handler import respond
 from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import Compiled
-from src.errors import ModelUnavailable, WorkerError
+from src.errors import InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
@@ -31,14 +31,15 @@ from src.serving.loop import Worker
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
 from tests.fakes import never
+from tests.small_models import small
 from training.scenes import every_prompt
 
 OUTLINE = {"lora_path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "lora_scale": 1}
 PROMPT = "a large red circle on a blue background"
 
 
-def load(**fields: Any) -> Engine:
-    return load_engine(Settings(model_name="flux-shapes", **fields))
+def load(model_name: str = "flux-shapes", **fields: Any) -> Engine:
+    return load_engine(Settings(model_name=model_name, **fields))
 
 
 def ask(engine: Engine, **fields: Any) -> dict[str, Any]:
@@ -271,29 +272,95 @@ def test_the_catalog_knows_which_pipelines_tell_two_directions_apart() -> None:
     assert SPEEDS["exact"] is None
 
 
-@pytest.mark.parametrize(("kind", "least"), [("fp8", 40), ("nf4", 25)])
-def test_smaller_weights_are_smaller_and_named_and_nearly_right(plain: Engine, kind: str, least: float) -> None:
-    engine = load(quantization=kind)
-    assert engine._placed_pipeline.placement is not None
-    assert engine._placed_pipeline.placement.mode == kind
+LITTLE = {"width": 128, "height": 128, "num_inference_steps": 4, "max_sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def fitting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose rows are multiples of 64, which bitsandbytes' path for some processors wants."""
+    return small("schnell", tmp_path_factory.mktemp("fitting") / "m", num_attention_heads=4, num_single_layers=5)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_smaller_weights_are_smaller_and_named_and_nearly_right(kind: str, fitting: Path) -> None:
+    plain, engine = load(model_name=str(fitting)), load(model_name=str(fitting), quantization=kind)
+    placement = engine._placed_pipeline.placement
+    assert placement is not None
+    assert placement.mode == kind
     assert sum(block_bytes(engine)) < sum(block_bytes(plain)) * (QUANTIZATIONS[kind].itemsize / 4 + 0.05)
-    assert least < decibels(several(engine), several(plain)) < float("inf")
-    assert least < decibels(several(engine, **OUTLINE), several(plain, **OUTLINE))
-    assert decibels(drawn(engine, **OUTLINE), drawn(engine)) < 30, "the adapter is heard"
-    response = ask(engine)
+    assert 35 < decibels(drawn(engine, **LITTLE), drawn(plain, **LITTLE)) < float("inf")
+    response = ask(engine, **LITTLE)
     assert response["metadata"]["quantization"] == kind
     event = read_parameters(opened(response)[0])
     assert event is not None
     assert event["quantization"] == kind
-    assert ask(plain)["metadata"]["quantization"] is None
+    assert ask(plain, **LITTLE)["metadata"]["quantization"] is None
 
 
-def test_smaller_weights_draw_in_every_mode(plain: Engine) -> None:
+def test_smaller_weights_draw_what_was_asked_for_with_adapters_too(plain: Engine) -> None:
+    engine = load(quantization="fp8")
+    assert 40 < decibels(several(engine), several(plain)) < float("inf")
+    assert 40 < decibels(several(engine, **OUTLINE), several(plain, **OUTLINE))
+    assert decibels(drawn(engine, **OUTLINE), drawn(engine)) < 30, "the adapter counts"
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_smaller_weights_draw_in_every_mode(kind: str, plain: Engine, fitting: Path) -> None:
     sent = base64_of(opened(ask(plain))[0])
-    for kind in QUANTIZATIONS:
-        engine = load(quantization=kind)
-        for fields in ({"init_image": sent}, {"control_image": sent, "preprocess": True}):
-            assert decibels(drawn(engine, **fields), drawn(plain, **fields)) > 20, (kind, fields)
+    exact, engine = load(model_name=str(fitting)), load(model_name=str(fitting), quantization=kind)
+    inpainting = {"init_image": sent, "mask_image": sent, "preserve_unmasked": False}
+    for fields in ({"init_image": sent}, inpainting):
+        assert decibels(drawn(engine, **LITTLE, **fields), drawn(exact, **LITTLE, **fields)) > 30
+
+
+def test_smaller_weights_draw_with_a_controlnet(plain: Engine) -> None:
+    fields = {"control_image": base64_of(opened(ask(plain))[0]), "preprocess": True}
+    assert decibels(drawn(load(quantization="fp8"), **fields), drawn(plain, **fields)) > 20
+
+
+class Careless:
+    """A library that loses a fifth of what it is given."""
+
+    name = "torchao"
+
+    def quantize(self, layer: torch.nn.Linear, device: torch.device) -> torch.nn.Module:
+        with torch.no_grad():
+            layer.weight += 0.2 * layer.weight.std() * torch.randn(layer.weight.shape)
+        return layer
+
+    def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
+        transformer.load_state_dict(weights, assign=True)
+
+
+def test_a_library_that_quantizes_wrongly_here_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.engine.quantization._LIBRARIES", {"fp8": Careless()})
+    with pytest.raises(InvalidSettings, match=LOSES) as caught:
+        load(quantization="fp8")
+    assert "and 0.05 is allowed; torchao" in str(caught.value)
+
+
+LOSES = (
+    r"QUANTIZATION=fp8: on this device \(cpu\) the layer transformer_blocks\.0\.\S+ with 160 inputs loses 0\.[12]\d of"
+)
+
+
+def test_kept_weights_that_are_not_as_they_were_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "quantized"
+    expected = drawn(load(quantization="fp8", quantized_dir=folder))
+    (file,) = folder.iterdir()
+    kept = torch.load(file, weights_only=True)
+    for damage in (
+        {**kept, "answers": {name: 2 * rows for name, rows in kept["answers"].items()}},
+        kept["weights"],
+        [],
+    ):
+        torch.save(damage, file)
+        with caplog.at_level(logging.WARNING, "worker"):
+            assert np.array_equal(drawn(load(quantization="fp8", quantized_dir=folder)), expected)
+        assert "is not used, and made anew" in caplog.text
+        caplog.clear()
+        assert np.array_equal(drawn(load(quantization="fp8", quantized_dir=folder)), expected)
+        assert caplog.text == "", "what was made anew is kept"
 
 
 def block_bytes(engine: Engine) -> list[int]:
@@ -307,30 +374,25 @@ def block_bytes(engine: Engine) -> list[int]:
     return sizes
 
 
-def test_smaller_weights_and_adaptive_norms_ahead_go_together(plain: Engine) -> None:
-    engine = load(memory_mode="nf4", memory_limit_gb=0.022, max_pixels=128 * 128)
-    assert engine.loaded().placement["modulation_cache"]
-    assert decibels(drawn(engine), drawn(plain)) > 30
-    assert np.array_equal(drawn(engine), drawn(load(memory_mode="nf4")))
+def test_smaller_weights_and_adaptive_norms_ahead_go_together(fitting: Path) -> None:
+    whole = load(model_name=str(fitting), memory_mode="nf4")
+    narrow = load(model_name=str(fitting), memory_mode="nf4", memory_limit_gb=0.0195, max_pixels=128 * 128)
+    assert narrow.loaded().placement["modulation_cache"]
+    assert np.array_equal(drawn(narrow, **LITTLE), drawn(whole, **LITTLE))
 
 
-def test_quantized_weights_are_kept_for_the_next_worker(
-    plain: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantized_weights_are_kept_for_the_next_worker(fitting: Path, tmp_path: Path) -> None:
     (volume := tmp_path / "volume").mkdir()
+    whole = (fitting / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
     for kind in QUANTIZATIONS:
-        first = load(quantization=kind, quantized_dir=volume / "quantized")
+        first = load(model_name=str(fitting), quantization=kind, quantized_dir=volume / "quantized")
         (file,) = volume.glob(f"quantized/*-{kind}-*.pt")
-        whole = (ROOT / "models/flux-shapes/transformer/diffusion_pytorch_model.safetensors").stat().st_size
-        assert file.stat().st_size < 0.6 * (2 * whole), "of 4 bytes a value; adaptive norms are whole"
+        assert file.stat().st_size < 0.8 * whole, "of 4 bytes a value; adaptive norms are whole"
         written = file.stat().st_mtime_ns
-        second = load(quantization=kind, quantized_dir=volume / "quantized")
+        second = load(model_name=str(fitting), quantization=kind, quantized_dir=volume / "quantized")
         assert file.stat().st_mtime_ns == written
         assert block_bytes(second) == block_bytes(first)
-        for fields in ({}, OUTLINE):
-            assert np.array_equal(drawn(second, **fields), drawn(first, **fields))
-    narrow = load(memory_mode="nf4", memory_limit_gb=0.022, max_pixels=128 * 128, quantized_dir=volume / "quantized")
-    assert np.array_equal(drawn(narrow), drawn(second))
+        assert np.array_equal(drawn(second, **LITTLE), drawn(first, **LITTLE))
     load(quantization="fp8", quantized_dir=tmp_path / "no volume" / "quantized")
     assert not (tmp_path / "no volume").exists()
 

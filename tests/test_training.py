@@ -27,7 +27,7 @@ from training.scenes import (
     sample,
     some_pairs,
 )
-from training.text import SEQUENCE_LENGTH, Readers, clip_tokenizer, t5_tokenizer
+from training.text import SEQUENCE_LENGTH, TextEncoders, clip_tokenizer, t5_tokenizer
 
 
 def test_the_judge_is_right_on_every_drawn_scene() -> None:
@@ -93,7 +93,7 @@ def test_unknown_words_are_spelt_not_lost() -> None:
 
 def test_a_teacher_steers_away_from_the_empty_prompt() -> None:
     pipeline = FluxPipeline.from_pretrained(ROOT / "models" / "flux-shapes", dtype=torch.float32)
-    transformer, readers = pipeline.transformer, Readers.of(pipeline)
+    transformer, text_encoders = pipeline.transformer, TextEncoders.of(pipeline)
     inputs = {
         "hidden_states": torch.randn(2, 16, 64),
         "timestep": torch.tensor([0.5, 0.9]),
@@ -101,9 +101,9 @@ def test_a_teacher_steers_away_from_the_empty_prompt() -> None:
     }
     captions = ["a red circle", ""]
     with torch.no_grad():
-        text = velocity(transformer, readers, captions, inputs)
-        away = velocity(transformer, readers, ["", ""], inputs)
-    learnt = Guided(transformer, readers, 3.0).velocity(captions, inputs)
+        text = velocity(transformer, text_encoders, captions, inputs)
+        away = velocity(transformer, text_encoders, ["", ""], inputs)
+    learnt = Guided(transformer, text_encoders, 3.0).velocity(captions, inputs)
     assert torch.allclose(learnt, away + 3 * (text - away), atol=1e-5)
     assert (learnt[0] - text[0]).abs().max() > 0.1
     assert torch.allclose(learnt[1], text[1], atol=1e-5), "what the empty prompt means stays"

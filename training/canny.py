@@ -14,7 +14,7 @@ from training.__main__ import ROOT
 from training.flow import NATIVE, Encoded, encode, velocity_loss
 from training.loop import fit
 from training.scenes import anywhere, draw, sample
-from training.text import Readers
+from training.text import TextEncoders
 
 LAYERS = 2
 STEPS = 900
@@ -42,7 +42,7 @@ def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    text_encoders = Readers.of(pipeline)
+    text_encoders = TextEncoders.of(pipeline)
     transformer = pipeline.transformer.requires_grad_(False)
     edged = encode_with_edges(pipeline.vae, SCENES)
 

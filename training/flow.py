@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training import networks
 from training.loop import fit, save
 from training.scenes import Scene, describe, draw, sample
-from training.text import SEQUENCE_LENGTH, Readers
+from training.text import SEQUENCE_LENGTH, TextEncoders
 
 BATCH = 64
 PROMPT_DROPOUT = 0.1  # an empty prompt means any scene: what true_cfg_scale steers away from
@@ -109,7 +109,7 @@ def times(count: int, tokens: int, noise: float) -> Tensor:
 
 
 def velocity(
-    transformer: nn.Module, text_encoders: Readers, captions: list[str], inputs: Mapping[str, Tensor]
+    transformer: nn.Module, text_encoders: TextEncoders, captions: list[str], inputs: Mapping[str, Tensor]
 ) -> Tensor:
     """What the transformer says of its other `inputs` where it is told `captions`: float [count, tokens, channels]."""
     pooled, states = text_encoders.read(captions)
@@ -127,7 +127,7 @@ class Guided:
     """
 
     transformer: nn.Module
-    text_encoders: Readers
+    text_encoders: TextEncoders
     guidance: float
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class Guided:
 
 def velocity_loss(
     transformer: nn.Module,
-    text_encoders: Readers,
+    text_encoders: TextEncoders,
     batch: Encoded,
     size: tuple[int, int],
     *,
@@ -164,7 +164,11 @@ def velocity_loss(
 
 
 def train(
-    vae: AutoencoderKL, text_encoders: Readers, run: Path, stages: Sequence[Stage], transformer: nn.Module | None = None
+    vae: AutoencoderKL,
+    text_encoders: TextEncoders,
+    run: Path,
+    stages: Sequence[Stage],
+    transformer: nn.Module | None = None,
 ) -> nn.ModuleDict:
     """Rectified flow (arXiv 2209.03003); gives back "transformer", "text_encoder" and "text_encoder_2"."""
     torch.manual_seed(1)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from training.__main__ import ROOT
 from training.flow import NATIVE, encode_scenes, velocity_loss
 from training.loop import fit
-from training.text import Readers
+from training.text import TextEncoders
 
 RANK = 8
 STEPS = 600
@@ -25,7 +25,7 @@ def main() -> None:
     models, run = ROOT.parent / "models", ROOT / "run"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(models / "flux-shapes", dtype=torch.float32)
-    text_encoders = Readers.of(pipeline)
+    text_encoders = TextEncoders.of(pipeline)
     outlined = encode_scenes(pipeline.vae, *NATIVE, SCENES, outlined=True)
 
     torch.manual_seed(3)

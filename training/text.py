@@ -82,7 +82,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 @dataclass(frozen=True)
-class Readers:
+class TextEncoders:
     """Both tokenizers and their encoders."""
 
     tokenizer: CLIPTokenizer
@@ -91,7 +91,7 @@ class Readers:
     text_encoder_2: T5EncoderModel
 
     @classmethod
-    def of(cls, pipeline: FluxPipeline) -> Readers:
+    def of(cls, pipeline: FluxPipeline) -> TextEncoders:
         """Those of a pipeline."""
         return cls(pipeline.tokenizer, pipeline.tokenizer_2, pipeline.text_encoder, pipeline.text_encoder_2)
 
@@ -127,15 +127,15 @@ def _answers(scene: Scene) -> list[int]:
     return [answers.index(said[question]) for question, answers in _QUESTIONS.items()]
 
 
-def train(run: Path) -> Readers:
-    """Readers that can tell the scene from its caption; a few minutes on two cores."""
+def train(run: Path) -> TextEncoders:
+    """TextEncoders that can tell the scene from its caption; a few minutes on two cores."""
     torch.manual_seed(2)
     # Kept with the run: the trainer breaks ties as it likes, and numbers must stay those that were trained with.
     if not (run / "tokenizer").exists():
         clip_tokenizer().save_pretrained(run / "tokenizer.partial")
         (run / "tokenizer.partial").rename(run / "tokenizer")
     tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(run / "tokenizer"), t5_tokenizer()
-    text_encoders = Readers(
+    text_encoders = TextEncoders(
         tokenizer, tokenizer_2, networks.clip(len(tokenizer), tokenizer.eos_token_id), networks.t5(len(tokenizer_2))
     )
     choices = [len(answers) for answers in _QUESTIONS.values()]
@@ -193,7 +193,7 @@ class _Look(nn.Module):
         return list(self.answer(seen).split([len(table) + 1 for table in _TABLES.values()], -1))
 
 
-def bind(text_encoders: Readers, run: Path) -> Readers:
+def bind(text_encoders: TextEncoders, run: Path) -> TextEncoders:
     """Teach T5 whose each word is; a few minutes more."""
     torch.manual_seed(4)
     kinds = {  # token -> what it says, where it is a word for a colour, a shape or a size

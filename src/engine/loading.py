@@ -133,11 +133,12 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantize
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
     kept = quantizer.file(_fingerprint(source)) if quantizer else None
-    if quantizer and kept and kept.is_file():
+    if quantizer and kept:
         of = getattr(diffusers, index["transformer"][1])
         with init_empty_weights():
-            parts["transformer"] = of.from_config(of.load_config(folder / "transformer")).to(dtype).eval()
-        quantizer.restore(parts["transformer"], kept)
+            transformer = of.from_config(of.load_config(folder / "transformer")).to(dtype).eval()
+        if quantizer.restore(transformer, kept):
+            parts["transformer"] = transformer
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )

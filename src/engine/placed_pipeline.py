@@ -13,6 +13,8 @@ from src.engine.modulation import ModulationCache
 from src.engine.offload import Offloader
 from src.weights.placement import Placement, block_of, in_order, is_modulation
 
+_ALIGNED = 64  # bytes; as torch's own CPU memory is (c10/core/alignment.h)
+
 
 class PlacedPipeline:
     """Puts the pipeline's weights in their places; without a placement they stay where they are."""
@@ -23,6 +25,8 @@ class PlacedPipeline:
         self._offloader: Offloader | None = None
         self._modulation_cache: ModulationCache | None = None
         self._offload = placement.offload if placement else None
+        if device.type == "cpu":
+            _align(pipeline)
         if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
             pipeline.enable_sequential_cpu_offload(device=device)
         elif self._offload == "model":
@@ -57,3 +61,15 @@ class PlacedPipeline:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""
         cache = self._modulation_cache
         return cache.ahead(scheduler, steps, adapter_weights) if cache else nullcontext()
+
+
+def _align(pipeline: Any) -> None:
+    """Let weights begin where torch's own memory does, wherever in their files they were mapped from.
+
+    On some processors MKL rounds the last bit otherwise where a matrix begins elsewhere; a picture would depend on which
+    of its weights are offloaded.
+    """
+    networks = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
+    for weight in (weight for network in networks for weight in network.parameters()):
+        if type(weight) is nn.Parameter and weight.data_ptr() % _ALIGNED:
+            weight.data = weight.data.clone()

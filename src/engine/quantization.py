@@ -6,7 +6,9 @@ to machine, so nothing is taken for granted: each quantized layer is held agains
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +21,8 @@ from src.catalog import QUANTIZATIONS
 from src.errors import InvalidSettings, Refused
 from src.weights.files import keep
 from src.weights.placement import block_of, is_modulation
+
+log = logging.getLogger("worker")
 
 _ADA = (8, 9)  # compute capability: the first that multiplies in 8 bits
 _PROBES = 16  # rows of random numbers that each layer is asked with
@@ -62,26 +66,33 @@ class Quantizer:
         kept = {"weights": transformer.state_dict(), "answers": answers}
         keep(file, lambda unfinished: torch.save(kept, unfinished))
 
-    def restore(self, transformer: Any, file: Path) -> None:
+    def restore(self, transformer: Any, file: Path) -> bool:
         """Give `transformer`, which has no weights yet, those that were kept; no code in them is run.
 
-        Raises as `quantize`.
+        False where there are none, or none that still answer as they did: they are to be made anew.
         """
-        kept = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        self._library.restore(transformer, kept["weights"])
-        for name, answer in kept["answers"].items():
-            self._check(name, transformer.get_submodule(name).to(self._device), answer)
+        if not file.is_file():
+            return False
+        try:
+            kept = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            self._library.restore(transformer, kept["weights"])
+            for name, answer in kept["answers"].items():
+                self._check(name, transformer.get_submodule(name).to(self._device), answer)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the weights that it was made from are here
+            log.warning("%s is not used, and made anew: %s", file, error)
+            return False
+        return True
 
     def _check(self, name: str, layer: nn.Module, answer: torch.Tensor) -> None:
-        here = _ask(layer).cpu().float()
+        here = _ask(deepcopy(layer)).cpu().float()  # bitsandbytes packs a layer's weights when it is first asked
         there = answer.float()
         lost = float((here - there).norm() / there.norm().clamp(min=torch.finfo(there.dtype).tiny))
         most = QUANTIZATIONS[self._kind].max_error
         if not lost <= most:  # also where it is no number
             raise InvalidSettings(
-                f"QUANTIZATION={self._kind}: on this {self._device.type} the layer {name} of {layer.in_features} "
-                f"inputs is {lost:.2f} away from what it was made from, and {most:g} is allowed: "
-                f"{self._library.name} {version(self._library.name)} does not work here; choose another QUANTIZATION"
+                f"QUANTIZATION={self._kind}: on this device ({self._device.type}) the layer {name} with "
+                f"{layer.in_features} inputs loses {lost:.2f} of what it was made from, and {most:g} is allowed; "
+                f"{self._library.name} {version(self._library.name)} does not work here: choose another QUANTIZATION"
             )
 
 
