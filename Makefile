@@ -1,21 +1,29 @@
-# make demo: a picture from the model that ships with this worker. make test: everything that CI checks.
+# make demo: a picture from the model that ships with this worker. make test: lint, types and the fast tests.
+# make test-all: those and all that compiles, soaks or sweeps, with coverage: what CI runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COVERAGE := --cov=handler --cov=src
+PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
 	MODEL_NAME=flux-shapes $(BIN)/python local_test.py --output outputs
 
 test: lint
-	$(BIN)/pytest --cov=handler --cov=src tests/
+	$(PYTEST) -m "not slow" $(MORE) tests/
+
+test-all:
+	$(MAKE) test MORE="$(COVERAGE) --cov-report="
+	$(PYTEST) -m slow $(COVERAGE) --cov-append --cov-fail-under=95 tests/
 
 lint: $(VENV)/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
 
 clean:

@@ -14,6 +14,9 @@ from PIL import Image
 from src.settings import Settings
 from tests.hub import Hub
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of them has a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything imports huggingface_hub or builds the worker's settings.
 _hub = Hub()
 os.environ.update(MODEL_NAME="flux-shapes", HF_ENDPOINT=_hub.url, HF_HUB_DISABLE_TELEMETRY="1")

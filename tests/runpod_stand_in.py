@@ -18,7 +18,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class StandIn:
         endpoint.rp_client.endpoint_url_base = f"http://127.0.0.1:{self.port}/v2"
         return endpoint
 
-    def wait(self, *ids: str, seconds: float = 60) -> list[JobRecord]:
+    def wait(self, *ids: str, seconds: float = 180) -> list[JobRecord]:
         """The jobs, once all of them are final."""
         deadline = time.monotonic() + seconds
         while not all(self.jobs[id].status in FINAL for id in ids):
@@ -329,7 +329,7 @@ class WorkerProcess:
                 continue
         return found
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 180) -> None:
         """Until `text` stands in the log."""
         deadline = time.monotonic() + seconds
         while text not in self.text():
@@ -337,7 +337,7 @@ class WorkerProcess:
             assert time.monotonic() < deadline, self.text()[-3000:]
             time.sleep(0.02)
 
-    def terminate(self, seconds: float = 60) -> int:
+    def terminate(self, seconds: float = 180) -> int:
         """SIGTERM; the exit status."""
         self.process.terminate()
         return self.process.wait(seconds)
@@ -351,5 +351,8 @@ def worker(stand_in: StandIn, log: Path, *command: str, **environment: str) -> I
         yield held
     finally:
         if held.process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                held.terminate(60)  # coverage writes what it saw at a clean end
+        with suppress(ProcessLookupError):
             os.killpg(held.process.pid, signal.SIGKILL)  # the SDK's process for pings too
-            held.process.wait(10)
+        held.process.wait(10)

@@ -98,6 +98,7 @@ def test_metadata_and_file_name_the_adapters(ask: Ask) -> None:
     assert pixels(again) == pixels(response)
 
 
+@pytest.mark.slow
 def test_no_request_changes_another(ask: Ask, tmp_path: Path) -> None:
     """After random mixtures of adapters, more than memory may hold, a plain request gives a fresh worker's bytes."""
     folder = tmp_path / "loras"

@@ -307,6 +307,7 @@ def test_a_negative_prompt_counts_where_the_row_says_so(engine: tuple[str, Engin
             assert drawn(held, **fields) != drawn(held, **fields, negative_prompt="a blue square")
 
 
+@pytest.mark.slow
 def test_every_controlnet_type_counts_as_itself(engine: tuple[str, Engine]) -> None:
     """Union-Pro has a number for each type; two at once are heard both, and each at its share of the steps."""
     _, held = engine

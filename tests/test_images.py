@@ -136,10 +136,10 @@ def test_bad_files_are_refused(file: bytes, reason: str) -> None:
 def test_bombs_are_refused_before_they_are_unpacked() -> None:
     for file, reason in ((huge_png(20_000), "pixels"), (huge_png(12_000), "pixels"), (bomb_in_text(), "damaged")):
         assert len(file) < 300_000
-        started = time.perf_counter()
+        started = time.process_time()  # what else the machine does counts for nothing
         with pytest.raises(Refused, match=reason):
             decode(file)
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
 
 
 def test_sources() -> None:

@@ -28,7 +28,8 @@ def test_progress_is_passed_on_and_phases_are_timed() -> None:
     job.end_phase()
     assert [p.phase for p in seen] == ["encode_prompt", "denoise", "denoise", "decode"]
     assert list(job.seconds) == ["prepare", "encode_prompt", "denoise", "decode"]
-    assert job.seconds["denoise"] > job.seconds["decode"] > 0.009
+    assert job.seconds["denoise"] > 0.019
+    assert job.seconds["decode"] > 0.009
 
 
 def test_a_cancelled_job_stops_at_its_next_report() -> None:
@@ -73,6 +74,8 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
 def test_the_device_seconds_are_those_of_the_work() -> None:
     device = JobQueue()
     job = Job(queue_up=device.ticket)
+    started = time.perf_counter()
     job.on_device(lambda: time.sleep(0.02))
-    assert job.device_seconds == pytest.approx(0.02, abs=0.015)
+    assert job.device_seconds is not None
+    assert 0.019 < job.device_seconds <= time.perf_counter() - started
     device.close()

@@ -56,6 +56,7 @@ def far(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
 
 
+@pytest.mark.slow
 def test_image_to_image_keeps_more_the_lower_the_strength() -> None:
     prompts = [prompt for prompt, _ in every_prompt()][::14]
     assert len(prompts) == 20
@@ -73,6 +74,7 @@ def test_full_strength_draws_the_prompt() -> None:
     assert (judge.centre_colour(picture), judge.background_colour(picture)) == ("red", "white")
 
 
+@pytest.mark.slow
 def test_inpainting_changes_nothing_outside_the_mask_and_puts_the_colour_inside() -> None:
     scene, mask = base64_of(SCENE), base64_of(MASK)
     outside = np.asarray(MASK) < 128

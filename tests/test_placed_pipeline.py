@@ -103,6 +103,7 @@ def absent(of: Iterable[nn.Parameter]) -> int:
     return sum(w.nbytes for w in of if w.untyped_storage().nbytes() <= w.itemsize < w.nbytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
     plain, engine = asking(engine_of("plain")[0], adapters), asking(engine_of(way)[0], adapters)
@@ -112,6 +113,7 @@ def test_the_same_bytes_whatever_lives_where(way: str, adapters: Path) -> None:
     assert plain(PROMPTS[0], adapter=True) != plain(PROMPTS[0]), "or nothing was shown"
 
 
+@pytest.mark.slow
 def test_the_plain_way_is_diffusers_itself_also_for_prompts_that_are_remembered() -> None:
     engine, _ = engine_of("plain")
     pipeline = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)

@@ -66,8 +66,8 @@ class PlacedPipeline:
 def _align(pipeline: Any) -> None:
     """Let weights begin where torch's own memory does, wherever in their files they were mapped from.
 
-    On some processors MKL rounds the last bit otherwise where a matrix begins elsewhere; a picture would depend on which
-    of its weights are offloaded.
+    On some processors MKL rounds the last bit otherwise where a matrix begins elsewhere: a picture would depend on
+    which weights are offloaded.
     """
     networks = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
     for weight in (weight for network in networks for weight in network.parameters()):
