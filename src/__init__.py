@@ -1,1 +1,3 @@
-"""The worker's rooms; handler.py shows the road through them."""
+"""The worker, a room to a folder; pyproject.toml holds who may import whom."""
+
+__version__ = "1.0.0"

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin
 
 from src.catalog import (
     CONTROLNETS,
+    EVERY_MODE_TAKES,
     FAMILIES,
     KLEIN_MODES,
     MODELS,
@@ -26,7 +27,8 @@ from src.catalog import (
 )
 from src.engine import schedulers
 from src.engine.denoise import _PICTURES
-from src.request.schema import PICTURES, Request
+from src.plan.plan import Sampling
+from src.request.schema import PICTURES, SINGLES, Request
 from src.settings import ROOT
 
 ARGUMENTS = {
@@ -62,15 +64,21 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: M
         assert (field in pipeline.takes) == (needs <= arguments), field
     for field, other in WITH.items():
         assert (field in pipeline.takes) == (other in pipeline.takes), field
-    assert pipeline.takes <= EXTRAS.keys() | WITH.keys()
+    assert pipeline.takes - EXTRAS.keys() - WITH.keys() <= arguments, "what needs no row is called the same there"
     assert arguments >= {_PICTURES[picture] for picture in pipeline.needs}
     assert ("max_area" in arguments) == ("_auto_resize" in arguments) == pipeline.own_sizes
     assert ("control_mode" in arguments) == pipeline.controlnet
-    assert EXTRAS.keys() | WITH.keys() <= Request.model_fields.keys()
     encodes = set(inspect.signature(diffusers_own.encode_prompt).parameters)
     assert encodes >= {"prompt", "max_sequence_length"}
     assert ("prompt_2" in encodes) == ("prompt_2" in pipeline.takes)
     assert "latents" in diffusers_own._callback_tensor_inputs
+
+
+def test_every_field_of_a_request_is_for_some_mode_or_for_all() -> None:
+    """A field that no mode takes and that is not named among those for all would be refused, always."""
+    of_modes = {name for row in PIPELINES.values() for name in row.takes | row.needs}
+    assert set(Request.model_fields) == EVERY_MODE_TAKES | of_modes | SINGLES.keys()
+    assert set(Sampling.model_fields) == set(Request.model_fields)
 
 
 @pytest.mark.parametrize("net", CONTROLNETS, ids=lambda net: net.name)

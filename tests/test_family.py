@@ -201,6 +201,7 @@ def test_every_picture_can_be_repeated_from_its_file(engine: tuple[str, Engine])
         assert event.get("controlnets", []) == nets
 
 
+@pytest.mark.slow
 def test_shift_counts_with_every_scheduler(engine: tuple[str, Engine]) -> None:
     _, held = engine
     fields = everywhere(held, next(iter(held.model.modes))) | {"num_inference_steps": 3}

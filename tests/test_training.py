@@ -30,6 +30,7 @@ from training.scenes import (
 from training.text import SEQUENCE_LENGTH, TextEncoders, clip_tokenizer, t5_tokenizer
 
 
+@pytest.mark.slow
 def test_the_judge_is_right_on_every_drawn_scene() -> None:
     for prompt, scene in every_prompt():
         picture = draw(scene, 128, 128)

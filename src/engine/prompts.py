@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from src.plan.plan import Plan
 _REMEMBERED = 64  # prompts; one of FLUX.1-dev takes 4 MB of the host's memory, one of FLUX.2-dev 16
 
 Embeddings = dict[str, torch.Tensor]
+Texts = tuple[str, str | None]  # prompt and prompt_2
 
 
 class Prompts:
@@ -28,10 +29,15 @@ class Prompts:
         self._remembered: OrderedDict[Hashable, Embeddings] = OrderedDict()
 
     def read(self, plan: Plan, prompt: str) -> Embeddings:
-        """Of `prompt` and of what the plan steers away from, under the names of the pipeline's arguments."""
-        key = _key(plan, prompt)
+        """Of `prompt` and of what the plan steers away from, under the names of the pipeline's arguments.
+
+        `prompt_embeds` is [1, tokens, joint_attention_dim], `pooled_prompt_embeds` [1, pooled_projection_dim]; their
+        negative ones alike.
+        """
+        texts = _texts(plan, prompt)
+        key = (tuple(texts.items()), plan.sampling.max_sequence_length, plan.adapter_weights, _picture_key(plan))
         if key not in self._remembered:
-            self._remembered[key] = {name: tensor.cpu() for name, tensor in self._read(plan, prompt).items()}
+            self._remembered[key] = {name: tensor.cpu() for name, tensor in self._read(plan, texts).items()}
             while len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)
@@ -41,10 +47,11 @@ class Prompts:
         """A warning for each text that is longer than the model reads."""
         tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
         limit = plan.sampling.max_sequence_length - self._template_tokens
-        texts = [("prompt", prompt) for prompt in dict.fromkeys(plan.prompts)]
-        if plan.sampling.prompt_2:
-            texts = [("prompt_2", plan.sampling.prompt_2)]
-        texts.append(("negative_prompt", plan.sampling.negative_prompt or ""))
+        texts = dict.fromkeys(
+            (f"{prefix}{'prompt_2' if second else 'prompt'}", second or first)
+            for prompt in plan.prompts
+            for prefix, (first, second) in _texts(plan, prompt).items()
+        )
         counts = [(name, len(tokenizer(text).input_ids)) for name, text in texts]
         return tuple(
             f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
@@ -65,39 +72,35 @@ class Prompts:
         )
         return len(tokenizer(said).input_ids)
 
-    def _read(self, plan: Plan, prompt: str) -> Embeddings:
-        sampling = plan.sampling
-        embeddings = self._encode("", plan, prompt, sampling.prompt_2)
-        if sampling.negative_prompt is not None:
-            embeddings |= self._encode("negative_", plan, sampling.negative_prompt, None)
+    def _read(self, plan: Plan, texts: Mapping[str, Texts]) -> Embeddings:
+        embeddings: Embeddings = {}
+        for prefix, (prompt, prompt_2) in texts.items():
+            second = {"prompt_2": prompt_2} if "prompt_2" in plan.spec.takes else {}
+            embeds, *pooled, _ = self._pipeline.encode_prompt(
+                prompt=prompt, **second, max_sequence_length=plan.sampling.max_sequence_length
+            )
+            embeddings[f"{prefix}prompt_embeds"] = embeds
+            if pooled:  # FLUX.2 has none
+                embeddings[f"{prefix}pooled_prompt_embeds"] = pooled[0]
         for picture in plan.pictures.get("image_prompt", ()):
-            seen = self._redux.read(picture, sampling.image_prompt_scale)
+            seen = self._redux.read(picture, plan.sampling.image_prompt_scale)
             embeddings["prompt_embeds"] = torch.cat([embeddings["prompt_embeds"], seen], dim=1)
             if "negative_prompt_embeds" in embeddings:  # as long, and silent there
                 padded = [embeddings["negative_prompt_embeds"], torch.zeros_like(seen)]
                 embeddings["negative_prompt_embeds"] = torch.cat(padded, dim=1)
         return embeddings
 
-    def _encode(self, prefix: str, plan: Plan, prompt: str, prompt_2: str | None) -> Embeddings:
-        second = {"prompt_2": prompt_2} if "prompt_2" in plan.spec.takes else {}
-        embeds, *pooled, _ = self._pipeline.encode_prompt(
-            prompt=prompt, **second, max_sequence_length=plan.sampling.max_sequence_length
-        )
-        embeddings = {f"{prefix}prompt_embeds": embeds}
-        if pooled:  # FLUX.2 has none
-            embeddings[f"{prefix}pooled_prompt_embeds"] = pooled[0]
-        return embeddings
+
+def _texts(plan: Plan, prompt: str) -> dict[str, Texts]:
+    """All that is read for `prompt`, by the prefix of the embeddings' names."""
+    sampling = plan.sampling
+    texts: dict[str, Texts] = {"": (prompt, sampling.prompt_2)}
+    if sampling.negative_prompt is not None:
+        texts["negative_"] = (sampling.negative_prompt, None)
+    return texts
 
 
-def _key(plan: Plan, prompt: str) -> Hashable:
-    """All that the embeddings depend on; adapters may change the text encoders too."""
-    seen = plan.pictures.get("image_prompt", ())
-    pictures = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in seen]
-    return (
-        prompt,
-        plan.sampling.prompt_2,
-        plan.sampling.negative_prompt,
-        plan.sampling.max_sequence_length,
-        plan.adapter_weights,
-        (*pictures, plan.sampling.image_prompt_scale),
-    )
+def _picture_key(plan: Plan) -> Hashable:
+    pictures = plan.pictures.get("image_prompt", ())
+    digests = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in pictures]
+    return (*digests, plan.sampling.image_prompt_scale) if digests else ()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from src import __version__
 from src.catalog import FORMATS, Model
 from src.errors import ResponseTooLarge, redact
 from src.job import Job, Progress
@@ -108,7 +109,7 @@ def deliver(
         warnings += (f"picture {i} is here in base64: its upload failed ({reason})" for i, reason in failures.items())
         carried = {i: file for i, file in carried.items() if i not in urls}
 
-    metadata = {**made_by, **_metadata(generation, plan)}
+    metadata = {**made_by, "worker_version": __version__, **_metadata(generation, plan)}
     response: dict[str, Any] = {"status": "success", "metadata": metadata}
     if urls:
         response["image_urls"] = [urls.get(i) for i in range(len(plan.seeds))]

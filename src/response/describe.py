@@ -9,7 +9,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from src.catalog import FAMILIES, SCHEDULERS, Model, controlnets_for
+from src import __version__
+from src.catalog import FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, controlnets_for
 from src.outputs import Loaded
 from src.plan.plan import Plan
 from src.request.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
@@ -24,6 +25,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
     return {
         "status": "success",
         "describe": {
+            "worker_version": __version__,
             "model": model.name,
             "model_revision": revision,
             "licence": model.licence,
@@ -45,6 +47,8 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
                 "max_response_mb": settings.max_response_mb,
                 "request_timeout": settings.request_timeout,
             },
+            "output_formats": {name: {"takes_quality": row.quality} for name, row in FORMATS.items()},
+            "speeds": list(SPEEDS),
             "schedulers": {name: {"starts_from_a_picture": row.starts_midway} for name, row in SCHEDULERS.items()},
             "adapters": {
                 "lora_dir": [str(file.relative_to(settings.lora_dir)) for file in _adapters(settings)],
