@@ -15,10 +15,6 @@ from src.settings import ROOT
 
 PARTS = ("src", "tests", "benchmarks", "training")
 CODE = [ROOT / "handler.py", ROOT / "local_test.py", *(file for part in PARTS for file in (ROOT / part).rglob("*.py"))]
-    ROOT / "handler.py",
-    ROOT / "local_test.py",
-    *(f for d in ("src", "tests", "benchmarks", "training") for f in (ROOT / d).rglob("*.py")),
-]
 # Words of our own for what the field has words for, and those.
 RETIRED = {
     "told": "summary", "heard": "adapter_weights", "hears": "reads", "hearing": "ControlDefaults", "beside": "outside",
