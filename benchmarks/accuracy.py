@@ -99,8 +99,8 @@ def measure_outline() -> dict[str, float]:
 
 
 def measure_edges(count: int = 50) -> dict[str, float]:
-    """How much of a shape and of what its edges enclose is common to both (IoU, mean), with the ControlNet heard and
-    not."""
+    """How much of a shape and of what its edges enclose is common to both (IoU, mean), with the ControlNet and
+    without."""
     overlaps: dict[float, list[float]] = {0.0: [], 1.0: []}
     for seed, (prompt, scene) in enumerate(some_anywhere(count)):
         drawn = draw(scene, 128, 128)

@@ -1,4 +1,4 @@
-"""Adapters: where they may come from, which are refused and why, and that no request hears another's."""
+"""Adapters: where they may come from, which are refused and why, and that no request gets another's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control pictures: who hears them, what is refused, and on the shipped ControlNet whether they are heard."""
+"""Control pictures: who reads them, what is refused, and on the shipped ControlNet whether they count."""
 
 from __future__ import annotations
 
@@ -279,10 +279,10 @@ def test_the_shapes_lie_within_their_edges() -> None:
 def test_at_scale_0_the_picture_is_the_plain_one() -> None:
     for seed in range(5):
         plain = answer(prompt="a red star on a blue background", seed=seed)
-        unheard = answer(
+        silent = answer(
             prompt="a red star on a blue background", seed=seed, control_image=PLAIN, controlnet_conditioning_scale=0
         )
-        assert unheard.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
+        assert silent.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
 
 
 def test_a_file_carries_its_controls() -> None:

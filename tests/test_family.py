@@ -310,7 +310,7 @@ def test_a_negative_prompt_counts_where_the_row_says_so(engine: tuple[str, Engin
 
 @pytest.mark.slow
 def test_every_controlnet_type_counts_as_itself(engine: tuple[str, Engine]) -> None:
-    """Union-Pro has a number for each type; two at once are heard both, and each at its share of the steps."""
+    """Union-Pro has a number for each type; two at once count both, and each at its share of the steps."""
     _, held = engine
     types = ("canny", "tile", "depth", "blur", "pose", "gray", "low_quality", "soft edge")
     for mode, row in held.model.modes.items():
