@@ -188,6 +188,7 @@ WAYS = (
     Way("not compressed", "", _by_hand(lambda rows: zlib.compress(rows.data, 0))),
     Way("lossless WEBP", "", lambda picture: encode_image(picture, "WEBP", lossless=True)),
     Way("JPEG", "quality 95 (not exact)", lambda picture: encode_image(picture, "JPEG", 95), exact=False),
+    Way("AVIF", "quality 95 (not exact)", lambda picture: encode_image(picture, "AVIF", 95), exact=False),
 )
 
 

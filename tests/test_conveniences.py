@@ -12,7 +12,7 @@ from PIL import Image
 
 import local_test
 from handler import handler, respond
-from src.catalog import get_model
+from src.catalog import FORMATS, get_model
 from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
 from src.job import Job
@@ -238,7 +238,7 @@ def test_a_dry_run_tells_the_plan() -> None:
     assert bad["error_code"] == "invalid_request"
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_picture_is_repeated_from_its_file(format: str, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     fields = ["--seed", "7", "--shift", "3", "--output-format", format, "--output-quality", "90"]

@@ -25,7 +25,7 @@ from src.plan.decisions import decide_pictures
 from src.plan.geometry import fit
 from src.plan.plan import make_plan
 from src.request.fetch import open_url
-from src.request.images import Pictures, decode, fetch_url, load_pictures, read_source
+from src.request.images import READABLE, Pictures, decode, fetch_url, load_pictures, read_source
 from src.request.reading import read_request
 
 PHOTO = photographs(1, 512)[0].resize((96, 64))
@@ -43,7 +43,7 @@ def near(one: Image.Image, other: Image.Image, most: float = 3) -> bool:
     return one.size == other.size and float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean()) < most
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("format", READABLE)
 def test_formats(format: str) -> None:
     assert near(decode(file_of(PHOTO, format)), PHOTO, most=10)
 

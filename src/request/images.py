@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from src.catalog import FORMATS
 from src.errors import Fault, Refused, redact
 from src.job import Job
 from src.request.fetch import is_url, open_url
@@ -29,7 +30,7 @@ MAX_BYTES = 20_000_000  # what /runsync carries
 MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
 MAX_PIXELS_TOGETHER = 2 * MAX_PIXELS  # of a request
 MIN_SIDE = 16
-READABLE = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF")
+READABLE = tuple(dict.fromkeys((*FORMATS, "BMP", "TIFF")))  # what is written can be sent again
 ALLOWED = (
     f"a still picture ({', '.join(READABLE)}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
 )

@@ -40,7 +40,8 @@ def encode_image(
         text = json.dumps(parameters, ensure_ascii=False)
     if format == "PNG":
         return encode_png(image, {} if text is None else {_PARAMETERS: text, "Software": _SOFTWARE})
-    options: dict[str, Any] = {"quality": quality, **FORMATS[format].options}
+    row = FORMATS[format]
+    options: dict[str, Any] = {**({"quality": quality} if row.quality else {}), **row.options}
     if lossless:
         options |= {"lossless": True, "quality": 0, "method": 0}  # the least effort: a tenth larger, six times faster
     if text is not None:
