@@ -51,10 +51,13 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name, files, laps = settings.model_name, Files(settings, download), _Laps()
     try:
+        # 1. Where its files are, and whether they are whole
         row = find_model(name)
         source = files.find(name, row.repo if row else name, settings.model_revision)
         index, parameters = _check(source.folder)
         laps.end("find")
+
+        # 2. What it is, and where each of its weights is to live
         configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
         guided = _is_guided(index, configurations["transformer"])
         model = settle_model(name, class_name=index["_class_name"], guided=guided)
@@ -66,6 +69,8 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         )
         log.info("placement: %s", placement.summary(), extra={"facts": {"placement": placement.summary()}})
         laps.end("plan")
+
+        # 3. Its weights, read and put there
         kind = placement.quantization
         quantizer = Quantizer(kind, device, settings.quantized_dir) if kind else None
         pipeline = _load(index, source, dtype, quantizer)

@@ -80,15 +80,16 @@ def deliver(
     would make more than `max_bytes` of JSON is encoded smaller. The metadata's warnings say both. Raises
     ResponseTooLarge where nothing helps.
     """
+    # 1. What the files and the metadata say
     made_by = {"model": model.name, "model_revision": revision}
     if generation.quantization:
         made_by["quantization"] = generation.quantization
     nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
-
     parameters = [{"input": plan.parameters(i), **made_by, **nets} for i in range(len(plan.seeds))]
 
+    # 2. Files, as they were asked for
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
         def one(i: int) -> bytes:
             picture = generation.pictures[i]
@@ -101,6 +102,7 @@ def deliver(
     asked = Coding(plan.sampling.output_format, plan.sampling.output_quality)
     carried = encode(range(len(plan.seeds)), asked)
 
+    # 3. Into the bucket, where there is one
     urls: dict[int, str] = {}
     if bucket is not None:
         job.report(Progress("upload"))
@@ -109,6 +111,7 @@ def deliver(
         warnings += (f"picture {i} is here in base64: its upload failed ({reason})" for i, reason in failures.items())
         carried = {i: file for i, file in carried.items() if i not in urls}
 
+    # 4. Into the response, smaller where it would be too large
     metadata = {**made_by, "worker_version": __version__, **_metadata(generation, plan)}
     response: dict[str, Any] = {"status": "success", "metadata": metadata}
     if urls:
