@@ -59,8 +59,8 @@ def encoding(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"One picture of {results['side']}x{results['side']} on one thread; sizes are shares of Pillow's default.",
-        "All but JPEG and AVIF are exact: decoded and compared. The fastest exact library that compresses a photograph is",
-        f"{first['way']}; this worker, with the request in the file, takes {times:.2f} times as long.",
+        "All but JPEG and AVIF are exact: decoded and compared. The fastest exact library that compresses a photograph",
+        f"is {first['way']}; this worker, with the request in the file, takes {times:.2f} times as long.",
         "",
         "| a decoded tensor becomes a picture | diffusers | bytes first | planes first |",
         "| --- | --- | --- | --- |",

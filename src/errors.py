@@ -12,7 +12,7 @@
     ├── DeviceFailed            device_failed         is replaced
     └── InternalError           internal_error        goes on
 
-Nothing here knows of RunPod's loop, of torch or of a model.
+Nothing here knows of torch or of a model.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WorkerError(Exception):
 
     @property
     def summary(self) -> str:
-        """The failure for the log, which holds no prompt and no picture."""
+        """The failure for the log, without tokens and pictures."""
         return redact(f"{self.code}: {self}")
 
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:

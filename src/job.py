@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Progress:
     """How far a job has got: `step` of `steps` over all its pictures are done.
 
-    `phase` is queued, load_adapters, encode_prompt, denoise, decode, encode_images or upload.
+    `phase` is queued, load_adapters, load_controlnets, encode_prompt, denoise, decode, encode_images or upload.
     """
 
     phase: str
@@ -133,6 +133,6 @@ class Job:
             raise Cancelled(f"the job was told to stop (at {self._phase})")
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise TimedOut(
-                f"REQUEST_TIMEOUT={self._timeout:g} seconds were over (at {self._phase}); ask for fewer steps or "
-                "pictures or for a smaller size"
+                f"the job took longer than REQUEST_TIMEOUT={self._timeout:g} seconds (at {self._phase}); ask for fewer "
+                "steps, fewer pictures or a smaller size"
             )

@@ -15,7 +15,7 @@ class Generation:
 
     pictures: tuple[Image.Image, ...]
     scheduler: str  # the row of the catalog that was used, or the class of the model's own where it has none
-    timings: Mapping[str, float]  # seconds: encode_prompt, denoise, decode
+    timings: Mapping[str, float]  # seconds of each phase
     warnings: tuple[str, ...]
     peak_memory: int | None  # bytes on the card; None on the CPU
     quantization: str | None = None  # of the weights; None is exact

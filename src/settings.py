@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,11 @@ from src.catalog import MEMORY_MODES, QUANTIZATIONS
 from src.errors import InvalidSettings
 
 MAX_PREFETCH = 32
+# pydantic's words -> an operator's
+_WORDS = {
+    "^Input should be": "must be",
+    "^(String should match pattern|Field required).*": "is not written as it must be",
+}
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,7 +121,9 @@ class Settings(BaseModel):
         10, gt=0, description="megabytes (10^6) of one response; RunPod carries 10 for /run, 20 for /runsync"
     )
     bucket_endpoint_url: str | None = Field(
-        None, pattern=r"^https?://[^/\s@]+(/[^/\s]*)?/?$", description="of the S3 bucket that takes the pictures"
+        None,
+        pattern=r"^https?://[^/\s@]+(/[^/\s]*)?/?$",
+        description="of the S3 bucket that takes the pictures, https://host/bucket say",
     )
     bucket_access_key_id: SecretStr | None = None
     bucket_secret_access_key: SecretStr | None = None
@@ -138,14 +146,17 @@ class Settings(BaseModel):
         parts = {name: getattr(self, name) for name in _BUCKET}
         missing = [name.upper() for name, value in parts.items() if value is None]
         if missing and len(missing) < len(parts):
-            raise ValueError(f"{', '.join(name.upper() for name in parts)} belong together; missing: {missing}")
+            raise ValueError(
+                f"{', '.join(name.upper() for name in parts)} must be set together, and {', '.join(missing)} is missing"
+            )
         return self
 
     @model_validator(mode="after")
     def _one_way_to_quantize(self) -> Settings:
         asked = MEMORY_MODES[self.memory_mode].quantization
         if self.quantization not in ("none", asked) and self.memory_mode != "auto":
-            raise ValueError(f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization} exclude each other")
+            both = f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization}"
+            raise ValueError(f"{both} contradict each other: set one of them")
         return self
 
     @property
@@ -168,12 +179,16 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({name: value for name, value in values.items() if value})
         except ValidationError as error:
-            raise InvalidSettings("; ".join(map(_fault, error.errors()))) from None
+            found = {details["loc"][:1]: _fault(details, values) for details in error.errors()}
+            raise InvalidSettings("; ".join(found.values())) from None
 
 
-def _fault(details: ErrorDetails) -> str:
+def _fault(details: ErrorDetails, values: Mapping[str, str]) -> str:
+    """One variable: what it holds, what is wrong with that, what it is."""
     message = details["msg"].removeprefix("Value error, ")
     if not details["loc"]:
         return message
     name = str(details["loc"][0])
-    return f"{name.upper()}={details['input']!r}: {message.lower()}"
+    for theirs, ours in _WORDS.items():
+        message = re.sub(theirs, ours, message)
+    return f"{name.upper()}={values[name]!r}: {message}; it is: {Settings.model_fields[name].description}"

@@ -6,6 +6,7 @@ import inspect
 import logging
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import PackageNotFoundError
@@ -22,6 +23,7 @@ from handler import respond
 from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import Compiled
+from src.engine.quantization import Quantizer, _chosen
 from src.errors import InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
@@ -265,7 +267,7 @@ def test_guessed_steps_go_with_every_mode_but_not_with_two_directions_mixed(plai
     refused = ask(plain, **start, **away, speed="fast")
     (fault,) = refused["errors"]
     assert fault["field"] == "speed"
-    assert "fast cannot be used by image-to-image with a negative prompt; allowed: exact" in fault["message"]
+    assert "cannot be fast in image-to-image with true_cfg_scale above 1; allowed: exact" in fault["message"]
 
 
 def test_the_catalog_knows_which_pipelines_tell_two_directions_apart() -> None:
@@ -341,7 +343,23 @@ def test_a_library_that_quantizes_wrongly_here_is_refused_by_name(monkeypatch: p
     monkeypatch.setattr("src.engine.quantization._LIBRARIES", {"fp8": Careless()})
     with pytest.raises(InvalidSettings, match=LOSES) as caught:
         load(quantization="fp8")
-    assert "and 0.05 is allowed; torchao" in str(caught.value)
+    assert "and 0.06 is allowed; torchao" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_one_layer_at_a_time_is_held_in_both_forms(kind: str, fitting: Path) -> None:
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(fitting / "transformer")
+    originals = [weakref.ref(transformer.get_submodule(name).weight) for name in _chosen(transformer)]
+    alive = []
+    check = Quantizer._check
+
+    class Watched(Quantizer):
+        def _check(self, name: str, layer: torch.nn.Module, answer: torch.Tensor) -> None:
+            alive.append(sum(original() is not None for original in originals))
+            check(self, name, layer, answer)
+
+    Watched(kind, torch.device("cpu")).quantize(transformer)
+    assert alive == list(range(len(originals) - 1, -1, -1))
 
 
 LOSES = (

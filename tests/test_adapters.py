@@ -150,9 +150,10 @@ def bad_files(folder: Path) -> dict[str, str]:
     return {
         "shapes.safetensors": "was made for another model", "dev.safetensors": "was made for another model",
         "sdxl.safetensors": "was made for another model", "none.safetensors": "holds no LoRA layers",
-        "half.safetensors": "only one half",
-        "truncated.safetensors": "is no whole", "pickle.safetensors": "is no whole", "adapter.bin": "can run code",
-        "empty.safetensors": "is no whole",
+        "half.safetensors": "lacks lora_A or lora_B",
+        "truncated.safetensors": "is not a complete", "pickle.safetensors": "is not a complete",
+        "adapter.bin": "can run code",
+        "empty.safetensors": "is not a complete",
     }  # fmt: skip
 
 
@@ -210,9 +211,15 @@ def test_the_hub_is_asked_once_and_the_cache_keeps_within_its_size(ask: Ask, hub
     assert hub.requests == asked, "from the cache"
     assert pixels(ask(lora_path="someone/outline/style.safetensors")) == styled
     assert pixels(ask(loras=[{"path": "someone/other", "weight_name": "style.safetensors", "scale": 0.7}])) == styled
-    assert "no file 'x.safetensors'" in refused(ask(lora_path="someone/outline/x.safetensors"))["lora_path"]
-    assert "no such repo" in refused(ask(lora_path="someone/nothing"))["lora_path"]
-    assert "no revision 'x'" in refused(ask(loras=[{"path": "someone/outline", "revision": "x"}]))["loras.0"]
+    assert (
+        "a file that the repo has not: 'x.safetensors'"
+        in refused(ask(lora_path="someone/outline/x.safetensors"))["lora_path"]
+    )
+    assert "which is not on the hub" in refused(ask(lora_path="someone/nothing"))["lora_path"]
+    assert (
+        "a revision that the repo has not: 'x'"
+        in refused(ask(loras=[{"path": "someone/outline", "revision": "x"}]))["loras.0"]
+    )
     assert pixels(ask(loras=[{"path": "someone/outline", "revision": REVISION, "scale": 0.7}])) == styled
     hub.down = True
     try:
@@ -263,7 +270,7 @@ def test_a_file_too_large_for_the_cache_is_not_downloaded(hub: Hub, tmp_path: Pa
     (name,) = stored(tmp_path, hub, 1)
     library = Library(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.002))
     adapters, (fault,) = library.load(asking(name), Job())
-    assert "bytes, more than LORA_CACHE_GB allows" in fault.message
+    assert "bytes, more than the 0.002 GB of LORA_CACHE_GB" in fault.message
     assert (adapters, list((tmp_path / "cache").iterdir())) == ((), [])
 
 
@@ -286,7 +293,7 @@ def test_an_adapter_at_an_address_is_fetched_once_and_its_token_stays_secret(
     assert first["metadata"]["loras"][0]["path"].startswith("sha256:")
     assert "my-secret" not in json.dumps(first["metadata"]) + opened(first)[0].info["parameters"]
     wrong = refused(ask(loras=[{"path": url, "revision": "main"}]))
-    assert "weight_name and revision belong to" in wrong["loras.0"]
+    assert "weight_name and revision need one" in wrong["loras.0"]
 
 
 def test_kohyas_format_is_read(ask: Ask, tmp_path: Path) -> None:

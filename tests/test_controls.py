@@ -93,7 +93,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     assert "FLUX.1-dev has no mode for control_image and mask_image" in next(
         iter(faults(control_image=PLAIN, mask_image=PLAIN).values())
     )
-    assert "reads one control picture" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN}] * 2)["controls"]
+    assert "must hold one control picture" in faults("FLUX.1-Canny-dev", controls=[{"image": PLAIN}] * 2)["controls"]
     assert "canny" in faults("FLUX.1-Canny-dev", control_image=PLAIN, control_type="depth")["control_type"]
     assert (
         "has no effect without control_image"
@@ -112,7 +112,7 @@ def test_what_is_wrong_of_controls_is_named_with_what_is_allowed() -> None:
     assert set(faults(controls=[{"type": "canny"}])) == {"controls.0.image"}
     assert set(faults(controls=[{"image": "file:///etc/passwd", "type": "canny"}])) == {"controls.0"}
     assert (
-        "must leave one of 2 steps before the end, got 0 and 0.3"
+        "must leave one of 2 steps before the end, got a start of 0 and an end of 0.3"
         in faults(control_image=PLAIN, control_type="canny", control_guidance_end=0.3, num_inference_steps=2)[
             "control_guidance_start"
         ]
@@ -150,7 +150,7 @@ def test_a_network_that_cannot_be_had_says_so_and_the_worker_goes_on(hub: Hub, t
     assert "joint_attention_dim is 64 and 128 here" in refused["error"]
     missing = ask(control_image=PLAIN, control_type="normals")
     assert "Normals (jasperai/Flux.1-dev-Controlnet-Surface-Normals): there is no such repo" in missing["error"]
-    assert "its words have 64 numbers and 128 here" in ask(image_prompt=PLAIN)["error"]
+    assert "its embeddings have 64 values and this model's 128" in ask(image_prompt=PLAIN)["error"]
     assert ask()["status"] == "success"
 
 

@@ -86,7 +86,7 @@ def test_sizes_in_words(size: dict[str, Any], pixels: tuple[int, int]) -> None:
 def test_sizes_that_are_none_or_say_two_things_are_refused() -> None:
     assert all(name in faults(image_size="huge")["image_size"] for name in NAMED_SIZES)
     assert "width" in faults(size="512x512", width=256)["size"]
-    assert "beside aspect_ratio" in faults(aspect_ratio="1:1", width=256)["width"]
+    assert "combined with aspect_ratio" in faults(aspect_ratio="1:1", width=256)["width"]
     assert "aspect_ratio" in faults(aspect_ratio="wide")
     assert "width" in faults(size="100x100")
     assert "a picture of 2664x1504; allowed: sides of 64" in faults(aspect_ratio="16:9", megapixels=4)["aspect_ratio"]
@@ -104,7 +104,7 @@ def test_a_call_of_hugging_face_is_understood() -> None:
     for _ in range(2_000):
         nested = {"parameters": nested}
     assert "must be an object of fields, got 5" in faults_of({"parameters": 5})["parameters"]
-    assert "is no field" in faults_of(nested)["parameters"]
+    assert "is not a field" in faults_of(nested)["parameters"]
     assert faults_of({"parameters": None, "seed": None}) == faults_of({"seed": 1, "parameters": {"seed": 1}}) == {}
     assert faults_of({"seed": None, "parameters": {"seed": 5}}) == {}
 
@@ -126,7 +126,7 @@ def test_what_has_no_effect_here_is_taken_with_a_warning() -> None:
     decided = plan(enable_safety_checker=True, go_fast=False, safety_tolerance=None)
     assert decided.warnings == (
         "enable_safety_checker has no effect: this worker has no safety checker",
-        "go_fast has no effect: ask for speed: balanced or fast",
+        "go_fast has no effect: use the field speed (balanced or fast) instead",
     )
 
 
@@ -164,7 +164,7 @@ def test_sigmas_and_shift_count_and_the_next_request_is_as_before() -> None:
 
 def test_sigmas_that_cannot_be_are_refused() -> None:
     assert "must fall" in faults(sigmas=[0.5, 0.5])["sigmas"]
-    assert "one a step, got 2 for 8" in faults(sigmas=[1, 0.5], num_inference_steps=8)["sigmas"]
+    assert "one per step, got 2 for 8" in faults(sigmas=[1, 0.5], num_inference_steps=8)["sigmas"]
     assert "cannot be used by unipc; allowed: euler, heun, lcm" in faults(sigmas=[1, 0.5], scheduler="unipc")["sigmas"]
     assert "sigmas" in faults(sigmas=[2.0])
 
@@ -234,6 +234,8 @@ def test_a_dry_run_tells_the_plan() -> None:
     assert [control["controlnet"] for control in shown["controls"]] == ["flux-shapes-canny"]
     assert shown["pictures"]["init_image"].startswith("sha256:")
     json.dumps(shown)
+    alone = respond({"input": {"prompt": "x", "dry_run": True}}, Job(), Settings, lambda: engine)["plan"]
+    assert (alone["preserve_unmasked"], alone["image_prompt_scale"], alone["controls"]) == (False, None, [])
     bad = respond({"input": {"dry_run": True}}, Job(), Settings, lambda: Engine(pipeline, MODEL, None))
     assert bad["error_code"] == "invalid_request"
 

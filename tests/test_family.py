@@ -269,7 +269,10 @@ def test_several_references_are_read_and_odd_ones_refused(engine: tuple[str, Eng
     row = held.model.modes["editing"]
     pair = [SENT["init_image"], base64_of(PICTURE.rotate(90))]
     if row.references < 2:
-        assert ask(held, init_images=pair)["errors"][0]["message"] == f"{held.model.name} takes 1 at most here, got 2"
+        assert (
+            ask(held, init_images=pair)["errors"][0]["message"]
+            == f"must hold at most 1 picture(s) on {held.model.name} in this mode, got 2"
+        )
         return
     one = drawn(held, init_images=pair[:1])
     assert one == drawn(held, init_image=pair[0])

@@ -115,8 +115,8 @@ def bomb_in_text() -> bytes:
     [
         (file_of(PHOTO)[:-200], "is damaged"),
         (file_of(PHOTO, "JPEG")[:500], "is damaged"),
-        (b"", "no picture of these formats (0 bytes"),
-        (b"hello", "no picture of these formats"),
+        (b"", "not a picture in one of these formats (0 bytes"),
+        (b"hello", "not a picture in one of these formats"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"<!DOCTYPE html><html></html>", "HTML"),
         (b"PK\x03\x04" + bytes(100), "ZIP"),
@@ -156,13 +156,13 @@ def test_sources() -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("http://example.com/a.png", "must not be a http: address"),
-        ("file:///etc/passwd", "must not be a file: address"),
-        ("FTP://example.com/a.png", "must not be a FTP: address"),
-        ("data:text/html,hello", "must not be a data: address"),
-        ("not base64!", "is no base64"),
-        ("/etc/passwd", "is no base64"),
-        ("A" * 27_000_000, "has 27,000,000 characters"),
+        ("http://example.com/a.png", "is a http: address, and only https:"),
+        ("file:///etc/passwd", "is a file: address"),
+        ("FTP://example.com/a.png", "is a FTP: address"),
+        ("data:text/html,hello", "is a data: address"),
+        ("not base64!", "is not valid base64"),
+        ("/etc/passwd", "is not valid base64"),
+        ("A" * 27_000_000, "27,000,000 characters of base64"),
     ],
 )
 def test_bad_sources_are_refused(source: str, reason: str) -> None:
@@ -288,7 +288,7 @@ def test_many_large_pictures_are_too_many() -> None:
     fields = {"init_images": [large] * 4}
     loaded, faults = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
     assert [fault.field for fault in faults] == ["init_images.2", "init_images.3"]
-    assert "with the others more than 128,000,000" in faults[0].message
+    assert "pictures together more than 128,000,000" in faults[0].message
     assert len(loaded["init_image"]) == 2
 
 

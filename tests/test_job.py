@@ -58,7 +58,7 @@ def test_a_deadline_ends_the_work_and_the_waiting() -> None:
             job.report(Progress("denoise", step, 100))
             time.sleep(0.01)
 
-    with pytest.raises(TimedOut, match=r"REQUEST_TIMEOUT=0.03 seconds were over \(at denoise\)"):
+    with pytest.raises(TimedOut, match=r"longer than REQUEST_TIMEOUT=0.03 seconds \(at denoise\)"):
         denoise(Job(timeout=0.03))
 
     device = JobQueue()

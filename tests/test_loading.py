@@ -83,7 +83,7 @@ def test_a_repo_that_is_forbidden(hub: Hub, download: Any) -> None:
 
 
 def test_a_revision_of_a_folder() -> None:
-    assert "is a folder: it has no other revision" in reason("flux-shapes", model_revision="v9")
+    assert "is a folder, which has no revisions" in reason("flux-shapes", model_revision="v9")
 
 
 def test_a_wrong_token(hub: Hub, download: Any) -> None:
@@ -117,8 +117,8 @@ def test_no_network(download: Any) -> None:
 
 
 def test_a_name_that_is_nothing() -> None:
-    assert "neither a folder, a hub id (owner/name) nor one of FLUX.1-dev" in reason("flux-9")
-    assert "neither a folder" in reason("/no/such/folder")
+    assert "is not a folder, not a hub id (owner/name) and not one of: FLUX.1-dev" in reason("flux-9")
+    assert "is not a folder, not a hub id" in reason("/no/such/folder")
 
 
 @pytest.fixture

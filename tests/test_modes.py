@@ -161,7 +161,10 @@ def test_a_field_that_the_mode_cannot_use_is_named_with_the_mode() -> None:
         in faults(init_image=base64_of(SCENE), preserve_unmasked=False)["preserve_unmasked"]
     )
     assert "1 at least, got 0.0 x 8" in faults(init_image=base64_of(SCENE), strength=0.0)["strength"]
-    assert "unipc cannot start from a picture" in faults(init_image=base64_of(SCENE), scheduler="unipc")["scheduler"]
+    assert (
+        "cannot be unipc, which cannot start from a picture"
+        in faults(init_image=base64_of(SCENE), scheduler="unipc")["scheduler"]
+    )
 
 
 def test_a_file_carries_what_it_was_made_with() -> None:

@@ -86,7 +86,7 @@ def test_the_adaptive_norms_of_flux_1_are_a_quarter_of_it() -> None:
 def test_the_plan_fits_and_nothing_that_fits_is_faster(gigabytes: int, name: str) -> None:
     weights, work, machine = weights_of(name), work_of(name), card(gigabytes)
     if gigabytes * GB < smallest(weights, machine, work, "auto"):
-        with pytest.raises(DoesNotFit, match=r"choose .* one of \d+\.\d GB, or a smaller MAX_PIXELS"):
+        with pytest.raises(DoesNotFit, match=r"choose .* a card of \d+\.\d GB, or a smaller MAX_PIXELS"):
             choose_placement(weights, machine, work)
         return
     chosen = choose_placement(weights, machine, work)
@@ -165,7 +165,7 @@ def test_an_error_names_what_would_do() -> None:
         choose_placement(weights, card(24), work, "full")
     text = str(caught.value)
     assert text.startswith(
-        "its weights take 33.7 GB, and with MEMORY_MODE=full pictures of 1048576 pixels need 37.7 GB"
+        "its weights take 33.7 GB, and with MEMORY_MODE=full pictures of 1,048,576 pixels need 37.7 GB"
     )
     assert "a card of 24 GB has 24.0 GB free and its host 160.0 GB" in text
     assert "choose MEMORY_MODE=auto or modulation_cache or stream or sequential_offload or fp8 or nf4" in text
@@ -174,7 +174,7 @@ def test_an_error_names_what_would_do() -> None:
 def test_a_host_without_room_parks_nothing() -> None:
     weights, work = weights_of("FLUX.1-dev"), work_of("FLUX.1-dev")
     assert choose_placement(weights, card(48, host=1), work).offloaded == 0
-    with pytest.raises(DoesNotFit, match=r"and its host 1\.0 GB: choose one of 37\.7 GB"):
+    with pytest.raises(DoesNotFit, match=r"and its host 1\.0 GB: choose a card of 37\.7 GB"):
         choose_placement(weights, card(24, host=1), work)
 
 
@@ -183,7 +183,7 @@ def test_on_a_cpu_parking_saves_nothing() -> None:
     roomy = replace(card(24), name="the CPU", host_memory=24 * GB, shared=True)
     assert choose_placement(weights, roomy, work).mode == "full"
     with pytest.raises(
-        DoesNotFit, match=r"the CPU has 16\.0 GB free: choose MEMORY_MODE=fp8 or nf4, or one of 19\.\d GB"
+        DoesNotFit, match=r"the CPU has 16\.0 GB free: choose MEMORY_MODE=fp8 or nf4, or a card of 19\.\d GB"
     ):
         choose_placement(weights, replace(roomy, memory=16 * GB, host_memory=16 * GB), work)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from src.catalog import get_model
-from src.errors import InvalidRequest
+from src.errors import Fault, InvalidRequest
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
 from src.request.schema import MAX_SEED
@@ -97,6 +97,26 @@ def test_the_models_limits_are_named_with_the_requests_own() -> None:
     assert "did you mean unipc?" in found["scheduler"]
 
 
+def test_a_picture_that_is_broken_and_of_no_use_gets_both_faults() -> None:
+    request, *_ = read_request({"input": {"prompt": "a fox", "image_prompt": "http://x"}})
+    broken = Fault("image_prompt", "is broken")
+    with pytest.raises(InvalidRequest) as caught:
+        make_plan(request, [broken], get_model("FLUX.2-klein-4B"), max_pixels=2**22)
+    assert [fault.message for fault in caught.value.faults] == [
+        "is broken",
+        "cannot be used by text-to-image on FLUX.2-klein-4B",
+    ]
+
+
+def test_what_no_mode_can_use_is_named_where_there_is_no_mode_too() -> None:
+    request, *_ = read_request({"input": {"prompt": "a fox", "mask_image": "x", "prompt_2": "y", "strength": 0.5}})
+    with pytest.raises(InvalidRequest) as caught:
+        make_plan(request, [], get_model("FLUX.2-klein-4B"), max_pixels=2**22)
+    found = {fault.field: fault.message for fault in caught.value.faults}
+    assert found["prompt_2"] == "cannot be used by any mode on FLUX.2-klein-4B"
+    assert set(found) == {"mask_image", "prompt_2"}, "strength goes with klein's inpainting"
+
+
 def test_pixels_are_limited_and_a_faulty_side_is_named_once() -> None:
     assert "got 1024x1032" in faults(max_pixels=1024 * 1024, height=1032)["height"]
     assert set(faults(max_pixels=1024 * 1024, width=2048, height=7)) == {"height"}
@@ -115,7 +135,7 @@ def test_batches_share_out_the_seeds() -> None:
 def test_a_list_of_prompts_says_how_many_pictures() -> None:
     assert plan(prompt=["a fox", "an owl"]).prompts == ("a fox", "an owl")
     assert plan(prompt=["a fox"], num_images=2).prompts == ("a fox", "a fox")
-    assert faults(prompt=["a fox", "an owl"], num_images=3)["num_images"] == "must be 2, one a prompt, got 3"
+    assert faults(prompt=["a fox", "an owl"], num_images=3)["num_images"] == "must be 2, one per prompt, got 3"
 
 
 def klein_inpainting(picture: tuple[int, int], **fields: Any) -> Plan:
@@ -136,7 +156,9 @@ def test_a_size_that_comes_from_a_picture_is_one_that_the_model_draws_whole(pict
 
 
 def test_a_size_whose_canvas_is_too_large_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="at most 1,048,576 pixels, got 1016x1032 = 1,064,960"):
+    with pytest.raises(
+        InvalidRequest, match=r"at most 1,048,576 pixels, got 1016x1032 \(drawn as 1024x1040\) = 1,064,960"
+    ):
         klein_inpainting((100, 100), width=1016, height=1032)
 
 

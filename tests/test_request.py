@@ -230,6 +230,18 @@ def test_the_schema_allows_a_prompt_and_a_list_of_them() -> None:
     assert kinds == {"string", "array"}
 
 
+def test_an_option_of_nothing_is_refused_but_where_only_a_description_is_asked_for() -> None:
+    for field, owner in (
+        ("lora_scale", "lora_path"),
+        ("control_type", "control_image"),
+        ("image_prompt_scale", "image_prompt"),
+    ):
+        value = "canny" if field == "control_type" else 0.5
+        (fault,) = read_request({"input": {"prompt": "x", field: value}}).faults
+        assert (fault.field, f"has no effect without {owner}" in fault.message) == (field, True)
+        assert read_request({"input": {"describe": True, field: value}}).faults == ()
+
+
 def test_what_is_wrong_within_a_field_is_named_where_it_is() -> None:
     fields = {
         "controls": [{"image": 5, "bogus": 1}, {"type": "canny"}],
@@ -239,7 +251,7 @@ def test_what_is_wrong_within_a_field_is_named_where_it_is() -> None:
     }
     errors = {fault["field"]: fault["message"] for fault in refused({"input": {"prompt": "a cat", **fields}})["errors"]}
     assert set(errors) >= {"controls.0.image", "controls.0.bogus", "controls.1.image", "loras.0.scale", "outpaint.left"}
-    assert errors["controls.1.image"].startswith("is required; allowed: at most 4 of {image")
+    assert errors["controls.1.image"].startswith("is required; allowed: a list of at most 4 objects {image")
 
 
 def test_a_flood_within_a_field_gets_a_short_answer_and_hides_nothing() -> None:
@@ -254,5 +266,5 @@ def test_a_flood_within_a_field_gets_a_short_answer_and_hides_nothing() -> None:
     errors = refused({"input": flood})["errors"]
     named = {fault["field"]: fault["message"] for fault in errors}
     assert set(named) >= {"prompt", "init_images", "width", "scheduler", "input"}
-    assert "must hold 4 at most, not 100,000" in named["prompt"]
+    assert "must hold at most 4 entries, not 100,000" in named["prompt"]
     assert "more faults" in named["input"]

@@ -136,7 +136,7 @@ def test_a_request_that_takes_too_long_ends_and_the_next_one_runs(stand_in: Stan
         jobs = stand_in.wait(late, waits)
         (after,) = stand_in.wait(stand_in.submit(prompt="a red circle"))
     for job in jobs:
-        assert job.results[0][1]["error"].startswith("timed_out: REQUEST_TIMEOUT=1 seconds were over")
+        assert job.results[0][1]["error"].startswith("timed_out: the job took longer than REQUEST_TIMEOUT=1 seconds")
     assert after.status == "COMPLETED"
 
 
@@ -207,7 +207,7 @@ def test_sigterm_while_the_model_loads_ends_it_too(stand_in: StandIn, tmp_path: 
 @pytest.mark.parametrize(
     ("environment", "check", "reason"),
     [
-        ({"MODEL_NAME": "/no/such/folder"}, "load_model", "model_unavailable: /no/such/folder: is neither"),
+        ({"MODEL_NAME": "/no/such/folder"}, "load_model", "model_unavailable: /no/such/folder: is not a folder"),
         ({"WARMUP_SIZES": "100x100"}, "warm_up", "WARMUP_SIZES: width: must be a multiple of 8, got 100"),
         (
             {"BUCKET_ENDPOINT_URL": "http://127.0.0.1:9/pictures", "BUCKET_ACCESS_KEY_ID": "k",

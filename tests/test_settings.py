@@ -36,7 +36,7 @@ def test_all_wrong_variables_are_named_at_once() -> None:
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment({"BATCH_SIZE": "nine", "LOG_LEVEL": "loud"})
     assert "BATCH_SIZE='nine'" in str(caught.value)
-    assert "LOG_LEVEL='LOUD'" in str(caught.value)
+    assert "LOG_LEVEL='loud'" in str(caught.value)
 
 
 def test_settings_do_not_change_and_do_not_show_the_token() -> None:
@@ -79,7 +79,7 @@ def test_only_settings_reads_the_environment() -> None:
 
 
 def test_a_bucket_is_whole_or_none() -> None:
-    with pytest.raises(InvalidSettings, match=r"belong together; missing: \['BUCKET_ACCESS_KEY_ID'\]"):
+    with pytest.raises(InvalidSettings, match=r"must be set together, and BUCKET_ACCESS_KEY_ID is missing"):
         Settings.from_environment({"BUCKET_ENDPOINT_URL": "https://s3.example.com/x", "BUCKET_SECRET_ACCESS_KEY": "s"})
     with pytest.raises(InvalidSettings, match=r"BUCKET_ENDPOINT_URL='s3\.example\.com'"):
         Settings.from_environment({"BUCKET_ENDPOINT_URL": "s3.example.com"})

@@ -45,7 +45,7 @@ def test_a_bad_test_input_fails() -> None:
 def test_it_does_not_start_without_its_model_and_says_why_in_one_line() -> None:
     finished = run(MODEL_NAME="/no/such/folder")
     assert finished.returncode == 1
-    assert re.search(r"^model_unavailable: /no/such/folder: is neither", finished.stderr, re.MULTILINE)
+    assert re.search(r"^model_unavailable: /no/such/folder: is not a folder", finished.stderr, re.MULTILINE)
     assert "Traceback" not in finished.stderr
 
 
@@ -54,7 +54,7 @@ def test_it_does_not_start_with_wrong_settings() -> None:
     assert finished.returncode == 1
     assert finished.stderr.strip().startswith("invalid_settings: ")
     assert "BATCH_SIZE='many'" in finished.stderr
-    assert "LOG_LEVEL='LOUD'" in finished.stderr
+    assert "LOG_LEVEL='loud'" in finished.stderr
 
 
 @pytest.fixture(scope="module")

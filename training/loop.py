@@ -1,4 +1,4 @@
-"""The loop that both stages share: AdamW on one cycle, an average of the weights, resumable, logged."""
+"""The loop that every stage shares: AdamW on one cycle, an average of the weights, resumable, logged."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Adapters:
                 return f"was made for another model: this one has no layer {layer}"
             down, up = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
             if down is None or up is None:
-                return f"is not whole: {layer} has only one half"
+                return f"is not complete: {layer} lacks lora_A or lora_B"
             if (up.shape[0], down.shape[1]) != here or up.shape[1] != down.shape[0]:
                 there = f"{up.shape[0]}x{down.shape[1]}"
                 return f"was made for another model: {layer} is {here[0]}x{here[1]} here and {there} there"

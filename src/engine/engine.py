@@ -1,6 +1,6 @@
 """Runs a Plan on a loaded pipeline: prompts encoded once, pictures denoised one after another.
 
-Knows nothing of requests, of how a model is found, or of how pictures travel.
+Knows nothing of what a client wrote, of how a model is found, or of how pictures travel.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Engine:
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.enable_attention_slicing()  # FLUX has nothing that it could slice (diffusers 0.42); others may
+        pipeline.enable_attention_slicing()  # the specification's; nothing of FLUX can be sliced (diffusers 0.42)
 
     def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
         """Make the plan's pictures; `on_progress` gets every step, and what it raises stops the plan there.

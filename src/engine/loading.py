@@ -38,7 +38,8 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
 
     `download` is huggingface_hub's snapshot_download or takes its arguments.
 
-    Raises ModelUnavailable with one line that says why not and what to do.
+    Raises ModelUnavailable with one line that says why not and what to do, InvalidSettings where a setting asks for
+    what cannot be had here.
     """
     # The libraries' warnings quote prompts and their bars flood a worker's log.
     diffusers.utils.logging.set_verbosity_error()
@@ -137,22 +138,25 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantize
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
-    kept = quantizer.file(_fingerprint(source)) if quantizer else None
-    if quantizer and kept:
-        of = getattr(diffusers, index["transformer"][1])
-        with init_empty_weights():
-            transformer = of.from_config(of.load_config(folder / "transformer")).to(dtype).eval()
-        if quantizer.restore(transformer, kept):
-            parts["transformer"] = transformer
+    if quantizer and (restored := _restored(index, source, dtype, quantizer)):
+        parts["transformer"] = restored
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
-    if quantizer and kept and "transformer" not in parts:
+    if quantizer and "transformer" not in parts:
         answers = quantizer.quantize(pipeline.transformer)
-        quantizer.keep(pipeline.transformer, answers, kept)
+        quantizer.keep(pipeline.transformer, answers, quantizer.file(_fingerprint(source)))
     for name in processors:
         pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
     return pipeline
+
+
+def _restored(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer) -> Any:
+    """The transformer with the weights that an earlier worker quantized; None where there are none that are right."""
+    of = getattr(diffusers, index["transformer"][1])
+    with init_empty_weights():
+        transformer = of.from_config(of.load_config(source.folder / "transformer")).to(dtype).eval()
+    return transformer if quantizer.restore(transformer, quantizer.file(_fingerprint(source))) else None
 
 
 def _fingerprint(source: Source) -> str:
@@ -181,7 +185,7 @@ def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """Its index and the sizes of its tensors; Refused unless `folder` holds a whole FLUX pipeline."""
     file = folder / "model_index.json"
     if not file.is_file():
-        raise Refused(f"{folder} holds no model_index.json: it is no model in diffusers' layout")
+        raise Refused(f"{folder} holds no model_index.json, so it is not a model in diffusers' layout")
     index: dict[str, Any] = json.loads(file.read_text())
     known = sorted({model.base.class_name for model in MODELS})
     if index.get("_class_name") not in known:
@@ -189,5 +193,5 @@ def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     sizes = check_whole(folder)
     parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     if missing := {"transformer", "vae"} - sizes.keys():
-        raise Refused(f"has no weights in {' and '.join(sorted(missing))}: no *.safetensors; load it again")
+        raise Refused(f"has no weights in {' and '.join(sorted(missing))}: no *.safetensors; download it again")
     return index, {name: tensors for name, tensors in sizes.items() if name in parts}

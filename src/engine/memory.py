@@ -1,4 +1,4 @@
-"""Memory that was short: how it is told, how what can be freed is freed, and what is given up then."""
+"""Memory that was short: how it is recognised, how it is freed, and what is given up then."""
 
 from __future__ import annotations
 

@@ -83,7 +83,8 @@ class Prompts:
             if pooled:  # FLUX.2 has none
                 embeddings[f"{prefix}pooled_prompt_embeds"] = pooled[0]
         for picture in plan.pictures.get("image_prompt", ()):
-            seen = self._redux.read(picture, plan.sampling.image_prompt_scale)
+            scale = plan.sampling.image_prompt_scale
+            seen = self._redux.read(picture, 1.0 if scale is None else scale)
             embeddings["prompt_embeds"] = torch.cat([embeddings["prompt_embeds"], seen], dim=1)
             if "negative_prompt_embeds" in embeddings:  # as long, and silent there
                 padded = [embeddings["negative_prompt_embeds"], torch.zeros_like(seen)]

@@ -7,7 +7,7 @@ to machine, so nothing is taken for granted: each quantized layer is held agains
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,7 @@ from src.weights.placement import block_of, is_modulation
 log = logging.getLogger("worker")
 
 _ADA = (8, 9)  # compute capability: the first that multiplies in 8 bits
+_FORMAT = 2  # of the files that are kept
 _PROBES = 16  # rows of random numbers that each layer is asked with
 
 Answers = dict[str, torch.Tensor]  # of layers by name: [_PROBES, out_features]
@@ -40,7 +41,7 @@ class Quantizer:
         self._folder = folder
         made_for = f"{device.type}{'-products' if _has_products(device) else ''}"
         try:
-            self._name = f"{kind}-{self._library.name}-{version(self._library.name)}-{made_for}"
+            self._name = f"{kind}-{_FORMAT}-{self._library.name}-{version(self._library.name)}-{made_for}"
         except PackageNotFoundError as error:
             raise Refused(f"{kind} wants {error.name}: pip install -r requirements-quantization.txt") from error
 
@@ -50,11 +51,12 @@ class Quantizer:
         Raises InvalidSettings where a layer does not answer what it did, within what its kind may lose.
         """
         answers = {}
-        for name, layer in _chosen(transformer):
-            answers[name] = _ask(layer.to(self._device)).cpu()
-            small = self._library.quantize(layer, self._device)
-            transformer.set_submodule(name, small)
-            self._check(name, small, answers[name])
+        for name in _chosen(transformer):  # one layer at a time is on the device in both forms
+            layer = transformer.get_submodule(name).to(self._device)
+            answers[name] = _ask(layer).cpu()
+            transformer.set_submodule(name, self._library.quantize(layer, self._device))
+            del layer
+            self._check(name, transformer.get_submodule(name), answers[name])
         return answers
 
     def file(self, model: str) -> Path:
@@ -84,7 +86,7 @@ class Quantizer:
         return True
 
     def _check(self, name: str, layer: nn.Module, answer: torch.Tensor) -> None:
-        here = _ask(deepcopy(layer)).cpu().float()  # bitsandbytes packs a layer's weights when it is first asked
+        here = _ask(layer).cpu().float()
         there = answer.float()
         lost = float((here - there).norm() / there.norm().clamp(min=torch.finfo(there.dtype).tiny))
         most = QUANTIZATIONS[self._kind].max_error
@@ -144,8 +146,8 @@ class _BitsAndBytes:
     def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
         from bitsandbytes.nn import Params4bit
 
-        for name, layer in _chosen(transformer):
-            small = self._empty(layer)
+        for name in _chosen(transformer):
+            small = self._empty(transformer.get_submodule(name))
             own = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.weight")}
             data = own.pop(f"{name}.weight")
             small.weight = Params4bit.from_prequantized(
@@ -171,22 +173,24 @@ class _BitsAndBytes:
 _LIBRARIES: Mapping[str, _Library] = MappingProxyType({"fp8": _TorchAo(), "nf4": _BitsAndBytes()})
 
 
-def _chosen(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears of the blocks by name, adaptive norms aside."""
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, nn.Linear) and block_of(name) is not None and not is_modulation(name):
-            yield name, layer
+def _chosen(transformer: Any) -> list[str]:
+    """The linears of the blocks, adaptive norms aside, by their names."""
+    return [
+        name
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and block_of(name) is not None and not is_modulation(name)
+    ]
 
 
 @torch.no_grad()
 def _ask(layer: Any) -> torch.Tensor:
     """What `layer` answers to random numbers without its bias: [_PROBES, out_features]."""
-    weight = layer.weight
-    dtype = getattr(layer, "compute_dtype", None) or weight.dtype
-    device = weight.device
+    layer = deepcopy(layer)  # bitsandbytes packs a layer's weights when it is first asked
+    layer.bias = None  # it is exact, and a large one would hide what is lost
+    dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
     rows = torch.randn(_PROBES, layer.in_features, generator=torch.Generator().manual_seed(0))
-    answer: torch.Tensor = layer(rows.to(device, dtype))
-    return answer if layer.bias is None else answer - layer.bias
+    answer: torch.Tensor = layer(rows.to(layer.weight.device, dtype))
+    return answer
 
 
 def _has_products(device: torch.device) -> bool:

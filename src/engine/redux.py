@@ -39,7 +39,7 @@ class Redux:
                 raise Refused("holds no weights")
             here = self._pipeline.transformer.config.joint_attention_dim
             if reads != here:
-                raise Refused(f"is made for another model: its words have {reads} numbers and {here} here")
+                raise Refused(f"is made for another model: its embeddings have {reads} values and this model's {here}")
         except Exception as error:
             raise ModelUnavailable(f"REDUX_MODEL={self._name}: {self._files.explain(error)}") from error
         self._source = source

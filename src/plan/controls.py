@@ -66,7 +66,7 @@ def decide_controls(
         elif kind not in types:
             hint = did_you_mean(kind, types)
             wrong("type", f"cannot be {show(control.type)}{hint}; {model.name} allows: {', '.join(types)}")
-        if control.preprocess and kind not in PREPROCESSORS:
+        elif control.preprocess and kind not in PREPROCESSORS:
             wrong("preprocess", f"can make {', '.join(PREPROCESSORS)} pictures; send a {kind} picture as it is")
         net = next((net for net in nets if kind in net.types), None)
         defaults = net.types[kind] if net else ControlDefaults(1.0)
@@ -74,7 +74,8 @@ def decide_controls(
         # As diffusers counts them.
         steps_within = [i for i in range(steps) if i / steps >= control.start and (i + 1) / steps <= end]
         if steps > 0 and not steps_within:
-            wrong("start", f"must leave one of {steps} steps before the end, got {control.start:g} and {end:g}")
+            got = f"a start of {control.start:g} and an end of {end:g}"
+            wrong("start", f"must leave one of {steps} steps before the end, got {got}")
         scale = defaults.conditioning_scale if control.scale is None else control.scale
         decided.append(PlannedControl(kind, net, defaults.mode, scale, control.start, end, control.preprocess))
         if not spec.controlnet and field != "control_image":
@@ -82,5 +83,5 @@ def decide_controls(
                 if option in control.model_fields_set:
                     wrong(option, f"cannot be used by {model.name}")
     if not spec.controlnet and len(decided) > 1:
-        faults.append(Fault("controls", f"{model.name} reads one control picture, got {len(decided)}"))
+        faults.append(Fault("controls", f"must hold one control picture on {model.name}, got {len(decided)}"))
     return tuple(decided), faults

@@ -1,6 +1,6 @@
 """What a request leaves open, decided one by one: each function returns a value and the faults that it found.
 
-`wrong` are the fields that are faulty already: what depends on them is not message too.
+`wrong` names the fields that are faulty already: what depends on them is not reported again.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def decide_mode(request: Request, model: Model, wrong: Collection[str]) -> tuple
         kinds = "; ".join(f"{name}: {_listed(spec.needs)}" for name, spec in model.modes.items())
         message = f"{model.name} has no mode for {_listed(given)}; allowed: {kinds}"
         faults.append(Fault(min(given, default="init_image"), message))
-    spec = model.modes.get(mode or "") or model.base
-    taken = EVERY_MODE_TAKES | spec.takes | PICTURES.keys() - {"image_prompt"} | SINGLES.keys()
+    specs = model.modes.values() if mode is None else [model.modes[mode]]
+    taken = EVERY_MODE_TAKES.union(PICTURES.keys() - {"image_prompt"}, SINGLES, *(spec.takes for spec in specs))
     faults += [
-        Fault(name, f"cannot be used by {mode or 'this request'} on {model.name}")
-        for name in sorted(request.said - taken - set(wrong))
+        Fault(name, f"cannot be used by {mode or 'any mode'} on {model.name}")
+        for name in sorted(request.said - taken - (set(wrong) - PICTURES.keys()))
     ]
-    return (mode or "", spec), faults
+    return (mode or "", model.modes.get(mode or "") or model.base), faults
 
 
 def decide_pictures(request: Request, pictures: Pictures) -> tuple[Pictures, Faults]:
@@ -55,8 +55,8 @@ def decide_pictures(request: Request, pictures: Pictures) -> tuple[Pictures, Fau
     masks = pictures.get("mask_image", ())
     for mask in masks:
         if not covers(mask.size, picture.size):
-            sizes = f"{_by(picture.size)}, got {_by(mask.size)}"
-            return pictures, [Fault("mask_image", f"must have the shape of init_image, which is {sizes}")]
+            message = f"must have the shape of init_image, which is {_by(picture.size)}, got {_by(mask.size)}"
+            return pictures, [Fault("mask_image", message)]
     masks = tuple(mask.resize(picture.size, Image.Resampling.NEAREST) for mask in masks)
     if request.outpaint:
         (left, right), (top, bottom) = around = borders(request.outpaint, picture.size)
@@ -78,7 +78,7 @@ def decide_steps(request: Request, model: Model) -> tuple[int, Faults]:
         faults.append(Fault("sigmas", f"must fall from each to the next, got {show(list(request.sigmas))}"))
     count = len(request.sigmas)
     if request.num_inference_steps not in (None, count):
-        faults.append(Fault("sigmas", f"must be one a step, got {count} for {request.num_inference_steps} steps"))
+        faults.append(Fault("sigmas", f"must be one per step, got {count} for {request.num_inference_steps} steps"))
     row = SCHEDULERS.get(request.scheduler or "")
     if row is not None and (not row.flow_match or row.config):
         allowed = [name for name, row in SCHEDULERS.items() if row.flow_match and not row.config]
@@ -94,7 +94,7 @@ def decide_calls(steps: int, strength: float | None, scheduler: str | None) -> t
         asked = steps
         steps -= int(max(steps - steps * strength, 0))  # as diffusers counts them, FluxImg2ImgPipeline.get_timesteps
         if steps < 1:
-            message = f"times num_inference_steps must be 1 at least, got {strength} x {asked}"
+            message = f"is too low: strength times num_inference_steps must be 1 at least, got {strength} x {asked}"
             return 0, [Fault("strength", message)]
     return order * steps - (order - 1), []
 
@@ -109,28 +109,30 @@ def decide_pixels(
     )
     if spec.max_pixels and not {"width", "height", "megapixels"} & request.said:
         width, height = shrunk((width, height), spec.max_pixels, model.side_multiple)
-    across, down = canvas((width, height), model.side_multiple)
-    for most, pixels in ((max_pixels, width * height), (spec.max_pixels or across * down, across * down)):
-        if pixels > most and not faults and not {"width", "height"} & set(wrong):
-            message = f"makes too many pixels: at most {most:,} pixels, got {_by((width, height))} = {pixels:,}"
+    drawn = canvas((width, height), model.side_multiple)
+    for most, (across, down) in ((max_pixels, (width, height)), (spec.max_pixels or drawn[0] * drawn[1], drawn)):
+        if across * down > most and not faults and not {"width", "height"} & set(wrong):
+            rounded = "" if (across, down) == (width, height) else f" (drawn as {_by(drawn)})"
+            message = f"makes too many pixels: at most {most:,} pixels, got {_by((width, height))}{rounded} = {across * down:,}"
             return (width, height), [Fault(asking_field(request) or "width", message)]
     return (width, height), faults
 
 
-def decide_scheduler(request: Request, mode: str, *, midway: bool) -> tuple[str | None, Faults]:
+def decide_scheduler(request: Request, *, midway: bool) -> tuple[str | None, Faults]:
     """The row that the request names; `midway` is whether it has to start from a picture with noise."""
     name = request.scheduler
     allowed = [key for key, row in SCHEDULERS.items() if row.starts_midway or not midway]
     if name is None or name in allowed:
         return name, []
     if name in SCHEDULERS:
-        return name, [Fault("scheduler", f"{name} cannot start from a picture; {mode} allows: {', '.join(allowed)}")]
+        message = f"cannot be {name}, which cannot start from a picture; allowed: {', '.join(allowed)}"
+        return name, [Fault("scheduler", message)]
     hint = did_you_mean(name, allowed)
-    return name, [Fault("scheduler", f"is no scheduler, got {show(name)}{hint}; allowed: {', '.join(allowed)}")]
+    return name, [Fault("scheduler", f"is not a scheduler, got {show(name)}{hint}; allowed: {', '.join(allowed)}")]
 
 
 def decide_prompts(request: Request, model: Model) -> tuple[tuple[str, ...], Faults]:
-    """One a picture."""
+    """The prompt of each picture, in order."""
     faults, limit = [], model.max_sequence_length
     if (request.max_sequence_length or 1) > limit:
         message = f"must be an integer from 1 to {limit} for {model.name}, got {show(request.max_sequence_length)}"
@@ -138,7 +140,7 @@ def decide_prompts(request: Request, model: Model) -> tuple[tuple[str, ...], Fau
     if len(request.prompt) == 1:
         return request.prompt * request.num_images, faults
     if "num_images" in request.model_fields_set and request.num_images != len(request.prompt):
-        message = f"must be {len(request.prompt)}, one a prompt, got {request.num_images}"
+        message = f"must be {len(request.prompt)}, one per prompt, got {request.num_images}"
         faults.append(Fault("num_images", message))
     return request.prompt, faults
 
@@ -175,9 +177,7 @@ def check_speed(request: Request, mode: str, spec: ModeSpec, negative_prompt: st
     """Steps are never guessed from others where two directions are mixed, unless the pipeline tells them apart."""
     if SPEEDS[request.speed] is None or negative_prompt is None or spec.cache_context:
         return []
-    message = (
-        f"{request.speed} cannot be used by {mode} with a negative prompt; allowed: exact, or no true_cfg_scale above 1"
-    )
+    message = f"cannot be {request.speed} in {mode} with true_cfg_scale above 1; allowed: exact, or true_cfg_scale 1"
     return [Fault("speed", message)]
 
 
@@ -186,13 +186,15 @@ def check_references(request: Request, model: Model, spec: ModeSpec, pictures: P
     most, count = max(spec.references, 1), len(request.init_images)
     faults: Faults = []
     if count > most:
-        faults.append(Fault("init_images", f"{model.name} takes {most} at most here, got {count}"))
+        faults.append(
+            Fault("init_images", f"must hold at most {most} picture(s) on {model.name} in this mode, got {count}")
+        )
     if spec.references > 1:
         for i, picture in enumerate(pictures.get("init_image", ())[:count]):
             if min(picture.size) < _REFERENCE_SIDE or max(picture.size) > _REFERENCE_ASPECT * min(picture.size):
                 message = (
-                    f"must have {_REFERENCE_SIDE} pixels a side at least and be at most {_REFERENCE_ASPECT} times as "
-                    f"long as wide for {model.name}, got {_by(picture.size)}"
+                    f"must have at least {_REFERENCE_SIDE} pixels on each side for {model.name} and be at most "
+                    f"{_REFERENCE_ASPECT} times as long as wide, got {_by(picture.size)}"
                 )
                 faults.append(Fault(request.entry_field("init_images", i), message))
     return faults

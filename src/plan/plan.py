@@ -61,11 +61,11 @@ class Sampling(Request):
     guidance_scale: float
     max_sequence_length: int
     seed: int
-    image_prompt_scale: float = 1.0
+    preserve_unmasked: bool = False  # where there is no mask
 
     def values(self) -> dict[str, Any]:
-        """All that can change a picture, also what is not set, but for what pictures and adapters are used."""
-        return self.model_dump(exclude={"loras", *_ANSWERED, *_OF_PICTURES})
+        """All that can change a picture, also what is not set, but for prompts, pictures and adapters."""
+        return self.model_dump(exclude={"prompt", "loras", *_ANSWERED, *_OF_PICTURES})
 
     def pictures(self) -> dict[str, Any]:
         """The fields that hold pictures, by their references, and what is decided of them."""
@@ -145,7 +145,7 @@ def make_plan(
     if "strength" in spec.takes:
         strength = spec.strength if request.strength is None else request.strength
     num_inference_steps = settle(decide_steps(request, model))
-    scheduler = settle(decide_scheduler(request, mode, midway=strength is not None))
+    scheduler = settle(decide_scheduler(request, midway=strength is not None))
     steps = settle(decide_calls(num_inference_steps, strength, scheduler))
     prompts = settle(decide_prompts(request, model))
     guidance_scale = settle(decide_guidance(request, model))

@@ -23,7 +23,7 @@ def decide_size(request: Request, model: Size, picture: Size | None, max_pixels:
     most = float(model[0] * model[1])
     if request.aspect_ratio or request.megapixels:
         faults = [
-            Fault(name, "cannot be given beside aspect_ratio or megapixels, which say it too")
+            Fault(name, "cannot be combined with aspect_ratio or megapixels, which also set the size")
             for name in ("width", "height")
             if getattr(request, name) is not None
         ]

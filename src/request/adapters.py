@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from src.errors import Fault, Refused, redact
 from src.job import Job
 from src.request.fetch import is_url, open_url
-from src.request.schema import Lora, Request, reference
+from src.request.schema import ADAPTER, Lora, Request, reference
 from src.settings import Settings
+from src.wording import show
 
 _SUFFIX, _PARTIAL = ".safetensors", ".partial"
 _FETCH_SECONDS = 600
@@ -74,7 +75,7 @@ class Library:
             except Refused as error:
                 faults.append(Fault(field, redact(str(error))))
             except OSError as error:  # another process dropped it from a cache that they share
-                faults.append(Fault(field, f"could not be read ({type(error).__name__}): ask again"))
+                faults.append(Fault(field, f"could not be read ({type(error).__name__}): send the request again"))
         return tuple(adapters), tuple(faults)
 
     def _find(self, lora: Lora, job: Job) -> Path:
@@ -85,13 +86,13 @@ class Library:
         if path.startswith("sha256:"):
             raise Refused("is the digest of an address that may hold a token: give the address again")
         if "://" in path:
-            raise Refused("must be a hub id (owner/name), an https URL or a file in LORA_DIR")
+            raise Refused(f"must be {ADAPTER}, got {show(path)}")
         if file := self._in_folder(path):
             _only_for_the_hub(lora)
             return file
         parts = path.split("/")
         if path.startswith((".", "~")) or len(parts) < 2 or not all(parts):
-            raise Refused(f"there is no such {_SUFFIX} file in LORA_DIR")
+            raise Refused(f"names no {_SUFFIX} file in LORA_DIR and is no hub id (owner/name), got {show(path)}")
         repo, weight_name = "/".join(parts[:2]), lora.weight_name or "/".join(parts[2:]) or None
         key = f"{repo} {weight_name} {lora.revision}"
         return self._cached(key, job, lambda folder: self._download(repo, weight_name, lora, folder))
@@ -106,7 +107,7 @@ class Library:
         except (OSError, ValueError):  # too long for a name, or no name at all
             return None
         if file.suffix != _SUFFIX:
-            raise Refused(f"is no {_SUFFIX} file: other formats can run code")
+            raise Refused(f"is not a {_SUFFIX} file, and other formats can run code")
         return file
 
     def _download(self, repo: str, weight_name: str | None, lora: Lora, folder: Path) -> Path:
@@ -114,25 +115,32 @@ class Library:
             if weight_name is None:
                 files = list_repo_files(repo, revision=lora.revision, token=self._token)
                 found = [name for name in files if name.endswith(_SUFFIX)]
+                if not found:
+                    raise Refused(f"holds no {_SUFFIX} file, and other formats can run code")
                 if len(found) != 1:
                     raise Refused(
                         f"holds {len(found)} {_SUFFIX} files; say which with weight_name: {', '.join(found[:8])}"
                     )
                 weight_name = found[0]
             if not weight_name.endswith(_SUFFIX):
-                raise Refused(f"weight_name must end in {_SUFFIX}: other formats can run code")
+                raise Refused(
+                    f"names the file {weight_name!r}, which must end in {_SUFFIX}: other formats can run code"
+                )
             size = get_hf_file_metadata(hf_hub_url(repo, weight_name, revision=lora.revision), token=self._token).size
             if size and size > self._most_bytes:
-                raise Refused(f"has {size:,} bytes, more than LORA_CACHE_GB allows")
+                raise Refused(f"has {size:,} bytes, more than the {self._most_bytes / 1e9:g} GB of LORA_CACHE_GB")
             return Path(hf_hub_download(repo, weight_name, revision=lora.revision, token=self._token, local_dir=folder))
         except errors.GatedRepoError:
-            raise Refused("is gated, and the worker's HF_TOKEN has no access") from None
+            has = "the worker's HF_TOKEN has no access" if self._token else "the worker has no HF_TOKEN"
+            raise Refused(f"is gated, and {has}") from None
         except errors.RepositoryNotFoundError:
-            raise Refused("there is no such repo on the hub, or the worker may not see it") from None
+            raise Refused(
+                f"names the repo {repo!r}, which is not on the hub, or which the worker may not see"
+            ) from None
         except errors.RevisionNotFoundError:
-            raise Refused(f"the repo has no revision {lora.revision!r}") from None
+            raise Refused(f"names a revision that the repo has not: {lora.revision!r}") from None
         except errors.RemoteEntryNotFoundError:
-            raise Refused(f"the repo has no file {weight_name!r}") from None
+            raise Refused(f"names a file that the repo has not: {weight_name!r}") from None
         except Refused:
             raise
         except Exception as error:
@@ -184,7 +192,7 @@ def _touch(folder: Path) -> None:
 
 def _only_for_the_hub(lora: Lora) -> None:
     if lora.weight_name or lora.revision:
-        raise Refused("is no hub id: weight_name and revision belong to those alone")
+        raise Refused("is not a hub id, and weight_name and revision need one")
 
 
 def _fetch(url: str, folder: Path, most_bytes: int, check: Callable[[], None]) -> Path:
@@ -202,4 +210,4 @@ def _check_header(file: Path) -> None:
             if not any("lora" in name for name in names):
                 raise Refused("holds no LoRA layers")
     except (SafetensorError, OSError) as error:
-        raise Refused(f"is no whole {_SUFFIX} file ({error})"[:200]) from None
+        raise Refused(f"is not a complete {_SUFFIX} file ({error})"[:200]) from None

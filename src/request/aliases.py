@@ -1,6 +1,6 @@
 """Other names for a request's fields, as clients of other services know them, and sizes said in words.
 
-Rows only: a name that is missing here is a row away.
+A name that is missing here is a row away.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         "disable_safety_checker": _NO_CHECKER,
         "safety_tolerance": _NO_CHECKER,
         "prompt_upsampling": "prompts are read as they are",
-        "go_fast": "ask for speed: balanced or fast",
-        "acceleration": "ask for speed: balanced or fast",
-        "sync_mode": "/run and /runsync say it",
+        "go_fast": "use the field speed (balanced or fast) instead",
+        "acceleration": "use the field speed (balanced or fast) instead",
+        "sync_mode": "call /run or /runsync instead",
     }
 )
 
@@ -88,7 +88,9 @@ def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault],
     inner = {name: value for name, value in nested.items() if value is not None}
     fields, faults, ignored = _renamed({**outer, **inner})
     if twice := [name for name in inner if outer.get(name) is not None and not _same(outer[name], inner[name])]:
-        faults.append(Fault("parameters", f"says something else than what stands beside it: {show(twice)}"))
+        faults.append(
+            Fault("parameters", f"repeats fields of the request with other values: {show(twice)}; send each once")
+        )
     return fields, faults, ignored
 
 
@@ -100,7 +102,7 @@ def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], 
     def put(name: str, alias: str, value: object) -> None:
         if fields.get(name) is not None and not _same(fields[name], value):
             message = (
-                f"is another name of {name}, which says something else: {show(fields[name])}, and here {show(value)}"
+                f"is another name of {name}, and they differ: {show(fields[name])} there, {show(value)} here; send one"
             )
             faults.append(Fault(alias, message))
         elif fields.get(name) is None:
@@ -117,7 +119,7 @@ def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], 
             size = _size(said[alias])
             if size is None:
                 allowed = f'"1024x768", {{"width": 1024, "height": 768}} or one of {", ".join(NAMED_SIZES)}'
-                faults.append(Fault(alias, f"is no size, got {show(said[alias])}; allowed: {allowed}"))
+                faults.append(Fault(alias, f"is not a size, got {show(said[alias])}; allowed: {allowed}"))
             else:
                 for name, value in zip(("width", "height"), size, strict=True):
                     put(name, alias, value)

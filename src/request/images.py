@@ -68,13 +68,13 @@ def read_source(source: str, fetch: Fetch) -> bytes:
     if uri := _DATA_URI.match(source):
         source = source[uri.end() :]
     elif scheme := _SCHEME.match(source):
-        raise Refused(f"must not be a {scheme[0]} address")
+        raise Refused(f"is a {scheme[0]} address, and only https: addresses are fetched")
     if len(source) > MAX_BYTES * 4 / 3 + 4:
-        raise Refused(f"has {len(source):,} characters")
+        raise Refused(f"is too large: {len(source):,} characters of base64")
     try:
         return base64.b64decode("".join(source.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise Refused(f"is no base64 ({len(source):,} characters)") from None
+        raise Refused(f"is not valid base64 ({len(source):,} characters)") from None
 
 
 def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
@@ -98,7 +98,9 @@ def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Imag
         if width * height > MAX_PIXELS:
             raise Refused(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}")
         if width * height > room:
-            raise Refused(f"has {width}x{height} pixels, with the others more than {MAX_PIXELS_TOGETHER:,}")
+            raise Refused(
+                f"has {width}x{height} pixels, and this request's pictures together more than {MAX_PIXELS_TOGETHER:,}"
+            )
         if min(picture.size) < MIN_SIDE:
             raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_SIDE} at least")
         if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind it
@@ -107,7 +109,7 @@ def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Imag
     except Refused:
         raise
     except UnidentifiedImageError:
-        raise Refused(f"is no picture of these formats ({len(file):,} bytes, {_looks_like(file)})") from None
+        raise Refused(f"is not a picture in one of these formats ({len(file):,} bytes, {_looks_like(file)})") from None
     except Image.DecompressionBombError:
         raise Refused(f"has far more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:

@@ -22,6 +22,7 @@ _MAX_UNKNOWN, _MAX_FAULTS = 20, 50  # an answer must stay small whatever was sen
 # pydantic's words -> a client's
 _WORDS = {
     "^Value error, ": "",
+    r"^String should match pattern .*": "is not written as it must be",
     "^(Input|String|Tuple) should": "must",
     "be a valid tuple": "be a list",
     r"be a valid dictionary or instance of \w+": "be an object",
@@ -78,7 +79,8 @@ def read_request(event: object) -> Reading:
         faults.append(Fault("input", f"has {len(worded) - _MAX_FAULTS:,} more faults"))
 
     # 3. Options of what is not there
-    faults += _orphans(request, {fault.field.partition(".")[0] for fault in faults})
+    if not request.describe:  # which asks for nothing else
+        faults += _orphans(request, {fault.field.partition(".")[0] for fault in faults})
     return Reading(request.as_lists(), tuple(faults), warnings)
 
 
@@ -100,7 +102,7 @@ def _unknown(name: object) -> Fault:
     hint = did_you_mean(name, Request.model_fields) if isinstance(name, str) else ""
     return Fault(
         name if isinstance(name, str) and _is_plain(name) else show(name),
-        f"is no field of a request{hint or '; allowed: ' + ', '.join(Request.model_fields)}",
+        f"is not a field of a request{hint or '; allowed: ' + ', '.join(Request.model_fields)}",
     )
 
 

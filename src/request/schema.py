@@ -26,7 +26,7 @@ from pydantic import (
 
 from src.catalog import FORMATS, SPEEDS
 
-MAX_PROMPT_CHARACTERS = 5_000  # ten times what T5's 512 tokens hold
+MAX_PROMPT_CHARACTERS = 5_000  # ten for each of T5's 512 tokens, twice what English needs
 MAX_SEED = 2**63 - 1
 MIN_SIDE, MAX_SIDE = 64, 2048
 # What a request's pictures are for, and how they are read: in colour, or as a mask.
@@ -72,7 +72,7 @@ def _at_most(most: int) -> BeforeValidator:
 
     def check(value: object) -> object:
         if isinstance(value, (list, tuple)) and len(value) > most:
-            raise ValueError(f"must hold {most} at most, not {len(value):,}")
+            raise ValueError(f"must hold at most {most} entries, not {len(value):,}")
         return value
 
     return BeforeValidator(check)
@@ -129,7 +129,7 @@ Picture = StrictStr | None
 _PICTURE = "a picture as base64, data URI or https URL"
 _SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
 _TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
-_ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
+ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 _PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
 _PROMPT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS}
 
@@ -179,25 +179,23 @@ class Borders(BaseModel):
 
 
 class Request(BaseModel):
-    """One valid request; None means the model's own default. Descriptions say what is allowed.
-
-    The order is the one in which a picture's file repeats them.
-    """
+    """One valid request; None means the model's own default. Descriptions say what is allowed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # In the order in which a picture's file repeats them.
     prompt: Annotated[
         tuple[Annotated[Text, AfterValidator(_not_blank)], ...],
         BeforeValidator(_one_or_several),
         _at_most(4),
         Field(min_length=1),
         WithJsonSchema({"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "maxItems": 4}]}),
-    ] = Field(description=f"{_PROMPT}; or a list of 2 to 4, one a picture")
+    ] = Field(description=f"{_PROMPT}; or a list of 1 to 4, one per picture")
     width: Side | None = Field(None, description=_SIDE)
     height: Side | None = Field(None, description=_SIDE)
     aspect_ratio: Annotated[
         Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None, BeforeValidator(_ratio)
-    ] = Field(None, description="width to height, as 16:9; instead of width and height")
+    ] = Field(None, description="width to height as two whole numbers, 16:9 say; instead of width and height")
     megapixels: Annotated[Annotated[Number, Field(ge=0.01, le=4.2)] | None, BeforeValidator(_number)] = Field(
         None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
     )
@@ -224,10 +222,11 @@ class Request(BaseModel):
     prompt_2: Text | None = Field(None, description=f"{_TEXT} for T5, where prompt is for CLIP alone")
     scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
     sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], _at_most(100), Field(min_length=1)] | None = (
-        Field(None, description="1 to 100 falling numbers from 1 to above 0, one a step; for experts")
+        Field(None, description="1 to 100 falling numbers, each above 0 and at most 1, one per step; for experts")
     )
     shift: Annotated[Number, Field(ge=0.1, le=20)] | None = Field(
-        None, description="a number from 0.1 to 20: above 1 more steps go to much noise; for experts"
+        None,
+        description="a number from 0.1 to 20: above 1, more steps are spent at high noise; for experts",
     )
     strength: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="a number from 0 to 1: how much of init_image may change"
@@ -236,10 +235,10 @@ class Request(BaseModel):
         "exact", description=f"{_either(SPEEDS)}: all but exact guess some steps from others"
     )
 
-    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=_ADAPTER)
+    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=ADAPTER)
     lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
     loras: Annotated[tuple[Lora, ...], _at_most(4)] = Field(
-        (), description=f"at most 4 of {{path, scale, weight_name, revision}}; path is {_ADAPTER}"
+        (), description=f"a list of at most 4 objects {{path, scale, weight_name, revision}}; path is {ADAPTER}"
     )
 
     preserve_unmasked: StrictBool = Field(
@@ -252,7 +251,8 @@ class Request(BaseModel):
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
     image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
     init_images: Annotated[tuple[StrictStr, ...], _at_most(MAX_PICTURES)] = Field(
-        (), description=f"a list of such pictures, for models that take several: at most {MAX_PICTURES}"
+        (),
+        description=f"a list of at most {MAX_PICTURES} pictures, each as init_image, for models that take several",
     )
     control_image: Picture = Field(None, description=f"{_PICTURE}, which says where things are")
     control_type: StrictStr | None = Field(None, description="what control_image is: canny, depth, pose ...")
@@ -269,7 +269,8 @@ class Request(BaseModel):
         False, description="true or false: true makes canny edges from control_image, which is then a plain picture"
     )
     controls: Annotated[tuple[Control, ...], _at_most(4)] = Field(
-        (), description="at most 4 of {image, type, scale, start, end, preprocess}, each as control_image"
+        (),
+        description="a list of at most 4 objects {image, type, scale, start, end, preprocess}, image as control_image",
     )
     outpaint: Borders | None = Field(
         None,

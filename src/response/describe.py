@@ -82,7 +82,17 @@ def _adapters(settings: Settings) -> list[Path]:
 
 def show_plan(plan: Plan) -> dict[str, Any]:
     """What would be done, for `{"input": {"dry_run": true, ...}}`: the plan as JSON, pictures by their references."""
-    controls = [{"controlnet": control.network, **control.options()} for control in plan.controls]
+    controls = [
+        {
+            "type": control.type,
+            "controlnet": control.network,
+            "scale": control.scale,
+            "start": control.start,
+            "end": control.end,
+            "preprocess": control.preprocess,
+        }
+        for control in plan.controls
+    ]
     return {
         "status": "success",
         "plan": {

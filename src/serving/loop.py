@@ -1,6 +1,6 @@
 """RunPod's loop around the worker's synchronous answer: many jobs in hand, one at a time on the device.
 
-Knows nothing of requests, models or pictures' files beyond what a Job reports.
+Makes requests of its own for the warm-up; of a client's job it knows what a Job reports.
 """
 
 from __future__ import annotations

@@ -58,11 +58,11 @@ class Files:
         for folder in (Path(name).expanduser(), ROOT / repo):
             if folder.is_dir():
                 if revision:
-                    raise Refused(f"is a folder: it has no other revision, unset MODEL_REVISION={revision}")
+                    raise Refused(f"is a folder, which has no revisions: unset MODEL_REVISION={revision}")
                 return _source(folder.resolve())
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
-            raise Refused(f"is neither a folder, a hub id (owner/name) nor one of {known}")
+            raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
 
         wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _PART if part else _PATTERNS}
         cache = self._settings.runpod_model_cache
@@ -122,7 +122,7 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
     ]
     if missing:
         names = ", ".join(sorted(map(str, missing)))
-        raise Refused(f"the download is not whole, shards are missing: {names}; load it again")
+        raise Refused(f"the download is not complete, shards are missing: {names}; download it again")
     networks: dict[str, dict[str, int]] = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
         network = networks.setdefault("" if file.parent == folder else file.parent.name, {})
@@ -130,7 +130,7 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
             with safe_open(file, "np") as tensors:  # reads the header and compares the length
                 network |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - a handle, no mapping
         except SafetensorError as error:
-            raise Refused(f"{file.relative_to(folder)} is damaged ({error}): delete it and load it again") from error
+            raise Refused(f"{file.relative_to(folder)} is damaged ({error}): download it again") from error
     return networks
 
 

@@ -342,10 +342,10 @@ def _too_little(weights: Weights, machine: Machine, work: Work, mode: str) -> st
     instead = [name for name, needed in needs.items() if needed <= machine.memory]
     ways = [f"MEMORY_MODE={' or '.join(instead)}"] if instead else []
     least = min(needs[mode], needs["full"])
-    ways += [f"one of {_gb(least)} GB", "a smaller MAX_PIXELS", "a smaller MODEL_NAME"]
+    ways += [f"a card of {_gb(least)} GB", "a smaller MAX_PIXELS", "a smaller MODEL_NAME"]
     host = "" if machine.shared else f" and its host {_gb(machine.host_memory)} GB"
     return (
-        f"its weights take {_gb(weights.size)} GB, and with MEMORY_MODE={mode} pictures of {work.max_pixels} pixels "
+        f"its weights take {_gb(weights.size)} GB, and with MEMORY_MODE={mode} pictures of {work.max_pixels:,} pixels "
         f"need {_gb(least)} GB; {machine.name} has {_gb(machine.memory)} GB free{host}: choose {', or '.join(ways)}"
     )
 
