@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
 from src.job import Job, OnProgress
 from src.plan.plan import Plan, make_plan
-from src.request.adapters import Library
+from src.request.adapters import AdapterStore
 from src.request.images import load_pictures
 from src.request.reading import Reading, read_request
 from src.response.delivery import deliver
@@ -125,7 +125,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
     """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
     request, faults, warnings = reading
     pictures, bad_pictures = load_pictures(request, job)
-    adapters, bad_adapters = Library(settings).load(request, job)
+    adapters, bad_adapters = AdapterStore(settings).load(request, job)
     return make_plan(
         request,
         (*faults, *bad_pictures, *bad_adapters, *engine.adapter_faults(adapters)),

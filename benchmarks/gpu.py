@@ -34,6 +34,7 @@ from src.engine.acceleration import accelerate
 from src.engine.machine import measure
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.quantization import Quantizer
+from src.errors import InvalidSettings
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
 from src.settings import ROOT, Settings
@@ -119,7 +120,7 @@ class Bench:
         """Seconds, memory, and how far from the plain picture; or why there is none."""
         try:
             draw, placement = self._plain() if way.plain else self._ours(way)
-        except DoesNotFit as error:
+        except (DoesNotFit, InvalidSettings) as error:
             return {"error": str(error)}
         steps = way.steps or self.work.num_inference_steps
         draw("warm-up", 2)

@@ -267,7 +267,7 @@ class ControlDefaults:
 
     conditioning_scale: float
     guidance_end: float = 1.0
-    mode: int | None = None  # the type's number in a union network
+    control_mode: int | None = None  # the type's number in a union network
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class ControlNet:
 
 _UNION = MappingProxyType(
     {
-        kind: ControlDefaults(0.5, mode=mode)
+        kind: ControlDefaults(0.5, control_mode=mode)
         for mode, kind in enumerate(("canny", "tile", "depth", "blur", "pose", "gray", "low quality"))
     }
 )

@@ -340,7 +340,7 @@ class Careless:
 
 
 def test_a_library_that_quantizes_wrongly_here_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.engine.quantization._LIBRARIES", {"fp8": Careless()})
+    monkeypatch.setattr("src.engine.quantization._BACKENDS", {"fp8": Careless()})
     with pytest.raises(InvalidSettings, match=LOSES) as caught:
         load(quantization="fp8")
     assert "and 0.06 is allowed; torchao" in str(caught.value)

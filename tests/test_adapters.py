@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from handler import respond
 from src.engine import Engine, load_engine
 from src.job import Job
-from src.request.adapters import Library
+from src.request.adapters import AdapterStore
 from src.request.schema import Lora, Request
 from src.settings import ROOT, Settings
 from tests.conftest import opened
@@ -245,7 +245,7 @@ def asking(*paths: str) -> Request:
 
 def test_the_cache_drops_what_was_not_used_for_longest_and_nobody_holds(hub: Hub, tmp_path: Path) -> None:
     names = stored(tmp_path, hub, 5)
-    library = Library(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.007))
+    library = AdapterStore(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.007))
 
     def kept() -> int:
         return len(list((tmp_path / "cache").rglob("*.safetensors")))
@@ -268,7 +268,7 @@ def test_the_cache_drops_what_was_not_used_for_longest_and_nobody_holds(hub: Hub
 
 def test_a_file_too_large_for_the_cache_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
     (name,) = stored(tmp_path, hub, 1)
-    library = Library(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.002))
+    library = AdapterStore(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.002))
     adapters, (fault,) = library.load(asking(name), Job())
     assert "bytes, more than the 0.002 GB of LORA_CACHE_GB" in fault.message
     assert (adapters, list((tmp_path / "cache").iterdir())) == ((), [])

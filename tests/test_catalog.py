@@ -87,7 +87,7 @@ def test_every_controlnet_can_be_asked_for_and_preferred(net: ControlNet) -> Non
     assert net.types
     assert controlnets_for(model, [net.name.lower()])[0] is net
     assert controlnets_for(model, [net.repo])[0] is net
-    numbers = [defaults.mode for defaults in net.types.values() if defaults.mode is not None]
+    numbers = [defaults.control_mode for defaults in net.types.values() if defaults.control_mode is not None]
     assert len(numbers) in (0, len(net.types))
 
 

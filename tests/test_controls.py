@@ -50,10 +50,16 @@ def faults(model: str = "FLUX.1-dev", **fields: Any) -> dict[str, str]:
 def test_a_type_is_read_by_the_first_network_that_knows_it_unless_another_is_preferred() -> None:
     (control,) = plan(control_image=PLAIN, control_type="Depth").controls
     assert control.net is not None
-    assert (control.net.name, control.mode, control.scale, control.start, control.end) == ("Union-Pro", 2, 0.5, 0, 1)
+    assert (control.net.name, control.control_mode, control.scale, control.start, control.end) == (
+        "Union-Pro",
+        2,
+        0.5,
+        0,
+        1,
+    )
     (control,) = plan(control_image=PLAIN, control_type="depth", controlnets=("union-pro-2.0",)).controls
     assert control.net is not None
-    assert (control.net.name, control.mode, control.scale, control.end) == ("Union-Pro-2.0", None, 0.8, 0.8)
+    assert (control.net.name, control.control_mode, control.scale, control.end) == ("Union-Pro-2.0", None, 0.8, 0.8)
     (control,) = plan(control_image=PLAIN, control_type=" Pose", controlnets=("union-pro-2.0",)).controls
     assert (control.scale, control.end) == (0.9, 0.65)
     (control,) = plan("FLUX.1-Canny-dev", control_image=PLAIN).controls
@@ -70,7 +76,9 @@ def test_several_keep_their_order_and_their_own_options() -> None:
         control_guidance_end=0.5,
         controls=[{"image": PLAIN, "type": "low-quality", "scale": 1, "start": 0.2}],
     )
-    response = [(control.type, control.mode, control.scale, control.start, control.end) for control in decided.controls]
+    response = [
+        (control.type, control.control_mode, control.scale, control.start, control.end) for control in decided.controls
+    ]
     assert response == [("canny", 0, 0.4, 0, 0.5), ("low quality", 6, 1, 0.2, 1)]
     assert decided.mode == "controlnet"
     assert len(decided.pictures["control_image"]) == 2

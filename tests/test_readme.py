@@ -14,7 +14,7 @@ from src.catalog import FORMATS, MEMORY_MODES, SPEEDS
 from src.errors import WorkerError
 from src.settings import ROOT, Settings
 
-OF_LIBRARIES = {"HF_HOME", "CUDA_VISIBLE_DEVICES"}  # variables that they read by themselves
+OF_BACKENDS = {"HF_HOME", "CUDA_VISIBLE_DEVICES"}  # variables that they read by themselves
 SET_BY_RUNPOD = {"runpod_endpoint_id", "runpod_realtime_port"}
 
 
@@ -47,7 +47,7 @@ def test_every_setting_has_its_row_with_its_default_and_its_line_in_the_example(
     for variables, default, _ in rows("| variable | default | what it does |"):
         shown |= dict.fromkeys(names(variables), default)
     fields = {name.upper(): field for name, field in Settings.model_fields.items() if name not in SET_BY_RUNPOD}
-    assert set(shown) == set(fields) | OF_LIBRARIES
+    assert set(shown) == set(fields) | OF_BACKENDS
     for name, field in fields.items():
         if field.default not in (None, "", (), False):
             assert str(field.default).removesuffix(".0").lower() in shown[name].lower(), name

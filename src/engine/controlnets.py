@@ -122,7 +122,7 @@ class ControlNets:
             self._load(net)
         several = MultiControlNet([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
         return several, {
-            "control_mode": [control.mode for control in controls],
+            "control_mode": [control.control_mode for control in controls],
             "controlnet_conditioning_scale": [control.scale for control in controls],
             "control_guidance_start": [control.start for control in controls],
             "control_guidance_end": [control.end for control in controls],

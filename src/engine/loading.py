@@ -82,7 +82,8 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     except WorkerError:
         raise
     except Exception as error:
-        raise ModelUnavailable(f"{name}: {files.explain(error)}") from error
+        instead = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+        raise ModelUnavailable(f"{name}: {files.explain(error, instead)}") from error
     engine = Engine(
         pipeline,
         model,

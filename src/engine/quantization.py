@@ -36,12 +36,12 @@ class Quantizer:
 
     def __init__(self, kind: str, device: torch.device, folder: Path = Path()) -> None:
         self._kind = kind
-        self._library = _LIBRARIES[kind]
+        self._backend = _BACKENDS[kind]
         self._device = device
         self._folder = folder
         made_for = f"{device.type}{'-products' if _has_products(device) else ''}"
         try:
-            self._name = f"{kind}-{_FORMAT}-{self._library.name}-{version(self._library.name)}-{made_for}"
+            self._name = f"{kind}-{_FORMAT}-{self._backend.name}-{version(self._backend.name)}-{made_for}"
         except PackageNotFoundError as error:
             raise Refused(f"{kind} wants {error.name}: pip install -r requirements-quantization.txt") from error
 
@@ -54,7 +54,7 @@ class Quantizer:
         for name in _chosen(transformer):  # one layer at a time is on the device in both forms
             layer = transformer.get_submodule(name).to(self._device)
             answers[name] = _ask(layer).cpu()
-            transformer.set_submodule(name, self._library.quantize(layer, self._device))
+            transformer.set_submodule(name, self._backend.quantize(layer, self._device))
             del layer
             self._check(name, transformer.get_submodule(name), answers[name])
         return answers
@@ -77,7 +77,7 @@ class Quantizer:
             return False
         try:
             kept = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            self._library.restore(transformer, kept["weights"])
+            self._backend.restore(transformer, kept["weights"])
             for name, answer in kept["answers"].items():
                 self._check(name, transformer.get_submodule(name).to(self._device), answer)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the weights that it was made from are here
@@ -94,11 +94,11 @@ class Quantizer:
             raise InvalidSettings(
                 f"QUANTIZATION={self._kind}: on this device ({self._device.type}) the layer {name} with "
                 f"{layer.in_features} inputs loses {lost:.2f} of what it was made from, and {most:g} is allowed; "
-                f"{self._library.name} {version(self._library.name)} does not work here: choose another QUANTIZATION"
+                f"{self._backend.name} {version(self._backend.name)} does not work here: choose another QUANTIZATION"
             )
 
 
-class _Library(Protocol):
+class _Backend(Protocol):
     name: str
 
     def quantize(self, layer: nn.Linear, device: torch.device) -> nn.Module:
@@ -170,7 +170,7 @@ class _BitsAndBytes:
         )
 
 
-_LIBRARIES: Mapping[str, _Library] = MappingProxyType({"fp8": _TorchAo(), "nf4": _BitsAndBytes()})
+_BACKENDS: Mapping[str, _Backend] = MappingProxyType({"fp8": _TorchAo(), "nf4": _BitsAndBytes()})
 
 
 def _chosen(transformer: Any) -> list[str]:

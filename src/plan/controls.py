@@ -25,7 +25,7 @@ class PlannedControl:
 
     type: str
     net: ControlNet | None
-    mode: int | None  # what a union network calls the type
+    control_mode: int | None  # what a union network calls the type
     scale: float
     start: float
     end: float
@@ -77,7 +77,7 @@ def decide_controls(
             got = f"a start of {control.start:g} and an end of {end:g}"
             wrong("start", f"must leave one of {steps} steps before the end, got {got}")
         scale = defaults.conditioning_scale if control.scale is None else control.scale
-        decided.append(PlannedControl(kind, net, defaults.mode, scale, control.start, end, control.preprocess))
+        decided.append(PlannedControl(kind, net, defaults.control_mode, scale, control.start, end, control.preprocess))
         if not spec.controlnet and field != "control_image":
             for option in _OF_CONTROLNETS:
                 if option in control.model_fields_set:

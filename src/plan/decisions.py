@@ -12,10 +12,10 @@ from PIL import Image
 
 from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
 from src.errors import Fault
-from src.plan.geometry import Size, borders, covers, widen
+from src.plan.geometry import Size, covers, padding, widen
 from src.plan.sizes import asking_field, canvas, decide_size, shrunk
 from src.request.adapters import Adapter
-from src.request.images import MAX_PIXELS, Pictures
+from src.request.images import MAX_INPUT_PIXELS, Pictures
 from src.request.schema import PICTURES, SINGLES, Request
 from src.wording import did_you_mean, show
 
@@ -59,10 +59,10 @@ def decide_pictures(request: Request, pictures: Pictures) -> tuple[Pictures, Fau
             return pictures, [Fault("mask_image", message)]
     masks = tuple(mask.resize(picture.size, Image.Resampling.NEAREST) for mask in masks)
     if request.outpaint:
-        (left, right), (top, bottom) = around = borders(request.outpaint, picture.size)
+        (left, right), (top, bottom) = around = padding(request.outpaint, picture.size)
         width, height = picture.width + left + right, picture.height + top + bottom
-        if width * height > MAX_PIXELS:
-            message = f"would make a picture of {_by((width, height))}; allowed: {MAX_PIXELS:,} pixels at most"
+        if width * height > MAX_INPUT_PIXELS:
+            message = f"would make a picture of {_by((width, height))}; allowed: {MAX_INPUT_PIXELS:,} pixels at most"
             return pictures, [Fault("outpaint", message)]
         picture, mask = widen(picture, masks[0] if masks else Image.new("L", picture.size), around)
         return {**pictures, "init_image": (picture,), "mask_image": (mask,)}, []
@@ -112,8 +112,9 @@ def decide_pixels(
     drawn = canvas((width, height), model.side_multiple)
     for most, (across, down) in ((max_pixels, (width, height)), (spec.max_pixels or drawn[0] * drawn[1], drawn)):
         if across * down > most and not faults and not {"width", "height"} & set(wrong):
-            rounded = "" if (across, down) == (width, height) else f" (drawn as {_by(drawn)})"
-            message = f"makes too many pixels: at most {most:,} pixels, got {_by((width, height))}{rounded} = {across * down:,}"
+            drawn_as = "" if (across, down) == (width, height) else f" (drawn as {_by(drawn)})"
+            got = f"{_by((width, height))}{drawn_as} = {across * down:,}"
+            message = f"makes too many pixels: at most {most:,} pixels, got {got}"
             return (width, height), [Fault(asking_field(request) or "width", message)]
     return (width, height), faults
 

@@ -1,6 +1,6 @@
 """Pictures of one size made into pictures of another: scaled, cropped, shrunk, widened.
 
-Sizes are pairs of width and height in pixels; borders are pairs of pixels left and right, above and below.
+Sizes are pairs of width and height in pixels; a padding is two pairs: pixels left and right, above and below.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
-from src.request.schema import Borders as Outpaint
+from src.request.schema import Borders
 
 Size = tuple[int, int]
-Borders = tuple[tuple[int, int], tuple[int, int]]
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 _MASK_SHAPE = 1.05  # how much longer or wider than its picture a mask may be
 
@@ -45,7 +45,7 @@ def covers(mask: Size, picture: Size) -> bool:
     return max(across, down) <= _MASK_SHAPE * min(across, down)
 
 
-def borders(outpaint: Outpaint, size: Size) -> Borders:
+def padding(outpaint: Borders, size: Size) -> Padding:
     """What `outpaint` asks for, and a few pixels more where that makes sides of a size that can be drawn, for which the
     picture itself needs no scaling.
     """
@@ -53,8 +53,8 @@ def borders(outpaint: Outpaint, size: Size) -> Borders:
     return (outpaint.left, outpaint.right + -across % 8), (outpaint.top, outpaint.bottom + -down % 8)
 
 
-def widen(picture: Image.Image, mask: Image.Image, around: Borders) -> tuple[Image.Image, Image.Image]:
-    """`picture` (RGB) with its edges repeated out to the borders, and `mask` (L, as large) white there."""
+def widen(picture: Image.Image, mask: Image.Image, around: Padding) -> tuple[Image.Image, Image.Image]:
+    """`picture` (RGB) with its edges repeated into the padding, and `mask` (L, as large) white there."""
     across, down = around
     repeated = np.pad(np.asarray(picture), (down, across, (0, 0)), mode="edge")
     masked = np.pad(np.asarray(mask), (down, across), constant_values=255)

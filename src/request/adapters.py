@@ -50,7 +50,7 @@ _alive: WeakValueDictionary[int, Adapter] = WeakValueDictionary()  # whose files
 _trimming = threading.Lock()
 
 
-class Library:
+class AdapterStore:
     """Finds adapters, and keeps what it downloads, the latest used, within LORA_CACHE_GB."""
 
     def __init__(self, settings: Settings) -> None:

@@ -27,9 +27,9 @@ Fetch = Callable[[str], bytes]
 Pictures = Mapping[str, tuple[Image.Image, ...]]  # by what they are for, a key of PICTURES, in the request's order
 
 MAX_BYTES = 20_000_000  # what /runsync carries
-MAX_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
-MAX_PIXELS_TOGETHER = 2 * MAX_PIXELS  # of a request
-MIN_SIDE = 16
+MAX_INPUT_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
+MAX_PIXELS_TOGETHER = 2 * MAX_INPUT_PIXELS  # of a request
+MIN_INPUT_SIDE = 16
 READABLE = tuple(dict.fromkeys((*FORMATS, "BMP", "TIFF")))  # what is written can be sent again
 ALLOWED = (
     f"a still picture ({', '.join(READABLE)}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
@@ -85,7 +85,7 @@ def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
     return b"".join(open_url(url, MAX_BYTES, _FETCH_SECONDS, check))
 
 
-def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Image:
+def decode(file: bytes, mode: str = "RGB", room: int = MAX_INPUT_PIXELS) -> Image.Image:
     """The picture in `file`, upright, in `mode` (RGB or L), of `room` pixels at most.
 
     What is transparent is white, and black in a mask.
@@ -95,14 +95,13 @@ def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Imag
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below, by our own cap
             picture = Image.open(io.BytesIO(file), formats=READABLE)
         width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise Refused(f"has {width}x{height} pixels, more than {MAX_PIXELS:,}")
+        if width * height > MAX_INPUT_PIXELS:
+            raise Refused(f"has {width}x{height} pixels, more than {MAX_INPUT_PIXELS:,}")
         if width * height > room:
-            raise Refused(
-                f"has {width}x{height} pixels, and this request's pictures together more than {MAX_PIXELS_TOGETHER:,}"
-            )
-        if min(picture.size) < MIN_SIDE:
-            raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_SIDE} at least")
+            together = f"this request's pictures together more than {MAX_PIXELS_TOGETHER:,}"
+            raise Refused(f"has {width}x{height} pixels, and {together}")
+        if min(picture.size) < MIN_INPUT_SIDE:
+            raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_INPUT_SIDE} at least")
         if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind it
             raise Refused("is animated")
         return _flat(ImageOps.exif_transpose(picture), mode)
@@ -111,7 +110,7 @@ def decode(file: bytes, mode: str = "RGB", room: int = MAX_PIXELS) -> Image.Imag
     except UnidentifiedImageError:
         raise Refused(f"is not a picture in one of these formats ({len(file):,} bytes, {_looks_like(file)})") from None
     except Image.DecompressionBombError:
-        raise Refused(f"has far more than {MAX_PIXELS:,} pixels") from None
+        raise Refused(f"has far more than {MAX_INPUT_PIXELS:,} pixels") from None
     except Exception as error:
         raise Refused(f"is damaged: {type(error).__name__}: {error}"[:200]) from error
 

@@ -73,15 +73,14 @@ class Files:
             token = self._settings.hf_token.get_secret_value() if self._settings.hf_token else None
             return _source(Path(self._download(**wanted, token=token)))
 
-    def explain(self, error: Exception) -> str:
-        """Why files cannot be had or used, in one line, and what to do."""
-        settings = self._settings
-        hint = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+    def explain(self, error: Exception, instead: str = "") -> str:
+        """Why files cannot be had or used, in one line, and what to do; `instead` is what else there is."""
+        settings, hint = self._settings, f" ({instead})" if instead else ""
         match error:
             case Refused() | DoesNotFit():
                 return str(error)
             case errors.GatedRepoError() if settings.hf_token is None:
-                return f"is gated: accept its licence on its hub page and set HF_TOKEN ({hint})"
+                return f"is gated: accept its licence on its hub page and set HF_TOKEN{hint}"
             case errors.GatedRepoError():
                 return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
             case errors.RepositoryNotFoundError():
@@ -98,7 +97,7 @@ class Files:
             case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
                 return f"the hub answered {answer.status_code}: try again later"
             case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
-                return f"is not on this machine and the hub cannot be reached ({hint})"
+                return f"is not on this machine and the hub cannot be reached{hint}"
             case OSError(errno=errno.ENOSPC):
                 return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
             case Exception() if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
