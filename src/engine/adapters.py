@@ -55,7 +55,10 @@ class Adapters:
         return found
 
     def use(self, adapters: Sequence[Adapter]) -> None:
-        """Let exactly these count; whatever was set before does not matter."""
+        """Let exactly these count; whatever was set before does not matter.
+
+        Raises OutOfMemory or GenerationFailed where one of them cannot be loaded.
+        """
         wanted = {adapter.name: adapter for adapter in adapters}
         if not wanted:
             self._set_aside()
@@ -114,7 +117,10 @@ class Adapters:
         self._pipeline.delete_adapters(name)
 
     def _misfit(self, file: Path) -> str:
-        """Why the file is no adapter of this model; empty where it is one."""
+        """Why the file is no adapter of this model; empty where it is one.
+
+        A layer of [out, in] wants lora_A [rank, in] and lora_B [out, rank].
+        """
         try:
             tensors = type(self._pipeline).lora_state_dict(load_file(file))
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:

@@ -35,7 +35,11 @@ class MultiControlNet(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
         conditioning_scale: Sequence[float],
         **inputs: Any,
     ) -> tuple[list[torch.Tensor] | None, ...]:
-        """One sum for each of the transformer's double blocks and one for each single block, or None for neither."""
+        """One sum for each of the transformer's double blocks and one for each single block, or None for neither.
+
+        `controlnet_cond` holds a picture's latents [pictures, tokens, channels] for each network, `controlnet_mode` the
+        number of its type [pictures], which a network wants as [pictures, 1]; sums are [pictures, tokens, width].
+        """
         totals: list[list[torch.Tensor] | None] = [None, None]
         for net, picture, mode, scale in zip(
             self.nets, controlnet_cond, controlnet_mode, conditioning_scale, strict=True

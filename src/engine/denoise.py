@@ -112,7 +112,10 @@ class Denoiser:
         return _as_pictures(result.images)
 
     def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The noise that a seed means without its control pictures: encoding those draws from the generator first."""
+        """The noise that a seed means without its control pictures: encoding those draws from the generator first.
+
+        `latents` is [pictures, tokens, in_channels]: a token is 2 x 2 latents of in_channels // 4.
+        """
         if not self._plan.spec.controlnet or "init_image" in self._plan.pictures:
             return {}
         width, height = self._plan.canvas

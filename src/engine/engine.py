@@ -127,7 +127,7 @@ class Engine:
         return Loaded(self._adapters.in_memory, self._controlnets.in_memory, placement.summary() if placement else {})
 
     def load_controlnets(self, names: Sequence[str]) -> None:
-        """Load these at the start, and keep them."""
+        """Load these at the start, and keep them; raises InvalidSettings, ModelUnavailable or OutOfMemory."""
         self._controlnets.load(names)
 
     def fetch(self, plan: Plan, before_download: Callable[[], None] = lambda: None) -> None:

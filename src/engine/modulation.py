@@ -88,7 +88,10 @@ class ModulationCache:
 
 
 class _Table:
-    """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what else the embedding takes."""
+    """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what else the embedding takes.
+
+    Each of `answers` is [calls, pictures, values].
+    """
 
     def __init__(
         self,
@@ -138,5 +141,8 @@ class _Row(nn.Module):
 
 
 def _as_received(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A scheduler's timesteps after the pipeline's and the transformer's arithmetic: one row each, like `like`."""
+    """A scheduler's timesteps as the transformer gets them, [calls, pictures], `like` a batch's [pictures].
+
+    FluxPipeline divides by 1000 and FluxTransformer2DModel multiplies again, each rounding in its own type.
+    """
     return (timesteps.to(like) / 1000 * 1000)[:, None].expand(-1, len(like))

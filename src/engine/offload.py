@@ -76,7 +76,7 @@ class Offloader:
 
 
 class OffloadedWeights:
-    """The weights of some layers, in one piece of the host's memory."""
+    """The weights of some layers, in one piece of the host's memory; `size` is its bytes."""
 
     def __init__(self, offloader: Offloader, layers: Iterable[nn.Module]) -> None:
         self.next: OffloadedWeights | None = None  # what came after it the last time

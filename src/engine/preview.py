@@ -42,6 +42,7 @@ class Preview:
         return self._decode(self._last - now * (self._last - last) / (now - before))
 
     def _decode(self, latents: torch.Tensor) -> Image.Image:
+        """RGB, 256 pixels at the longer side at most, from latents [1, tokens, channels]."""
         pipeline, vae = self._pipeline, self._pipeline.vae
         width, height = self._canvas
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)

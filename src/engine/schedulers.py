@@ -62,7 +62,10 @@ class FlowHeunScheduler(diffusers.FlowMatchHeunDiscreteScheduler):  # type: igno
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """`sigmas` fall from 1, one a step; `mu` is the logarithm of the shift where that depends on the size."""
+        """`sigmas` fall from 1, one per step; `mu` is the logarithm of the shift where that depends on the size.
+
+        A shift s makes s * sigma / (1 + (s - 1) * sigma) of sigma (arXiv 2403.03206, equation 23).
+        """
         if sigmas is None:
             sigmas = torch.linspace(1, 1 / (num_inference_steps or 1), num_inference_steps or 1).tolist()
         super().set_timesteps(len(sigmas), device=device)

@@ -61,7 +61,7 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> tup
 
 
 def read_source(source: str, fetch: Fetch) -> bytes:
-    """The file that `source` holds or names."""
+    """The file that `source` holds or names; raises Refused where there is none to be had."""
     source = source.strip()
     if is_url(source):
         return fetch(source)
@@ -80,7 +80,7 @@ def read_source(source: str, fetch: Fetch) -> bytes:
 def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
     """What lies at `url`, by the SDK's protection against private addresses, at most MAX_BYTES in half a minute.
 
-    `check` may raise to end it.
+    `check` may raise to end it. Raises Refused where it cannot be had.
     """
     return b"".join(open_url(url, MAX_BYTES, _FETCH_SECONDS, check))
 
@@ -88,7 +88,7 @@ def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
 def decode(file: bytes, mode: str = "RGB", room: int = MAX_INPUT_PIXELS) -> Image.Image:
     """The picture in `file`, upright, in `mode` (RGB or L), of `room` pixels at most.
 
-    What is transparent is white, and black in a mask.
+    What is transparent is white, and black in a mask. Raises Refused with the reason.
     """
     try:
         with warnings.catch_warnings():

@@ -54,6 +54,8 @@ class Files:
         """The files of `repo`, which a client or an operator calls `name`: local, then RunPod's cache, then the hub.
 
         A `part` is one network, whose repo is its folder.
+
+        Raises Refused or what huggingface_hub raises; `explain` words both.
         """
         for folder in (Path(name).expanduser(), ROOT / repo):
             if folder.is_dir():

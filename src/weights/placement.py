@@ -19,8 +19,9 @@ GB = 10**9
 
 # Of a card's memory, for what no header tells: the libraries' own, adapters, what is splintered.
 _SPARE = 0.04
-# Values that one token has in flight in a block, in widths of the model: the stream itself, its norm, queries, keys
-# and values, those with their positions in float32, the attention's answer, the MLP before and after its activation.
+# Values that one token has in flight in a block, in widths of the model: the stream and its norm (2), queries, keys and
+# values (3), queries and keys with their positions in float32 (2 x 2), the attention's answer (1), a single block's MLP
+# before and after its activation (2 x 4), what is joined of both (5), and its product (1).
 _IN_FLIGHT = 24
 # Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
 # weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
