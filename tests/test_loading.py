@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants, snapshot_download
+from safetensors.torch import load_file, save_file
 
 from src.engine import load_engine
 from src.errors import ModelUnavailable
@@ -173,3 +176,61 @@ def test_what_the_machine_lacks(error: Exception, words: str) -> None:
 
     with pytest.raises(ModelUnavailable, match=words):
         load_engine(settings("FLUX.1-dev"), download)
+
+
+def without(file: str, *tensors: str, more: str | None = None) -> Callable[[Path], None]:
+    """A change to a model's folder: `file` without some tensors, and with one `more`."""
+
+    def change(folder: Path) -> None:
+        found = {name: tensor for name, tensor in load_file(folder / file).items() if name not in tensors}
+        save_file(found | ({more: torch.zeros(2)} if more else {}), folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def cut_vocabulary(folder: Path) -> None:
+    """As a file of another model, with a tenth of the words."""
+    file = folder / "tokenizer_2" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"] = tokenizer["model"]["vocab"][:40]
+    file.write_text(json.dumps(tokenizer))
+
+
+TRANSFORMER, VAE = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("transformer", "vae"))
+CLIP, T5 = (f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2"))
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "vocabulary": (lambda m: (m / "tokenizer_2/tokenizer.json").unlink(), "no vocabulary in tokenizer_2: none of"),
+    "CLIP's vocabulary": (lambda m: (m / "tokenizer/tokenizer.json").unlink(), "no vocabulary in tokenizer: none"),
+    "most words": (cut_vocabulary, "the vocabulary in tokenizer_2 has"),
+    "T5": (without(T5, "shared.weight"), "text_encoder_2 lack encoder.embed_tokens.weight, shared.weight"),
+    "CLIP": (without(CLIP, "encoder.layers.0.layer_norm1.weight"), "text_encoder lack encoder.layers.0.layer_norm1"),
+    "transformer": (without(TRANSFORMER, "proj_out.weight"), "the weights of transformer lack proj_out.weight"),
+    "VAE": (without(VAE, "decoder.conv_out.bias"), "the weights of vae lack decoder.conv_out.bias"),
+    "scaled fp8": (without(TRANSFORMER, more="x_embedder.weight_scale"), "are scaled fp8 (x_embedder.weight_scale)"),
+    "a tensor too many": (without(VAE, more="what.bias"), "vae hold what its configuration has no place for: what"),
+    "folder": (lambda m: shutil.rmtree(m / "text_encoder"), "has no folder text_encoder"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_is_not_whole_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    change, named = FAULTS[fault]
+    folder = tmp_path / "m"
+    shutil.copytree(SHIPPED, folder)
+    change(folder)
+    assert named in reason(str(folder))
+
+
+def test_what_old_files_hold_too_many_is_harmless(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(SHIPPED, folder)
+    without(CLIP, more="text_model.embeddings.position_ids")(folder)
+    tied = load_file(folder / T5)
+    tied["encoder.embed_tokens.weight"] = tied["shared.weight"].clone()
+    save_file(tied, folder / T5, metadata={"format": "pt"})
+    assert load_engine(Settings(model_name=str(folder))).model.family == "schnell"
+
+
+@pytest.mark.parametrize("name", ["/models/flux.safetensors", "someone/flux/flux-Q8_0.gguf", "flux.GGUF"])
+def test_a_model_in_one_file_is_named_as_such(name: str) -> None:
+    assert f"{name}: is a single .{name.rpartition('.')[2]} file, which is not read" in reason(name)

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
 from src.engine.acceleration import accelerate
+from src.engine.components import check_folders, check_vocabularies, load_networks
 from src.engine.controlnets import values_of
 from src.engine.engine import Engine
 from src.engine.machine import measure
@@ -141,6 +142,7 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantize
     parts: dict[str, Any] = dict.fromkeys(processors)
     if quantizer and (restored := _restored(index, source, dtype, quantizer)):
         parts["transformer"] = restored
+    parts |= load_networks(index, folder, dtype, but_for=parts)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
@@ -149,6 +151,7 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantize
         quantizer.keep(pipeline.transformer, answers, quantizer.file(_fingerprint(source)))
     for name in processors:
         pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
+    check_vocabularies(pipeline)
     return pipeline
 
 
@@ -191,6 +194,7 @@ def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     known = sorted({model.base.class_name for model in MODELS})
     if index.get("_class_name") not in known:
         raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
+    check_folders(index, folder)
     sizes = check_whole(folder)
     parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     if missing := {"transformer", "vae"} - sizes.keys():

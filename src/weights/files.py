@@ -25,6 +25,8 @@ log = logging.getLogger("worker")
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
+# Models in one file, as other programs keep them.
+_SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Files:
                 if revision:
                     raise Refused(f"is a folder, which has no revisions: unset MODEL_REVISION={revision}")
                 return _source(folder.resolve())
+        if name.lower().endswith(_SINGLE_FILES):
+            kind = name.rpartition(".")[2]
+            raise Refused(f"is a single .{kind} file, which is not read: give the folder or hub id of a whole model")
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")

@@ -1,0 +1,87 @@
+"""A pipeline's networks and tokenizers, each proven whole.
+
+Libraries fill what is missing with random numbers or with an empty vocabulary, and say so in a log at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from src.errors import Refused
+
+_LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+_NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
+_UNTRAINED = ("position_ids", "inv_freq")  # buffers that old files hold and that every library makes by itself
+_LEAST_VOCABULARY = 0.9  # of what the text encoder knows: it is padded for the hardware's sake
+_MOST_NAMED = 5
+
+
+def check_folders(index: Mapping[str, Any], folder: Path) -> None:
+    """Raise Refused where a component of `index`, a pipeline's model_index.json, has no folder or no vocabulary."""
+    for name, class_name in _components(index):
+        if not (folder / name).is_dir():
+            raise Refused(f"has no folder {name}, and model_index.json names it; download it again")
+        is_tokenizer = "Tokenizer" in class_name or class_name.endswith("Processor")
+        if is_tokenizer and not any((folder / name / file).is_file() for file in _VOCABULARIES):
+            raise Refused(f"has no vocabulary in {name}: none of {', '.join(_VOCABULARIES)}; download it again")
+
+
+def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, but_for: Mapping[str, Any]) -> Any:
+    """The networks that `index` names, by name, in the host's memory.
+
+    Raises Refused with the tensors that a file lacks, or holds and nobody reads.
+    """
+    networks = {}
+    for name, class_name in _components(index):
+        found = getattr(_LIBRARIES.get(index[name][0]), class_name, None)
+        if name not in but_for and isinstance(found, type) and issubclass(found, _NETWORKS):
+            networks[name], report = found.from_pretrained(  # type: ignore[attr-defined]
+                folder / name, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            _check_report(name, report)
+    return networks
+
+
+def check_vocabularies(pipeline: Any) -> None:
+    """Raise Refused where a tokenizer knows far fewer words than its text encoder, or more."""
+    for suffix in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{suffix}", None) for part in ("tokenizer", "text_encoder"))
+        if tokenizer is not None and encoder is not None:
+            config = encoder.config.get_text_config()
+            known, words = config.vocab_size, len(tokenizer)
+            if not _LEAST_VOCABULARY * known <= words <= known:
+                raise Refused(
+                    f"the vocabulary in tokenizer{suffix} has {words:,} words, and text_encoder{suffix} was made for "
+                    f"{known:,}; download it again"
+                )
+
+
+def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each component with the name of its class; those that a model goes without are null."""
+    for name, value in index.items():
+        if isinstance(value, list) and value[0]:
+            yield name, str(value[1])
+
+
+def _check_report(name: str, report: Mapping[str, Any]) -> None:
+    """What the library says of loading: transformers 5 and diffusers only log it."""
+    if report["missing_keys"]:
+        raise Refused(f"the weights of {name} lack {_some(report['missing_keys'])}; download it again")
+    unread = [key for key in report["unexpected_keys"] if not key.endswith(_UNTRAINED)]
+    if scales := [key for key in unread if "scale" in key.rpartition(".")[2]]:
+        raise Refused(f"the weights of {name} are scaled fp8 ({_some(scales)}), which is not read: take bfloat16 ones")
+    if unread:
+        raise Refused(f"the weights of {name} hold what its configuration has no place for: {_some(unread)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
