@@ -226,9 +226,9 @@ def test_a_moving_shift_survives_too() -> None:
 def test_a_long_prompt_is_cut_with_a_warning() -> None:
     words = " ".join(["red"] * 40)
     steered = engine(FakePipeline()).run(plan(negative_prompt=words, true_cfg_scale=2))
-    assert steered.warnings == ("negative_prompt has 40 tokens and the model read the first 32",)
+    assert steered.warnings == ("negative_prompt has 40 tokens for T5, which reads the first 32",)
     assert engine(FakePipeline()).run(plan(prompt=words)).warnings == (
-        "prompt has 40 tokens and the model read the first 32",
+        "prompt has 40 tokens for T5, which reads the first 32",
     )
 
 

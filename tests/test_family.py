@@ -222,6 +222,28 @@ def test_a_prompt_that_is_cut_is_warned_of(engine: tuple[str, Engine]) -> None:
     assert not any("prompt has" in warning for warning in short["metadata"]["warnings"])
 
 
+def test_what_a_text_encoder_does_not_know_is_warned_of(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    if "prompt_2" not in held.model.base.takes:
+        return  # FLUX.2's small tokenizer spells every byte
+    fields = everywhere(held, next(iter(held.model.modes)))
+    (warning,) = ask(held, **{**fields, "prompt": "a red circle 一只猫"})["metadata"]["warnings"]
+    assert warning.startswith("prompt holds text that T5 does not know: ")
+
+
+def test_what_each_encoder_leaves_out_is_warned_of(engine: tuple[str, Engine]) -> None:
+    _, held = engine
+    if "prompt_2" not in held.model.base.takes:
+        return
+    fields = everywhere(held, next(iter(held.model.modes)))
+    long = "a red circle " * 40
+    warnings = ask(held, **{**fields, "prompt": long, "prompt_2": "a star"})["metadata"]["warnings"]
+    assert [warning.partition(" tokens for ")[2] for warning in warnings] == ["CLIP, which reads the first 77"]
+    warnings = ask(held, **{**fields, "prompt": "a star", "prompt_2": long})["metadata"]["warnings"]
+    assert [warning.partition(" has ")[0] for warning in warnings] == ["prompt_2"]
+    assert "tokens for T5, which reads the first 16" in warnings[0]
+
+
 def test_what_a_model_cannot_use_is_refused_with_its_name(engine: tuple[str, Engine]) -> None:
     _, held = engine
     modes = {row.needs for row in held.model.modes.values()}

@@ -19,7 +19,7 @@ _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
 _UNTRAINED = ("position_ids", "inv_freq")  # buffers that old files hold and that every library makes by itself
-_LEAST_VOCABULARY = 0.9  # of what the text encoder knows: it is padded for the hardware's sake
+_SPARE_WORDS = 0.1  # encoders are padded for the hardware's sake, tokenizers have marks that nobody uses
 _MOST_NAMED = 5
 
 
@@ -50,13 +50,13 @@ def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *,
 
 
 def check_vocabularies(pipeline: Any) -> None:
-    """Raise Refused where a tokenizer knows far fewer words than its text encoder, or more."""
+    """Raise Refused where a tokenizer knows far fewer words than its text encoder, or far more."""
     for suffix in ("", "_2"):
         tokenizer, encoder = (getattr(pipeline, f"{part}{suffix}", None) for part in ("tokenizer", "text_encoder"))
         if tokenizer is not None and encoder is not None:
             config = encoder.config.get_text_config()
             known, words = config.vocab_size, len(tokenizer)
-            if not _LEAST_VOCABULARY * known <= words <= known:
+            if abs(words - known) > _SPARE_WORDS * known:
                 raise Refused(
                     f"the vocabulary in tokenizer{suffix} has {words:,} words, and text_encoder{suffix} was made for "
                     f"{known:,}; download it again"

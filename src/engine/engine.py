@@ -112,7 +112,7 @@ class Engine:
             pictures=tuple(finish(picture, plan) for picture in pictures),
             scheduler=scheduler,
             timings=phases.seconds,
-            warnings=(*self._prompts.truncation(plan), *denoiser.warnings),
+            warnings=(*self._prompts.warnings(plan), *denoiser.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
             quantization=self._placed_pipeline.quantization,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,31 @@ _REMEMBERED = 64  # prompts; one of FLUX.1-dev takes 4 MB of the host's memory, 
 
 Embeddings = dict[str, torch.Tensor]
 Texts = tuple[str, str | None]  # prompt and prompt_2
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A text encoder as its tokenizer shows it: who it is, and how many tokens it reads."""
+
+    name: str
+    tokenizer: Any
+    limit: int
+    second: bool = False  # whether prompt_2 is for it
+
+    def reads(self, texts: Texts) -> tuple[str, str]:
+        """The field that it reads, and the text."""
+        first, second = texts
+        return ("prompt_2", second) if self.second and second else ("prompt", first)
+
+    def warnings(self, field: str, text: str) -> Iterator[str]:
+        tokens = self.tokenizer(text).input_ids
+        if len(tokens) > self.limit:
+            yield f"{field} has {len(tokens)} tokens for {self.name}, which reads the first {self.limit}"
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        end = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")}  # CLIP's is no word's
+        if unknown not in end and (count := tokens.count(unknown)):  # a whole run of Chinese may be one
+            of_all = f"{count} of its {len(tokens)} tokens"
+            yield f"{field} holds text that {self.name} does not know: {of_all} stand for something unknown"
 
 
 class Prompts:
@@ -43,19 +69,24 @@ class Prompts:
         self._remembered.move_to_end(key)
         return {name: tensor.to(self._device) for name, tensor in self._remembered[key].items()}
 
-    def truncation(self, plan: Plan) -> tuple[str, ...]:
-        """A warning for each text that is longer than the model reads."""
-        tokenizer = getattr(self._pipeline, "tokenizer_2", None) or self._pipeline.tokenizer
-        limit = plan.sampling.max_sequence_length - self._template_tokens
-        texts = dict.fromkeys(
-            (f"{prefix}{'prompt_2' if second else 'prompt'}", second or first)
-            for prompt in plan.prompts
-            for prefix, (first, second) in _texts(plan, prompt).items()
-        )
-        counts = [(name, len(tokenizer(text).input_ids)) for name, text in texts]
-        return tuple(
-            f"{name} has {count} tokens and the model read the first {limit}" for name, count in counts if count > limit
-        )
+    def warnings(self, plan: Plan) -> tuple[str, ...]:
+        """What is not read of the texts: what stands past an encoder's limit, and what its vocabulary does not know."""
+        found: dict[str, None] = {}  # in order, each once
+        for prompt in plan.prompts:
+            for prefix, texts in _texts(plan, prompt).items():
+                for encoder in self._encoders(plan):
+                    field, text = encoder.reads(texts)
+                    found |= dict.fromkeys(encoder.warnings(f"{prefix}{field}", text))
+        return tuple(found)
+
+    def _encoders(self, plan: Plan) -> tuple[_Encoder, ...]:
+        """FLUX.1's two, or FLUX.2's one, which is for whole chats."""
+        pipeline, limit = self._pipeline, plan.sampling.max_sequence_length
+        if (t5 := getattr(pipeline, "tokenizer_2", None)) is None:
+            return (_Encoder("the model", pipeline.tokenizer, limit - self._template_tokens),)
+        clip = getattr(pipeline, "tokenizer", None)
+        first = () if clip is None else (_Encoder("CLIP", clip, pipeline.tokenizer_max_length),)
+        return (*first, _Encoder("T5", t5, limit, second=True))
 
     @cached_property
     def _template_tokens(self) -> int:
