@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 # What must never leave the process: tokens of Hugging Face and RunPod, bearer tokens, passwords and signatures in URLs,
 # and long base64 (a picture).
 _SECRETS = (
-    re.compile(r"(?:hf|rpa)_\w{8,}"),
+    re.compile(r"(?:hf|rpa)_[A-Za-z0-9]{8,}"),
     re.compile(
         r"(?<=[?&])(?:X-Amz-[\w-]+|\w*(?:token|key|secret|signature|sig|password)\w*)=[^&\s'\"]+", re.IGNORECASE
     ),

@@ -29,5 +29,5 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean ...?` where one of `allowed` is close to `name`, else nothing."""
     if len(name) > MAX_SHOWN:
         return ""
-    close = difflib.get_close_matches(name.lower(), list(allowed), n=1)
+    close = difflib.get_close_matches(name.lower(), list(allowed), n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close else ""

@@ -16,11 +16,13 @@ from src.plan.geometry import Size, covers, padding, widen
 from src.plan.sizes import asking_field, canvas, decide_size, shrunk
 from src.request.adapters import Adapter
 from src.request.images import MAX_INPUT_PIXELS, Pictures
-from src.request.schema import PICTURES, SINGLES, Request
+from src.request.schema import CONTROL_OPTIONS, PICTURES, SINGLES, Request
 from src.wording import did_you_mean, show
 
 Faults = list[Fault]
 
+# Options that other services' clients send in every mode: where those have no effect nobody is misled.
+_OPTIONS = frozenset({"strength", "negative_prompt", "true_cfg_scale", "image_prompt_scale", *CONTROL_OPTIONS.values()})
 _REFERENCE_SIDE, _REFERENCE_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
@@ -40,9 +42,10 @@ def decide_mode(request: Request, model: Model, wrong: Collection[str]) -> tuple
         faults.append(Fault(min(given, default="init_image"), message))
     specs = model.modes.values() if mode is None else [model.modes[mode]]
     taken = EVERY_MODE_TAKES.union(PICTURES.keys() - {"image_prompt"}, SINGLES, *(spec.takes for spec in specs))
+    harmless = _OPTIONS if request.foreign else frozenset()
     faults += [
         Fault(name, f"cannot be used by {mode or 'any mode'} on {model.name}")
-        for name in sorted(request.said - taken - (set(wrong) - PICTURES.keys()))
+        for name in sorted(request.said - taken - harmless - (set(wrong) - PICTURES.keys()))
     ]
     return (mode or "", model.modes.get(mode or "") or model.base), faults
 
@@ -170,6 +173,8 @@ def decide_negative_prompt(
         return request.negative_prompt or "", []
     if name in wrong or not (request.negative_prompt or "").strip():
         return None, []
+    if request.foreign:  # RunPod's own example sends one
+        return None, []
     message = f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out"
     return None, [Fault("negative_prompt", message)]
 
@@ -208,9 +213,15 @@ def check_adapters(adapters: Sequence[Adapter]) -> Faults:
     return [Fault("loras", f"names {show(adapter.summary()['path'])} more than once") for adapter in twice.values()]
 
 
-def without_effect(request: Request, model: Model, calls: int) -> list[str]:
+def without_effect(
+    request: Request, model: Model, calls: int, *, mode: str, spec: ModeSpec, negative_prompt: str | None
+) -> list[str]:
     """Warnings of what changes nothing and hurts nobody."""
-    warnings = []
+    unused = sorted((request.said & _OPTIONS) - spec.takes)
+    warnings = [f"{request.client_name(name)} has no effect in {mode} on {model.name}" for name in unused]
+    if "negative_prompt" in request.said & spec.takes and negative_prompt is None:
+        name = "true_cfg_scale" if "true_cfg_scale" in spec.takes else "guidance_scale"
+        warnings.append(f"negative_prompt has no effect unless {name} is above 1 (4, say)")
     cache = SPEEDS[request.speed]
     if cache and calls <= cache.computed_first:
         warnings.append(

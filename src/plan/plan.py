@@ -204,7 +204,10 @@ def make_plan(
         controls=controls,
         adapters=tuple(adapters),
         preview=request.preview,
-        warnings=(*warnings, *without_effect(request, model, steps)),
+        warnings=(
+            *warnings,
+            *without_effect(request, model, steps, mode=mode, spec=spec, negative_prompt=negative_prompt),
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Other names for a request's fields, as clients of other services know them, and sizes said in words.
+"""What clients of other services send, in this worker's own names: fields, values, sizes in words, adapters.
 
 A name that is missing here is a row away.
 """
@@ -6,59 +6,162 @@ A name that is missing here is a row away.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from src.errors import Fault
+from src.request.schema import MAX_SIDE, MIN_SIDE
 from src.wording import show
 
-# Replicate, fal, Black Forest Labs, RunPod's public endpoints, Hugging Face, OpenAI.
+# Replicate, fal, Black Forest Labs, RunPod's public endpoints, Together, Hugging Face, OpenAI, diffusers.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
+        # How many, how long, how closely
         "inputs": "prompt",
         "num_outputs": "num_images",
         "num_images_per_prompt": "num_images",
+        "num_samples": "num_images",
+        "batch_size": "num_images",
         "n": "num_images",
         "steps": "num_inference_steps",
         "num_steps": "num_inference_steps",
         "guidance": "guidance_scale",
+        "distilled_cfg_scale": "guidance_scale",
         "real_cfg_scale": "true_cfg_scale",
+        "true_cfg": "true_cfg_scale",
+        "sampler": "scheduler",
+        "sampler_name": "scheduler",
+        # How large
+        "resolution": "megapixels",
+        "output_megapixels": "megapixels",
+        "resolution_mode": "aspect_ratio",
+        # Pictures
         "image": "init_image",
         "image_url": "init_image",
         "input_image": "init_image",
+        "input_image_1": "init_image",
+        "input_image_url": "init_image",
+        "init_image_url": "init_image",
         "images": "init_images",
         "image_urls": "init_images",
         "input_images": "init_images",
+        "reference_images": "init_images",
         "mask": "mask_image",
         "mask_url": "mask_image",
         "mask_image_url": "mask_image",
         "prompt_strength": "strength",
+        "image_strength": "strength",
+        "denoising_strength": "strength",
         "control_image_url": "control_image",
         "preprocessed_image": "control_image",
+        "control_strength": "controlnet_conditioning_scale",
         "redux_image": "image_prompt",
         "image_prompt_strength": "image_prompt_scale",
+        # Adapters
+        "lora": "lora_path",
+        "lora_url": "lora_path",
         "lora_weights": "lora_path",
         "hf_lora": "lora_path",
+        "lora_strength": "lora_scale",
+        "image_loras": "loras",
+        "hf_loras": "loras",
+        "lora_urls": "loras",
+        # Files
         "image_format": "output_format",
         "quality": "output_quality",
-        "sampler": "scheduler",
+        "output_compression": "output_quality",
     }
 )
+_SIZES = ("image_size", "size", "target_size")
+_MORE_IMAGES = tuple(f"input_image_{i}" for i in range(2, 11))  # Black Forest Labs' further pictures
+_MORE_LORAS = (("extra_lora", "extra_lora_scale"), ("extra_lora_weights", "extra_lora_scale"))  # Replicate's second
+_BORDERS = ("left", "right", "top", "bottom")  # Black Forest Labs' expand
+_LORA_SCALES = "lora_scales"  # Replicate's, one for each of hf_loras
 
-_NO_CHECKER = "this worker has no safety checker"
+
+def _because(why: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, why)
+
+
 # What they send that changes no picture here: taken with a warning that says why.
 WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
     {
-        "enable_safety_checker": _NO_CHECKER,
-        "disable_safety_checker": _NO_CHECKER,
-        "safety_tolerance": _NO_CHECKER,
-        "prompt_upsampling": "prompts are read as they are",
-        "go_fast": "use the field speed (balanced or fast) instead",
-        "acceleration": "use the field speed (balanced or fast) instead",
-        "sync_mode": "call /run or /runsync instead",
+        **_because(
+            "this worker has no safety checker",
+            "enable_safety_checker", "disable_safety_checker", "enable_safety_checks", "safety_checker",
+            "safety_check", "safety_tolerance", "safety_filter_level", "moderation", "nsfw_filter", "apply_watermark",
+        ),
+        **_because(
+            "prompts are read as they are",
+            "prompt_upsampling", "prompt_upsample", "disable_pup", "enhance_prompt", "prompt_enhance",
+            "enable_prompt_expansion", "expand_prompt", "prompt_expansion", "prompt_extend", "magic_prompt_option",
+            "magic_prompt", "raw", "style", "interval", "grounding_search",
+        ),
+        **_because(
+            "use the field speed (balanced or fast) instead",
+            "go_fast", "acceleration", "speed_mode", "fast_mode", "juiced", "lora_fuse",
+        ),
+        **_because(
+            "call /run or /runsync instead",
+            "sync_mode", "enable_sync_mode", "sync", "stream", "async", "wait_for_model", "use_cache",
+        ),
+        **_because(
+            "send a webhook next to input, where RunPod reads it",
+            "webhook", "webhook_url", "webhook_secret", "webhook_events_filter", "callback_url",
+        ),
+        **_because(
+            "the worker's settings say whether pictures come in base64 or by URL",
+            "response_format", "enable_base64_output", "return_base64", "output_type", "return_dict",
+        ),
+        **_because("the worker draws with the model that it was started with", "model", "model_id", "model_name"),
+        **_because("requests are not told apart by who sent them", "user", "user_id", "metadata", "request_id"),
+        **_because(
+            "the worker uses the tokens of its own settings, and none that a request holds",
+            "hf_api_token", "hf_token", "huggingface_token", "huggingface_api_token", "civitai_api_token",
+            "civitai_token", "replicate_api_token", "api_token", "api_key", "token", "lora_token",
+        ),
+        **_because("pictures are opaque and come whole", "background", "partial_images", "transparent_bg"),
+        **_because("canny edges are made in one way", "canny_low_threshold", "canny_high_threshold"),
+    }
+)  # fmt: skip
+
+# What was meant for another program or another kind of model: such a request gets this one sentence.
+_REFINER = "belongs to Stable Diffusion XL's refiner, which FLUX does not have; leave it out and ask for "
+_REFINER += "num_inference_steps and guidance_scale as FLUX takes them"
+_OPENAI = 'is a call of OpenAI\'s API, which this worker does not serve; send {"prompt": ...} as the input of /run or '
+_OPENAI += "/runsync instead"
+_WEB_UI = "is a call of the Stable Diffusion web UI, which this worker does not run; send prompt, width, height, "
+_WEB_UI += "num_inference_steps and other fields directly in input instead"
+OTHER_PROGRAMS: Mapping[str, str] = MappingProxyType(
+    {
+        "workflow": "is a workflow of ComfyUI, which this worker does not run; send prompt, width, height, "
+        "num_inference_steps and other fields directly in input instead",
+        **_because(_WEB_UI, "api", "payload"),
+        **_because(_OPENAI, "openai_route", "openai_input"),
+        **_because(
+            _REFINER, "refiner_inference_steps", "high_noise_frac", "refine_steps", "refiner_strength", "refiner_prompt"
+        ),
     }
 )
+# What has another shape here.
+_CONTROLS = "is not read by this worker; send control_image with control_type, or controls as a list of objects "
+_CONTROLS += "{image, type, scale, start, end}"
+INSTEAD: Mapping[str, str] = MappingProxyType(
+    {
+        **_because(_CONTROLS, "controlnets", "controlnet_unions", "easycontrols", "control_loras"),
+        **_because(
+            "is not read by this worker; send the picture as image_prompt",
+            "ip_adapters", "ip_adapter", "ip_adapter_image", "reference_image_url",
+        ),
+        **_because(
+            "names a fine-tune that this worker does not have; send its adapter as lora_path",
+            "finetune_id", "finetune_strength",
+        ),
+        "cfg_scale": "can mean two things for FLUX; send guidance_scale, or true_cfg_scale with negative_prompt",
+        "s3Config": "is read next to input, not within it",
+    }
+)  # fmt: skip
 
 # fal's image_size; width and height in pixels.
 NAMED_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -71,60 +174,194 @@ NAMED_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "landscape_16_9": (1024, 576),
     }
 )
-_SIZES = ("image_size", "size", "target_size")
-_MORE_IMAGES = tuple(f"input_image_{i}" for i in range(2, 11))  # Black Forest Labs' further pictures
+_AS_THE_PICTURE: Mapping[str, None] = dict.fromkeys(("auto", "custom", "default", "match_input", "match_input_image"))
+# Values of a field that others have other words for; None is what says nothing.
+VALUES: Mapping[str, Mapping[str, str | None]] = MappingProxyType(
+    {
+        "aspect_ratio": _AS_THE_PICTURE,
+        "megapixels": _AS_THE_PICTURE,
+        "output_quality": dict.fromkeys(("auto", "high", "hd", "standard", "medium", "low")),  # OpenAI's
+        "output_format": {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"},
+        "scheduler": {
+            **_because("euler", "euler", "k_euler", "flowmatcheulerdiscretescheduler", "flow_match_euler"),
+            **_because("dpmpp_2m", "dpm++ 2m", "k_dpmpp_2m", "dpmsolvermultistep", "dpmsolvermultistepscheduler"),
+            **_because("unipc", "uni_pc", "unipcmultistep", "unipcmultistepscheduler"),
+            **_because("deis", "deismultistep", "deismultistepscheduler"),
+            **_because("heun", "k_heun", "heundiscrete", "flowmatchheundiscretescheduler"),
+            **_because("lcm", "lcmscheduler", "flowmatchlcmscheduler"),
+        },
+    }
+)
+# Keys of an entry of loras.
+LORA_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        **_because("path", "url", "lora", "lora_url", "lora_path", "lora_weights", "model", "model_id", "name", "repo"),
+        **_because("scale", "weight", "strength", "lora_scale", "lora_strength", "lora_weight"),
+        **_because("weight_name", "file", "filename"),
+    }
+)
+
 _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
+_ON_THE_HUB = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
 
 
-def own_names(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
-    """`received` under the fields' own names, a fault where two names of one field disagree, and what is ignored."""
+class Translation(NamedTuple):
+    """A request under the fields' own names."""
+
+    fields: dict[str, Any]
+    faults: list[Fault]
+    warnings: list[str]
+    came_as: Mapping[str, str]  # a field that came under another name, and that
+    foreign: bool  # whether anything shows that it was written for another service
+
+
+def other_program(received: Mapping[str, Any]) -> Fault | None:
+    """The one thing to say of a request that was meant for another program."""
+    found = (Fault(name, why) for name, why in OTHER_PROGRAMS.items() if received.get(name) is not None)
+    return next(found, None)
+
+
+def own_names(received: Mapping[str, Any]) -> Translation:
+    """`received` under the fields' own names, with a fault where two names of one field disagree."""
     nested = received.get("parameters")  # Hugging Face's {"inputs": ..., "parameters": {...}}
     outer = {name: value for name, value in received.items() if name != "parameters"}
     if nested is None:
-        return _renamed(outer)
+        return _translated(outer)
     if not isinstance(nested, Mapping):
-        fields, faults, ignored = _renamed(outer)
-        return fields, [*faults, Fault("parameters", f"must be an object of fields, got {show(nested)}")], ignored
+        translation = _translated(outer)
+        translation.faults.append(Fault("parameters", f"must be an object of fields, got {show(nested)}"))
+        return translation
     inner = {name: value for name, value in nested.items() if value is not None}
-    fields, faults, ignored = _renamed({**outer, **inner})
+    if "prompt" in inner and "inputs" in outer and not _same(outer["inputs"], inner["prompt"]):
+        outer["image"] = outer.pop("inputs")  # its image-to-image
+    translation = _translated({**outer, **inner})
     if twice := [name for name in inner if outer.get(name) is not None and not _same(outer[name], inner[name])]:
-        faults.append(
-            Fault("parameters", f"repeats fields of the request with other values: {show(twice)}; send each once")
-        )
-    return fields, faults, ignored
+        message = f"repeats fields of the request with other values: {show(twice)}; send each once"
+        translation.faults.append(Fault("parameters", message))
+    return translation._replace(foreign=True)
 
 
-def _renamed(received: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault], tuple[str, ...]]:
-    others = {*ALIASES, *_SIZES, *WITHOUT_EFFECT, *_MORE_IMAGES}
+def _translated(received: Mapping[str, Any]) -> Translation:
+    second = {name for pair in _MORE_LORAS for name in pair}
+    others = {*ALIASES, *_SIZES, *_MORE_IMAGES, *second, *_BORDERS, _LORA_SCALES, *WITHOUT_EFFECT, *INSTEAD}
     fields = {name: value for name, value in received.items() if name not in others}
-    faults: list[Fault] = []
+    said = {name: value for name, value in received.items() if name in others and value is not None and value != ""}
+    faults = [Fault(name, INSTEAD[name]) for name in said if name in INSTEAD]
+    warnings = [f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said]
+    came_as: dict[str, str] = {}
 
     def put(name: str, alias: str, value: object) -> None:
+        came_as.setdefault(name, alias)
         if fields.get(name) is not None and not _same(fields[name], value):
-            message = (
-                f"is another name of {name}, and they differ: {show(fields[name])} there, {show(value)} here; send one"
-            )
+            there, here = show(fields[name]), show(value)
+            message = f"is another name of {name}, and they differ: {there} there, {here} here; send one"
             faults.append(Fault(alias, message))
         elif fields.get(name) is None:
             fields[name] = value
 
-    said = {name: value for name, value in received.items() if value is not None}
+    # 1. Fields with another name
     for alias, name in ALIASES.items():
         if alias in said:
-            put(name, alias, said[alias])
+            value = said[alias]
+            if name == "init_image" and isinstance(value, (list, tuple)):
+                name = "init_images"
+            elif name in ("init_images", "loras") and isinstance(value, str):
+                value = [value]
+            put(name, alias, value)
     if more := [said[alias] for alias in _MORE_IMAGES if alias in said]:
         put("init_images", "input_image_2", more)
+    if borders := {name: said[name] for name in _BORDERS if said.get(name)}:
+        put("outpaint", next(iter(borders)), borders)
+
+    # 2. Sizes
     for alias in _SIZES:
-        if alias in said:
+        if alias in said and said[alias] != "auto":
             size = _size(said[alias])
             if size is None:
-                allowed = f'"1024x768", {{"width": 1024, "height": 768}} or one of {", ".join(NAMED_SIZES)}'
+                allowed = f'"1024x768", {{"width": 1024, "height": 768}}, auto or one of {", ".join(NAMED_SIZES)}'
                 faults.append(Fault(alias, f"is not a size, got {show(said[alias])}; allowed: {allowed}"))
             else:
                 for name, value in zip(("width", "height"), size, strict=True):
                     put(name, alias, value)
-    ignored = (f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said)
-    return fields, faults, tuple(ignored)
+
+    # 3. Adapters
+    _take_loras(fields, said, warnings)
+
+    # 4. Values with another name
+    meant = {name: _meant(name, fields[name]) for name in VALUES if isinstance(fields.get(name), str)}
+    changed = {name: value for name, value in meant.items() if value != fields[name]}
+    fields |= changed
+    if (quality := said.get("quality")) and "output_quality" in changed:
+        warnings.append(
+            f"quality has no effect as {show(quality)}: use num_inference_steps, or output_quality for files"
+        )
+
+    # 5. Sides that others round
+    if {*said, *changed} - {"size"}:
+        warnings += _round_sides(fields)
+    return Translation(fields, faults, warnings, came_as, bool(said or changed))
+
+
+def _meant(name: str, value: str) -> str | None:
+    return VALUES[name].get(value.lower(), value)
+
+
+def _take_loras(fields: dict[str, Any], said: Mapping[str, Any], warnings: list[str]) -> None:
+    """Adapters under lora_path and loras, as this worker writes them."""
+    if isinstance(fields.get("lora_path"), str):
+        fields["lora_path"] = _hub_id(fields["lora_path"])
+    loras = fields.get("loras")
+    if isinstance(loras, (list, tuple)):
+        scales = said.get(_LORA_SCALES)
+        several = isinstance(scales, (list, tuple)) and len(scales) == len(loras)
+        loras = [_lora(entry) for entry in loras]
+        if several:
+            loras = [
+                {"scale": scale, **lora} if isinstance(lora, dict) else lora
+                for lora, scale in zip(loras, scales or (), strict=True)
+            ]
+        elif scales is not None:
+            warnings.append(f"{_LORA_SCALES} has no effect: it must hold one number for each of hf_loras")
+        fields["loras"] = loras
+    for path, scale in _MORE_LORAS:
+        if path in said and isinstance(fields.get("loras", []), list):
+            entry = _lora(said[path])
+            if isinstance(entry, dict) and scale in said:
+                entry["scale"] = said[scale]
+            fields["loras"] = [*(fields.get("loras") or []), entry]
+    if "extra_lora_scale" in said and not any(path in said for path, _ in _MORE_LORAS):
+        warnings.append("extra_lora_scale has no effect without extra_lora")
+
+
+def _lora(entry: object) -> object:
+    """An entry of loras under its own keys; text is its path."""
+    if isinstance(entry, str):
+        return {"path": _hub_id(entry)}
+    if not isinstance(entry, Mapping):
+        return entry
+    own: dict[Any, Any] = {}
+    for key, value in entry.items():
+        name = LORA_KEYS.get(key, key)
+        if value is not None:
+            own[key if name != key and name in entry else name] = _hub_id(value) if name == "path" else value
+    return own
+
+
+def _hub_id(path: Any) -> Any:
+    """owner/name where `path` is a repo's page on the hub."""
+    page = _ON_THE_HUB.fullmatch(path.strip()) if isinstance(path, str) else None
+    return page[1] if page else path
+
+
+def _round_sides(fields: dict[str, Any]) -> list[str]:
+    """Width and height as the nearest that this worker draws; what is out of range stays as it is."""
+    warnings = []
+    for name in ("width", "height"):
+        side = fields.get(name)
+        if isinstance(side, int) and not isinstance(side, bool) and MIN_SIDE <= side <= MAX_SIDE and side % 8:
+            fields[name] = (side + 4) // 8 * 8
+            warnings.append(f"{name} was rounded from {side} to {fields[name]}, the nearest multiple of 8")
+    return warnings
 
 
 def _same(one: object, other: object) -> bool:
@@ -134,7 +371,7 @@ def _same(one: object, other: object) -> bool:
         return False
 
 
-def _size(value: object) -> tuple[Any, Any] | None:
+def _size(value: object) -> Sequence[Any] | None:
     if isinstance(value, Mapping) and set(value) == {"width", "height"}:
         return value["width"], value["height"]
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from src.errors import Fault, InvalidRequest
-from src.request.aliases import own_names
+from src.request.aliases import other_program, own_names
 from src.request.schema import CONTROL_OPTIONS, Request
 from src.wording import MAX_SHOWN, did_you_mean, show
 
@@ -52,11 +52,13 @@ def read_request(event: object) -> Reading:
         raise InvalidRequest([Fault("input", f"must be an object of request fields, got {show(received)}")])
 
     # 1. Other services' names, and names that nobody knows
-    received, faults, warnings = own_names(received)
+    if fault := other_program(received):
+        raise InvalidRequest([fault])
+    received, faults, warnings, came_as, foreign = own_names(received)
     fields = {name: value for name, value in received.items() if name in Request.model_fields}
     if fields.get("describe") is True:
         fields.setdefault("prompt", "?")  # nobody will draw it
-    strange = [name for name in received if name not in Request.model_fields]
+    strange = [name for name, value in received.items() if name not in Request.model_fields and value is not None]
     faults += [_unknown(name) for name in strange[:_MAX_UNKNOWN]]
     if len(strange) > _MAX_UNKNOWN:
         faults.append(Fault("input", f"holds {len(strange) - _MAX_UNKNOWN:,} more unknown fields"))
@@ -78,24 +80,31 @@ def read_request(event: object) -> Reading:
     if len(worded) > _MAX_FAULTS:
         faults.append(Fault("input", f"has {len(worded) - _MAX_FAULTS:,} more faults"))
 
+    request.came_as(came_as, foreign=foreign)
+
     # 3. Options of what is not there
     if not request.describe:  # which asks for nothing else
-        faults += _orphans(request, {fault.field.partition(".")[0] for fault in faults})
-    return Reading(request.as_lists(), tuple(faults), warnings)
+        orphans = _orphans(request, {fault.field.partition(".")[0] for fault in faults})
+        if not foreign:
+            faults += [Fault(name, why) for name, why in orphans.items()]
+        else:
+            warnings += [f"{request.client_name(name)} {why}" for name, why in orphans.items()]
+            request = request.model_copy(update={name: Request.model_fields[name].default for name in orphans})
+    return Reading(request.as_lists(), tuple(faults), tuple(warnings))
 
 
-def _orphans(request: Request, wrong: set[str]) -> list[Fault]:
+def _orphans(request: Request, wrong: set[str]) -> dict[str, str]:
     """Fields that say how something is to be used which the request does not hold."""
     owners = dict.fromkeys(CONTROL_OPTIONS.values(), ("control_image", "; each of controls has its own"))
     owners |= {
         "lora_scale": ("lora_path", "; each of loras has a scale of its own"),
         "image_prompt_scale": ("image_prompt", ""),
     }
-    return [
-        Fault(name, f"has no effect without {owner}{more}")
+    return {
+        name: f"has no effect without {owner}{more}"
         for name, (owner, more) in owners.items()
         if name in request.said and getattr(request, owner) is None and owner not in wrong
-    ]
+    }
 
 
 def _unknown(name: object) -> Fault:

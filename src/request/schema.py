@@ -87,13 +87,9 @@ def _picked(value: object) -> object:
 
 
 def _number(value: object) -> object:
-    """Replicate's megapixels come as text."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"\d{1,2}(\.\d{1,6})?", value) else value
-
-
-def _ratio(value: object) -> object:
-    """Replicate's words for what is meant where nothing is said: the picture's, or width's and height's."""
-    return None if value in ("match_input_image", "custom") else value
+    """Replicate's megapixels come as text: 0.25, or 1 MP."""
+    number = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?)(?: ?MP)?", value) if isinstance(value, str) else None
+    return float(number[1]) if number else value
 
 
 def _format(value: object) -> object:
@@ -193,9 +189,9 @@ class Request(BaseModel):
     ] = Field(description=f"{_PROMPT}; or a list of 1 to 4, one per picture")
     width: Side | None = Field(None, description=_SIDE)
     height: Side | None = Field(None, description=_SIDE)
-    aspect_ratio: Annotated[
-        Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None, BeforeValidator(_ratio)
-    ] = Field(None, description="width to height as two whole numbers, 16:9 say; instead of width and height")
+    aspect_ratio: Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None = Field(
+        None, description="width to height as two whole numbers, 16:9 say; instead of width and height"
+    )
     megapixels: Annotated[Annotated[Number, Field(ge=0.01, le=4.2)] | None, BeforeValidator(_number)] = Field(
         None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
     )
@@ -284,6 +280,21 @@ class Request(BaseModel):
     )
 
     _said: frozenset[str] | None = PrivateAttr(None)
+    _foreign: bool = PrivateAttr(False)
+    _came_as: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    def came_as(self, names: Mapping[str, str], *, foreign: bool) -> None:
+        """Remember under which of another service's `names` fields came, and whether it was written for one."""
+        self._came_as, self._foreign = names, foreign
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it was written for another service: options without effect in it are no faults."""
+        return self._foreign
+
+    def client_name(self, name: str) -> str:
+        """The name that the client gave to the field `name`."""
+        return self._came_as.get(name, name)
 
     @property
     def said(self) -> frozenset[str]:
