@@ -104,7 +104,7 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         ),
         **_because(
             "call /run or /runsync instead",
-            "sync_mode", "enable_sync_mode", "sync", "stream", "async", "wait_for_model", "use_cache",
+            "sync_mode", "enable_sync_mode", "sync", "stream", "async", "options", "wait_for_model", "use_cache",
         ),
         **_because(
             "send a webhook next to input, where RunPod reads it",
@@ -122,6 +122,9 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
             "civitai_token", "replicate_api_token", "api_token", "api_key", "token", "lora_token",
         ),
         **_because("pictures are opaque and come whole", "background", "partial_images", "transparent_bg"),
+        **_because("FLUX has no refiner", "refine"),
+        **_because("send shift or scheduler instead", "base_shift", "max_shift", "sigma_schedule", "use_beta_schedule"),
+        **_because("true_cfg_scale above 1 alone turns guidance on", "use_real_cfg", "use_cfg_zero"),
         **_because("canny edges are made in one way", "canny_low_threshold", "canny_high_threshold"),
     }
 )  # fmt: skip
@@ -156,8 +159,9 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         ),
         **_because(
             "names a fine-tune that this worker does not have; send its adapter as lora_path",
-            "finetune_id", "finetune_strength",
+            "finetune_id", "finetune_strength", "replicate_weights",
         ),
+        **_because("is not read by this worker; send an adapter as lora_path", "embeddings", "textual_inversions"),
         "cfg_scale": "can mean two things for FLUX; send guidance_scale, or true_cfg_scale with negative_prompt",
         "s3Config": "is read next to input, not within it",
     }
@@ -246,7 +250,7 @@ def _translated(received: Mapping[str, Any]) -> Translation:
     others = {*ALIASES, *_SIZES, *_MORE_IMAGES, *second, *_BORDERS, _LORA_SCALES, *WITHOUT_EFFECT, *INSTEAD}
     fields = {name: value for name, value in received.items() if name not in others}
     said = {name: value for name, value in received.items() if name in others and value is not None and value != ""}
-    faults = [Fault(name, INSTEAD[name]) for name in said if name in INSTEAD]
+    faults = [Fault(name, INSTEAD[name]) for name, value in said.items() if name in INSTEAD and value]
     warnings = [f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said]
     came_as: dict[str, str] = {}
 
@@ -262,12 +266,9 @@ def _translated(received: Mapping[str, Any]) -> Translation:
     # 1. Fields with another name
     for alias, name in ALIASES.items():
         if alias in said:
-            value = said[alias]
-            if name == "init_image" and isinstance(value, (list, tuple)):
-                name = "init_images"
-            elif name in ("init_images", "loras") and isinstance(value, str):
-                value = [value]
-            put(name, alias, value)
+            own, value = _one_or_several(name, _meant(name, said[alias]))
+            if value is not None:
+                put(own, alias, value)
     if more := [said[alias] for alias in _MORE_IMAGES if alias in said]:
         put("init_images", "input_image_2", more)
     if borders := {name: said[name] for name in _BORDERS if said.get(name)}:
@@ -288,31 +289,48 @@ def _translated(received: Mapping[str, Any]) -> Translation:
     _take_loras(fields, said, warnings)
 
     # 4. Values with another name
-    meant = {name: _meant(name, fields[name]) for name in VALUES if isinstance(fields.get(name), str)}
-    changed = {name: value for name, value in meant.items() if value != fields[name]}
-    fields |= changed
-    if (quality := said.get("quality")) and "output_quality" in changed:
-        warnings.append(
-            f"quality has no effect as {show(quality)}: use num_inference_steps, or output_quality for files"
-        )
+    changed = _take_values(fields)
+    warnings += [
+        f"{name} has no effect as {show(received[name])}: send a number from 1 to 100"
+        for name in ("quality", "output_quality")
+        if received.get(name) is not None and _meant("output_quality", received[name]) is None
+    ]
 
-    # 5. Sides that others round
+    # 5. Sides that others round, and sizes that they leave out
     if {*said, *changed} - {"size"}:
-        warnings += _round_sides(fields)
+        warnings += _drop_sizes(fields, came_as) + _round_sides(fields)
     return Translation(fields, faults, warnings, came_as, bool(said or changed))
 
 
-def _meant(name: str, value: str) -> str | None:
-    return VALUES[name].get(value.lower(), value)
+def _one_or_several(name: str, value: object) -> tuple[str, object]:
+    """Where one picture or a list of them may stand under one name: the field for what is there."""
+    if name == "init_image" and isinstance(value, (list, tuple)):
+        return "init_images", value
+    return name, [value] if name in ("init_images", "loras") and isinstance(value, str) else value
+
+
+def _meant(name: str, value: object) -> object:
+    return VALUES[name].get(value.lower(), value) if name in VALUES and isinstance(value, str) else value
+
+
+def _take_values(fields: dict[str, Any]) -> set[str]:
+    """Values as this worker writes them; gives the names of those that came otherwise."""
+    meant = {name: _meant(name, fields[name]) for name in VALUES if isinstance(fields.get(name), str)}
+    changed = {name for name, value in meant.items() if value != fields[name]}
+    for name in changed:
+        if meant[name] is None:
+            del fields[name]
+        else:
+            fields[name] = meant[name]
+    return changed
 
 
 def _take_loras(fields: dict[str, Any], said: Mapping[str, Any], warnings: list[str]) -> None:
     """Adapters under lora_path and loras, as this worker writes them."""
     if isinstance(fields.get("lora_path"), str):
         fields["lora_path"] = _hub_id(fields["lora_path"])
-    loras = fields.get("loras")
+    loras, scales, several = fields.get("loras"), said.get(_LORA_SCALES), False
     if isinstance(loras, (list, tuple)):
-        scales = said.get(_LORA_SCALES)
         several = isinstance(scales, (list, tuple)) and len(scales) == len(loras)
         loras = [_lora(entry) for entry in loras]
         if several:
@@ -320,9 +338,9 @@ def _take_loras(fields: dict[str, Any], said: Mapping[str, Any], warnings: list[
                 {"scale": scale, **lora} if isinstance(lora, dict) else lora
                 for lora, scale in zip(loras, scales or (), strict=True)
             ]
-        elif scales is not None:
-            warnings.append(f"{_LORA_SCALES} has no effect: it must hold one number for each of hf_loras")
         fields["loras"] = loras
+    if _LORA_SCALES in said and not several:
+        warnings.append(f"{_LORA_SCALES} has no effect: it must hold one number for each of hf_loras")
     for path, scale in _MORE_LORAS:
         if path in said and isinstance(fields.get("loras", []), list):
             entry = _lora(said[path])
@@ -351,6 +369,20 @@ def _hub_id(path: Any) -> Any:
     """owner/name where `path` is a repo's page on the hub."""
     page = _ON_THE_HUB.fullmatch(path.strip()) if isinstance(path, str) else None
     return page[1] if page else path
+
+
+def _drop_sizes(fields: dict[str, Any], came_as: Mapping[str, str]) -> list[str]:
+    """Leave out what has no effect on Replicate: sides next to a ratio, megapixels next to sides."""
+    sides = [name for name in ("width", "height") if fields.get(name) is not None and name not in came_as]
+    if sides and fields.get("aspect_ratio") is not None:
+        dropped, owner = sides, "aspect_ratio"
+    elif len(sides) == len(("width", "height")) and fields.get("megapixels") is not None:
+        dropped, owner = ["megapixels"], "width and height"
+    else:
+        return []
+    for name in dropped:
+        del fields[name]
+    return [f"{came_as.get(name, name)} has no effect next to {owner}; send one of them" for name in dropped]
 
 
 def _round_sides(fields: dict[str, Any]) -> list[str]:
