@@ -135,8 +135,9 @@ def test_adapters_under_other_names() -> None:
     file = "https://huggingface.co/a/b/resolve/main/x.safetensors"
     assert asked(lora_url=file).loras[0].path == file
     assert "extra_lora_scale has no effect without extra_lora" in plan({"prompt": "x", "extra_lora_scale": 1}).warnings
-    (fault,) = read_request({"input": {"prompt": "x", "loras": [{"path": "a/b", "url": "c/d"}]}}).faults
-    assert fault.field == "loras.0.url"
+    for key in ("path", "lora"):
+        (fault,) = read_request({"input": {"prompt": "x", "loras": [{key: "a/b", "url": "c/d"}]}}).faults
+        assert fault.field == "loras.0.url"
 
 
 def test_sides_are_rounded_where_another_service_would_and_refused_elsewhere() -> None:

@@ -360,8 +360,10 @@ def _lora(entry: object) -> object:
     own: dict[Any, Any] = {}
     for key, value in entry.items():
         name = LORA_KEYS.get(key, key)
+        if name != key and (name in entry or name in own):
+            name = key  # the same twice: a fault of this entry
         if value is not None:
-            own[key if name != key and name in entry else name] = _hub_id(value) if name == "path" else value
+            own[name] = _hub_id(value) if name == "path" else value
     return own
 
 
