@@ -124,7 +124,7 @@ def respond(
 def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Plan:
     """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
     request, faults, warnings = reading
-    pictures, bad_pictures = load_pictures(request, job)
+    pictures, bad_pictures, odd_pictures = load_pictures(request, job)
     adapters, bad_adapters = AdapterStore(settings).load(request, job)
     return make_plan(
         request,
@@ -132,7 +132,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
         engine.model,
         pictures,
         adapters,
-        warnings=warnings,
+        warnings=(*warnings, *odd_pictures),
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,

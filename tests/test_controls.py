@@ -37,8 +37,8 @@ PLAIN = base64_of(SCENE)
 def plan(model: str = "FLUX.1-dev", controlnets: tuple[str, ...] = (), **fields: Any) -> Plan:
     row = get_model(model)
     request, faults, _ = read_request({"input": {"prompt": "a fox", **fields}})
-    pictures, more = load_pictures(request, Job())
-    return make_plan(request, (*faults, *more), row, pictures, max_pixels=2**22, controlnets=controlnets)
+    pictures, more, odd = load_pictures(request, Job())
+    return make_plan(request, (*faults, *more), row, pictures, warnings=odd, max_pixels=2**22, controlnets=controlnets)
 
 
 def faults(model: str = "FLUX.1-dev", **fields: Any) -> dict[str, str]:

@@ -120,8 +120,9 @@ def test_more_steps_are_taken_when_asked(generate: Generate) -> None:
 
 
 def test_a_long_prompt_is_warned_of(generate: Generate) -> None:
-    (warning,) = generate("red " * 100)["metadata"]["warnings"]
-    assert "the model read the first 32" in warning
+    warnings = generate("red " * 100)["metadata"]["warnings"]
+    limits = [warning.partition(" tokens for ")[2] for warning in warnings]
+    assert limits == ["CLIP, which reads the first 77", "T5, which reads the first 32"]
 
 
 def test_no_warning_for_a_prompt_that_fits(generate: Generate) -> None:

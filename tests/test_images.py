@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import struct
+import textwrap
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -142,26 +145,79 @@ def test_bombs_are_refused_before_they_are_unpacked() -> None:
         assert time.process_time() - started < 1
 
 
-def test_sources() -> None:
-    file = file_of(PHOTO)
+SENT = [file_of(PHOTO.resize((21 + i, 17))) for i in range(3)]  # their base64 ends in 0, 1 and 2 signs of padding
+URL_SAFE = next(file for seed in range(99) if {43, 47} <= set(base64.b64encode(file := os.urandom(400 + seed % 3))))
+
+
+@pytest.mark.parametrize("file", [*SENT, URL_SAFE], ids=range(4))
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{}", " {}\n", "'{}'", '"{}"', ' "{}" ', "b'{}'", "`{}`", "\u201c{}\u201d", "\ufeff{}", '\\"{}\\"',
+        "data:image/png;base64,{}", "data:image/png; base64, {}", "DATA:Image/PNG;BASE64,{}", "'data:;base64,{}'",
+        "data:image/png;name=a.png;base64,{}", 'data:image/png;name="a,b.png";base64,{}', "data:;base64,{}",
+        "data:image/png;charset=utf-8;base64,{}", "data:image/svg+xml;base64,\n{}", "data:image/png,base64,{}",
+        "data:image/png,{}", "image/png;base64,{}", "base64,{}", 'data:image/png;base64,"{}"',
+        "data: image/png;base64,{}",
+        "data : image/png;base64 , {}",
+    ],
+)  # fmt: skip
+def test_a_picture_in_text_is_read_however_it_is_written(written: str, file: bytes) -> None:
     text = base64.b64encode(file).decode()
-    never = pytest.fail
-    assert read_source(text, never) == file
-    assert read_source(f" {text[:50]}\n{text[50:]}\n", never) == file
-    assert read_source(f"data:image/png;base64,{text}", never) == file
-    assert read_source(f"data:image/png;charset=utf-8;base64,{text}", never) == file
-    assert read_source("https://example.com/x.png", lambda url: url.encode()) == b"https://example.com/x.png"
+    texts = [text, text.rstrip("="), text.replace("+", "-").replace("/", "_"), "\r\n".join(textwrap.wrap(text, 76))]
+    texts += [" ".join(text), text.replace("/", "\\/"), "\\n".join(textwrap.wrap(text, 64))]
+    for one in texts:
+        assert read_source(written.format(one), pytest.fail) == file
+    percent = quote(written.format(text), safe="")
+    if percent.lower().startswith("data%3a"):
+        assert read_source(percent, pytest.fail) == file
+    assert read_source(written.format(quote(text, safe="")), pytest.fail) == file
+
+
+def test_a_data_uri_may_hold_its_bytes_by_percent_signs() -> None:
+    assert read_source(f"data:image/png,{quote(SENT[0])}", pytest.fail) == SENT[0]
+    with pytest.raises(Refused, match="is SVG"):
+        decode(read_source("data:image/svg+xml;utf8,<svg xmlns='http://www.w3.org/2000/svg'/>", pytest.fail))
+
+
+@pytest.mark.parametrize("written", ["{}", " {} ", "'{}'", '"{}"', "\n{}\n", ' "{}"\n', "\ufeff{}"])
+def test_an_address_is_read_however_it_is_written(written: str) -> None:
+    for url in ("https://example.com/x.png?a=b", "HTTPS://example.com/x"):
+        assert read_source(written.format(url), lambda asked: asked.encode()).decode() == url
+        request, *_ = read_request({"input": {"prompt": "x", "init_image": written.format(url)}})
+        assert request.init_images == (url,)
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
         ("http://example.com/a.png", "is a http: address, and only https:"),
+        ("'http://example.com/a.png'", "is a http: address, and only https:"),
         ("file:///etc/passwd", "is a file: address"),
         ("FTP://example.com/a.png", "is a FTP: address"),
-        ("data:text/html,hello", "is a data: address"),
-        ("not base64!", "is not valid base64"),
-        ("/etc/passwd", "is not valid base64"),
+        ("s3://bucket/a.png", "is a s3: address"),
+        ("data:text/html,hello", "is a data: address of 'text/html'"),
+        ("data:image/png;base64", "is a data: address without a comma"),
+        ("data:image/png;base64,", "is empty: nothing follows"),
+        ("data:image/png;base64, '='", "is empty: it holds no base64"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("====", "is empty"),
+        ("not base64!", "is not valid base64: character 10 of 10 is '!'"),
+        ("iVBOR=w0KGgoAAAANSUhEUgAAA", "is not valid base64: character 6 of 26 is '='"),
+        ("A" * 101, "is not valid base64: of its 101 characters one is too many, or up to three are missing"),
+        ("/etc/passwd", "is not valid base64: it looks like a file's path"),
+        ("photo.png", "looks like a file's path"),
+        ("C:\\Users\\me\\photo.png", "looks like a file's path"),
+        ("~/photo.jpeg", "looks like a file's path"),
+        ("../photo", "looks like a file's path"),
+        ("example.com/photo.jpg", "an address without https://"),
+        ('{"url": "https://example.com/a.png"}', "it looks like JSON"),
+        ("[object Object]", "it looks like JSON"),
+        ("<!DOCTYPE html><p>", "it looks like HTML"),
+        ("<svg xmlns='x'></svg>", "it looks like SVG"),
+        ("null", "is too short for a picture in base64: 4 characters, 'null'"),
+        ("undefined", "is too short for a picture"),
         ("A" * 27_000_000, "27,000,000 characters of base64"),
     ],
 )
@@ -169,6 +225,38 @@ def test_bad_sources_are_refused(source: str, reason: str) -> None:
     with pytest.raises(Refused) as caught:
         read_source(source, pytest.fail)
     assert reason in str(caught.value)
+
+
+def box(brand: bytes, *others: bytes) -> bytes:
+    """How files of the ISO family begin."""
+    return struct.pack(">I", 16 + 4 * len(others)) + b"ftyp" + brand + bytes(4) + b"".join(others) + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "advice"),
+    [
+        (box(b"heic", b"mif1", b"heic"), "HEIC", "send it as JPEG or PNG"),
+        (box(b"heix"), "HEIC", "send it as JPEG or PNG"),
+        (box(b"mif1", b"mif1", b"heic"), "HEIC", "send it as JPEG or PNG"),
+        (box(b"msf1", b"hevc"), "HEIC", "send it as JPEG or PNG"),
+        (b"\xff\x0a" + bytes(100), "JPEG XL (JXL)", "send it as JPEG or PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100), "JPEG XL (JXL)", "send it as JPEG or PNG"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100), "JPEG 2000", "send it as JPEG or PNG"),
+        (file_of(PHOTO, "GIF"), "GIF", "send one of its frames"),
+        (b"%PDF-1.7\n" + bytes(100), "PDF", "export the page as PNG"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a -->\n<svg xmlns='x'/>", "SVG", "export it as PNG"),
+        (b"8BPS\0\x01" + bytes(100), "PSD", "export it as PNG"),
+        (box(b"isom", b"avc1"), "video", "send one of its frames"),
+        (box(b"qt  "), "video", "send one of its frames"),
+        (b"\x1aE\xdf\xa3" + bytes(100), "video", "send one of its frames"),
+        (b"\0\0\x01\0\x01\0" + bytes(100), "ICO", "export it as PNG"),
+        (b'{"detail": "not found"}', "JSON", "send the file of the picture itself"),
+        (base64.b64encode(SENT[0]), "base64 once more", "encode it once"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_here_is_named_with_what_to_send_instead(file: bytes, name: str, advice: str) -> None:
+    with pytest.raises(Refused, match=re.escape(f"is {name} ({len(file):,} bytes), which is not read here: {advice}")):
+        decode(file)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +351,7 @@ def test_all_bad_pictures_of_a_request_are_named_at_once_and_none_is_shown() -> 
     request, *_ = read_request(
         {"input": {"prompt": "x", "init_image": "QUJD" * 100, "mask_image": "file:///etc/passwd"}}
     )
-    loaded, faults = load_pictures(request, Job())
+    loaded, faults, _ = load_pictures(request, Job())
     assert loaded == {}
     assert [fault.field for fault in faults] == ["init_image", "mask_image"]
     assert "QUJDQUJD" not in str(faults)
@@ -286,10 +374,43 @@ def test_fit_keeps_the_aspect_and_repeats_the_edges() -> None:
 def test_many_large_pictures_are_too_many() -> None:
     large = base64.b64encode(huge_png(7_992)).decode()
     fields = {"init_images": [large] * 4}
-    loaded, faults = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
+    loaded, faults, _ = load_pictures(read_request({"input": {"prompt": "x", **fields}})[0], Job())
     assert [fault.field for fault in faults] == ["init_images.2", "init_images.3"]
     assert "pictures together more than 128,000,000" in faults[0].message
     assert len(loaded["init_image"]) == 2
+
+
+def test_the_first_page_of_a_document_is_used_with_a_warning() -> None:
+    pages = base64.b64encode(file_of(PHOTO, "TIFF", save_all=True, append_images=[PHOTO.rotate(180)] * 2)).decode()
+    loaded = load_pictures(read_request({"input": {"prompt": "x", "init_image": pages}})[0], Job())
+    assert loaded.faults == ()
+    assert near(loaded.pictures["init_image"][0], PHOTO, most=1)
+    assert loaded.warnings == ("init_image has 3 pages, of which the first is used",)
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_image"])
+def test_a_mask_whose_transparency_alone_says_something_is_read_by_it(name: str) -> None:
+    hole = Image.new("RGBA", (96, 64), (0, 0, 0, 255))
+    hole.paste((0, 0, 0, 0), (0, 0, 48, 64))
+    photo = PHOTO.convert("RGBA")
+    photo.putalpha(hole.getchannel("A"))
+    for mask in (hole, photo)[: 1 + (name == "mask")]:
+        fields = {"init_image": PHOTO, name: mask}
+        texts = {field: base64.b64encode(file_of(picture)).decode() for field, picture in fields.items()}
+        loaded = load_pictures(read_request({"input": {"prompt": "x", **texts}})[0], Job())
+        (warning,) = loaded.warnings
+        assert warning.startswith("mask_image is read by its transparency")
+        assert [loaded.pictures["mask_image"][0].getpixel((x, 9)) for x in (2, 90)] == [255, 0]
+
+
+def test_a_mask_that_changes_nothing_is_named_in_a_warning() -> None:
+    for level, warned in ((127, 1), (128, 0)):
+        fields = {"init_image": PHOTO.resize((64, 64)), "mask_image": Image.new("L", (64, 64), level)}
+        texts = {field: base64.b64encode(file_of(picture)).decode() for field, picture in fields.items()}
+        request, faults, _ = read_request({"input": {"prompt": "x", **texts}})
+        pictures, *_ = load_pictures(request, Job())
+        plan = make_plan(request, faults, get_model("FLUX.1-dev"), pictures, max_pixels=2**22)
+        assert len([text for text in plan.warnings if "mask_image changes nothing" in text]) == warned
 
 
 def laid(**fields: Any) -> tuple[Pictures, list[Fault]]:
@@ -335,7 +456,7 @@ def test_a_mask_has_the_shape_of_its_picture() -> None:
         sources = {name: base64.b64encode(file).decode() for name, file in sent.items()}
         request, faults, _ = read_request({"input": {"prompt": "x", **sources, **fields}})
         assert faults == ()
-        pictures, found = load_pictures(request, Job())
+        pictures, found, _ = load_pictures(request, Job())
         plan = make_plan(request, found, get_model("FLUX.1-dev"), pictures, max_pixels=2**22)
         return plan.pictures["mask_image"][0]
 

@@ -37,8 +37,8 @@ def answer(**fields: Any) -> Image.Image:
 
 def plan(**fields: Any) -> Plan:
     request, faults, _ = read_request({"input": {"prompt": "a red circle", **fields}})
-    pictures, more = load_pictures(request, Job())
-    return make_plan(request, (*faults, *more), MODEL, pictures, max_pixels=2048 * 2048)
+    pictures, more, odd = load_pictures(request, Job())
+    return make_plan(request, (*faults, *more), MODEL, pictures, warnings=odd, max_pixels=2048 * 2048)
 
 
 def faults(**fields: Any) -> dict[str, str]:
@@ -190,7 +190,7 @@ def test_a_bad_picture_is_refused_before_the_device_is_used_and_the_worker_goes_
     whole = base64_of(SCENE)
     for bad in (
         whole[:200], base64_of(SCENE.resize((1, 1))), base64.b64encode(animated.getvalue()).decode(), "not base64!",
-        base64.b64encode(b"<html>").decode(), "https://169.254.169.254/latest/meta-data/", "https://[::1", "",
+        base64.b64encode(b"<html>").decode(), "https://169.254.169.254/latest/meta-data/", "https://[::1",
     ):  # fmt: skip
         for fields in ({"init_image": bad}, {"init_image": whole, "mask_image": bad}, {"control_image": bad}):
             failed = ask(prompt="a red circle", **fields)

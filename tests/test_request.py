@@ -22,7 +22,6 @@ for _ in range(2_000):
 # A wrong kind of value for a field of each kind.
 NOT_A_NUMBER: list[Any] = [
     "8",
-    "",
     True,
     False,
     [],
@@ -61,17 +60,17 @@ WRONG: dict[str, list[Any]] = {
         *(value for value in NOT_TEXT if value != ["a"]),
     ],
     "negative_prompt": ["a\0cat", "\udfff", "a" * 100_000, *NOT_TEXT],
-    "true_cfg_scale": [None, 0, 0.99, 20.1, -1, *NOT_A_NUMBER, *HUGE],
+    "true_cfg_scale": [None, "", 0, 0.99, 20.1, -1, *NOT_A_NUMBER, *HUGE],
     "width": [0, -8, 56, 63, 65, 513, 2056, *NOT_WHOLE, *HUGE],
     "height": [0, -8, 56, 1001, 4096, *NOT_WHOLE, *HUGE],
     "num_inference_steps": [0, -1, 101, *NOT_WHOLE, *HUGE],
     "guidance_scale": [-0.1, 20.5, *NOT_A_NUMBER, *HUGE],
-    "num_images": [None, 0, -1, 5, *NOT_WHOLE, *HUGE],
+    "num_images": [None, "", 0, -1, 5, *NOT_WHOLE, *HUGE],
     "seed": [-2, 2**63, *NOT_WHOLE, *HUGE],
     "output_format": [None, "", "GIF", "png;", "🖼", "JPEG2000", *NOT_TEXT],
-    "output_quality": [None, 0, 101, *NOT_WHOLE, *HUGE],
+    "output_quality": [None, "", 0, 101, *NOT_WHOLE, *HUGE],
     "max_sequence_length": [0, -1, 33, 513, *NOT_WHOLE, *HUGE],
-    "scheduler": ["", "EULER ", "ddim", "eulr", "🌀", "a" * 5_000, *NOT_TEXT],
+    "scheduler": ["EULER ", "ddim", "eulr", "🌀", "a" * 5_000, *NOT_TEXT],
 }
 UNKNOWN = [
     "widht",
@@ -204,6 +203,15 @@ GOOD: list[dict[str, Any]] = [
 def test_good_values_are_taken(fields: dict[str, Any]) -> None:
     _, faults, _ = read_request({"input": {"prompt": "a cat", **fields}})
     assert faults == ()
+
+
+def test_empty_text_says_nothing_where_a_field_may_be_left_open() -> None:
+    optional = [name for name, field in Request.model_fields.items() if field.default in (None, ())]
+    assert {"init_image", "lora_path", "scheduler", "width", "loras", "outpaint"} <= set(optional)
+    names = [*optional, "image", "mask", "steps", "size", "hf_lora", "parameters"]
+    request, faults, warnings = read_request({"input": {"prompt": "a cat", **dict.fromkeys(names, "")}})
+    assert request.said == {"prompt"}
+    assert (faults, warnings) == ((), ())
 
 
 def test_names_are_normalised() -> None:

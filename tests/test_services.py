@@ -42,7 +42,7 @@ def filled(value: Any) -> Any:
 
 def plan(fields: dict[str, Any], family: str = "dev") -> Plan:
     request, faults, warnings = read_request({"input": filled(fields), "s3Config": {}, "webhook": "x", "policy": {}})
-    pictures, more = load_pictures(request, Job())
+    pictures, more, _ = load_pictures(request, Job())
     row = get_model(FAMILIES[family].model)
     adapters = adapters_of(request.loras)
     return make_plan(request, (*faults, *more), row, pictures, adapters, warnings=warnings, max_pixels=2048 * 2048)

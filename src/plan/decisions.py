@@ -15,7 +15,7 @@ from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
 from src.plan.sizes import asking_field, canvas, decide_size, shrunk
 from src.request.adapters import Adapter
-from src.request.images import MAX_INPUT_PIXELS, Pictures
+from src.request.images import MAX_INPUT_PIXELS, WHITE, Pictures, is_black
 from src.request.schema import CONTROL_OPTIONS, PICTURES, SINGLES, Request
 from src.wording import did_you_mean, show
 
@@ -214,9 +214,16 @@ def check_adapters(adapters: Sequence[Adapter]) -> Faults:
 
 
 def without_effect(
-    request: Request, model: Model, calls: int, *, mode: str, spec: ModeSpec, negative_prompt: str | None
+    request: Request,
+    model: Model,
+    calls: int,
+    *,
+    mode: str,
+    spec: ModeSpec,
+    negative_prompt: str | None,
+    pictures: Pictures,
 ) -> list[str]:
-    """Warnings of what changes nothing and hurts nobody."""
+    """Warnings of what changes nothing and hurts nobody; `pictures` are as the model reads them."""
     unused = sorted((request.said & _OPTIONS) - spec.takes)
     warnings = [f"{request.client_name(name)} has no effect in {mode} on {model.name}" for name in unused]
     if "negative_prompt" in request.said & spec.takes and negative_prompt is None:
@@ -231,6 +238,10 @@ def without_effect(
         warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
     if "output_quality" in request.said and not FORMATS[request.output_format].quality:
         warnings.append(f"output_quality has no effect on {request.output_format}")
+    if any(map(is_black, pictures.get("mask_image", ()))):
+        warnings.append(
+            f"mask_image changes nothing: only white is drawn anew, and none of its pixels is ({WHITE} or more of 255)"
+        )
     return warnings
 
 

@@ -191,6 +191,7 @@ def make_plan(
         decided["preserve_unmasked"] = request.preserve_unmasked
     if "image_prompt" in pictures:
         decided["image_prompt_scale"] = 1.0 if request.image_prompt_scale is None else request.image_prompt_scale
+    prepared = _prepared(pictures, spec, controls, size, drawn)
     return Plan(
         mode=mode,
         spec=spec,
@@ -200,13 +201,15 @@ def make_plan(
         canvas=drawn,
         steps=steps,
         batch_size=1 if spec.needs else batch_size,  # diffusers draws a picture's latents for the first seed alone
-        pictures=_prepared(pictures, spec, controls, size, drawn),
+        pictures=prepared,
         controls=controls,
         adapters=tuple(adapters),
         preview=request.preview,
         warnings=(
             *warnings,
-            *without_effect(request, model, steps, mode=mode, spec=spec, negative_prompt=negative_prompt),
+            *without_effect(
+                request, model, steps, mode=mode, spec=spec, negative_prompt=negative_prompt, pictures=prepared
+            ),
         ),
     )
 

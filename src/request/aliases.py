@@ -219,6 +219,18 @@ class Translation(NamedTuple):
     foreign: bool  # whether anything shows that it was written for another service
 
 
+def sent_names(received: Mapping[str, Any]) -> frozenset[str]:
+    """The names under which `received` says something, as the client wrote them."""
+    nested = received.get("parameters")
+    objects = (received, nested) if isinstance(nested, Mapping) else (received,)
+    return frozenset(name for fields in objects for name, value in fields.items() if _says(value))
+
+
+def _says(value: object) -> bool:
+    """Null and the empty text say nothing: forms send what was not filled in."""
+    return value is not None and value != ""
+
+
 def other_program(received: Mapping[str, Any]) -> Fault | None:
     """The one thing to say of a request that was meant for another program."""
     found = (Fault(name, why) for name, why in OTHER_PROGRAMS.items() if received.get(name) is not None)
@@ -229,17 +241,17 @@ def own_names(received: Mapping[str, Any]) -> Translation:
     """`received` under the fields' own names, with a fault where two names of one field disagree."""
     nested = received.get("parameters")  # Hugging Face's {"inputs": ..., "parameters": {...}}
     outer = {name: value for name, value in received.items() if name != "parameters"}
-    if nested is None:
+    if not _says(nested):
         return _translated(outer)
     if not isinstance(nested, Mapping):
         translation = _translated(outer)
         translation.faults.append(Fault("parameters", f"must be an object of fields, got {show(nested)}"))
         return translation
-    inner = {name: value for name, value in nested.items() if value is not None}
+    inner = {name: value for name, value in nested.items() if _says(value)}
     if "prompt" in inner and "inputs" in outer and not _same(outer["inputs"], inner["prompt"]):
         outer["image"] = outer.pop("inputs")  # its image-to-image
     translation = _translated({**outer, **inner})
-    if twice := [name for name in inner if outer.get(name) is not None and not _same(outer[name], inner[name])]:
+    if twice := [name for name in inner if _says(outer.get(name)) and not _same(outer[name], inner[name])]:
         message = f"repeats fields of the request with other values: {show(twice)}; send each once"
         translation.faults.append(Fault("parameters", message))
     return translation._replace(foreign=True)
@@ -249,18 +261,18 @@ def _translated(received: Mapping[str, Any]) -> Translation:
     second = {name for pair in _MORE_LORAS for name in pair}
     others = {*ALIASES, *_SIZES, *_MORE_IMAGES, *second, *_BORDERS, _LORA_SCALES, *WITHOUT_EFFECT, *INSTEAD}
     fields = {name: value for name, value in received.items() if name not in others}
-    said = {name: value for name, value in received.items() if name in others and value is not None and value != ""}
+    said = {name: value for name, value in received.items() if name in others and _says(value)}
     faults = [Fault(name, INSTEAD[name]) for name, value in said.items() if name in INSTEAD and value]
     warnings = [f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in said]
     came_as: dict[str, str] = {}
 
     def put(name: str, alias: str, value: object) -> None:
         came_as.setdefault(name, alias)
-        if fields.get(name) is not None and not _same(fields[name], value):
+        if _says(fields.get(name)) and not _same(fields[name], value):
             there, here = show(fields[name]), show(value)
             message = f"is another name of {name}, and they differ: {there} there, {here} here; send one"
             faults.append(Fault(alias, message))
-        elif fields.get(name) is None:
+        elif not _says(fields.get(name)):
             fields[name] = value
 
     # 1. Fields with another name

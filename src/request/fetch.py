@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from src import __version__
 from src.errors import Refused
 
 _CHUNK = 65_536  # bytes
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"flux-worker/{__version__}"}
 
 
 def is_url(text: str) -> bool:
@@ -29,7 +31,7 @@ def open_url(url: str, max_bytes: int, seconds: float, check: Callable[[], None]
 
     size, deadline = 0, time.monotonic() + seconds
     try:
-        with safe_get(url, timeout=10, max_bytes=max_bytes, headers={"Accept-Encoding": "identity"}) as answer:
+        with safe_get(url, timeout=10, max_bytes=max_bytes, headers=_HEADERS) as answer:
             if answer.status_code != 200:
                 raise Refused(f"could not be fetched: HTTP {answer.status_code}")
             while chunk := answer.raw.read1(_CHUNK):  # what has come: a dripping server must not outlast the deadline

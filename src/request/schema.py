@@ -48,6 +48,7 @@ CONTROL_OPTIONS: Mapping[str, str] = MappingProxyType(
         "preprocess": "preprocess",
     }
 )
+_AROUND = " \t\r\n\f\v\u00a0\u200b\ufeff\\\"'`\u2018\u2019\u201c\u201d"
 
 
 def _whole(value: object) -> object:
@@ -80,6 +81,12 @@ def _at_most(most: int) -> BeforeValidator:
 
 def _one_or_several(value: object) -> object:
     return value if isinstance(value, (list, tuple)) else [value]
+
+
+def unquoted(text: str) -> str:
+    """`text` without the blanks and quotes that shells, spreadsheets and Python's repr leave around it."""
+    text = text.strip(_AROUND)
+    return text[1:].strip(_AROUND) if text[:2] in ("b'", 'b"') else text
 
 
 def _picked(value: object) -> object:
@@ -121,7 +128,8 @@ Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
 Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
-Picture = StrictStr | None
+Source = Annotated[StrictStr, AfterValidator(unquoted)]
+Picture = Source | None
 _PICTURE = "a picture as base64, data URI or https URL"
 _SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
 _TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
@@ -130,7 +138,18 @@ _PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, withou
 _PROMPT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS}
 
 
-class Lora(BaseModel):
+class _Fields(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, received: Any) -> Any:
+        """Forms send what was not filled in as empty text: where a field may be left open, it says nothing."""
+        if not isinstance(received, Mapping):
+            return received
+        optional = {name for name, field in cls.model_fields.items() if field.default in (None, ())}
+        return {name: value for name, value in received.items() if value != "" or name not in optional}
+
+
+class Lora(_Fields):
     """One adapter of a request."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -141,12 +160,12 @@ class Lora(BaseModel):
     revision: StrictStr | None = None
 
 
-class Control(BaseModel):
+class Control(_Fields):
     """One picture that says where things are; None means what the ControlNet's row says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: StrictStr
+    image: Source
     type: StrictStr | None = None
     scale: Annotated[Number, Field(ge=0, le=2)] | None = None
     start: Annotated[Number, Field(ge=0, le=1)] = 0.0
@@ -174,7 +193,7 @@ class Borders(BaseModel):
         return self
 
 
-class Request(BaseModel):
+class Request(_Fields):
     """One valid request; None means the model's own default. Descriptions say what is allowed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -246,7 +265,7 @@ class Request(BaseModel):
     init_image: Picture = Field(None, description=_PICTURE)
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
     image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
-    init_images: Annotated[tuple[StrictStr, ...], _at_most(MAX_PICTURES)] = Field(
+    init_images: Annotated[tuple[Source, ...], _at_most(MAX_PICTURES)] = Field(
         (),
         description=f"a list of at most {MAX_PICTURES} pictures, each as init_image, for models that take several",
     )
@@ -282,6 +301,7 @@ class Request(BaseModel):
     _said: frozenset[str] | None = PrivateAttr(None)
     _foreign: bool = PrivateAttr(False)
     _came_as: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _mask_by_alpha: bool = PrivateAttr(False)
 
     def came_as(self, names: Mapping[str, str], *, foreign: bool) -> None:
         """Remember under which of another service's `names` fields came, and whether it was written for one."""
@@ -297,6 +317,11 @@ class Request(BaseModel):
         return self._came_as.get(name, name)
 
     @property
+    def mask_by_alpha(self) -> bool:
+        """Whether mask_image came under OpenAI's name, where what is transparent is drawn anew."""
+        return self._mask_by_alpha
+
+    @property
     def said(self) -> frozenset[str]:
         """The fields that say something else than their default does; null and nothing ("", []) say nothing."""
         if self._said is not None:
@@ -305,7 +330,7 @@ class Request(BaseModel):
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return frozenset(name for name, value in values.items() if value not in (fields[name].default, None, "", ()))
 
-    def as_lists(self) -> Request:
+    def as_lists(self, *, mask_by_alpha: bool = False) -> Request:
         """The same with init_image, control_image and lora_path as the first entries of their lists, and not beside
         them; `entry_field` knows where an entry came from.
         """
@@ -319,6 +344,7 @@ class Request(BaseModel):
             lists["loras"] = (Lora(path=self.lora_path, scale=self.lora_scale), *self.loras)
         request = self.model_copy(update=lists | {SINGLES[name]: None for name in lists})
         request._said = self.said | {SINGLES[name] for name in lists}
+        request._mask_by_alpha = mask_by_alpha
         return request
 
     def entry_field(self, name: str, i: int) -> str:
