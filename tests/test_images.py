@@ -403,6 +403,18 @@ def test_a_mask_whose_transparency_alone_says_something_is_read_by_it(name: str)
         assert [loaded.pictures["mask_image"][0].getpixel((x, 9)) for x in (2, 90)] == [255, 0]
 
 
+@pytest.mark.parametrize("name", ["mask", "mask_image"])
+def test_white_strokes_on_a_transparent_ground_are_drawn_anew(name: str) -> None:
+    """As an editor's canvas sends them: nothing that is opaque is to be kept."""
+    strokes = Image.new("RGBA", (96, 64), (0, 0, 0, 0))
+    strokes.paste((255, 255, 255, 255), (0, 0, 48, 64))
+    fields = {"init_image": PHOTO, name: strokes}
+    texts = {field: base64.b64encode(file_of(picture)).decode() for field, picture in fields.items()}
+    loaded = load_pictures(read_request({"input": {"prompt": "x", **texts}})[0], Job())
+    assert (loaded.faults, loaded.warnings) == ((), ())
+    assert [loaded.pictures["mask_image"][0].getpixel((x, 9)) for x in (2, 90)] == [255, 0]
+
+
 def test_a_mask_that_changes_nothing_is_named_in_a_warning() -> None:
     for level, warned in ((127, 1), (128, 0)):
         fields = {"init_image": PHOTO.resize((64, 64)), "mask_image": Image.new("L", (64, 64), level)}

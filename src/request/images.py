@@ -224,9 +224,13 @@ def _from_alpha(picture: Image.Image, always: bool) -> Image.Image | None:
     if not picture.has_transparency_data:
         return None
     alpha = picture.convert("RGBA").getchannel("A")
-    if is_black(alpha) or is_black(ImageOps.invert(alpha)) or not (always or is_black(_flat(picture, "L"))):
+    if is_black(alpha) or is_black(ImageOps.invert(alpha)):
         return None
-    return ImageOps.invert(alpha)
+    colours = _flat(picture, "L")
+    strokes = bool(
+        (np.asarray(colours)[np.asarray(alpha) >= WHITE] >= WHITE).all()
+    )  # white ones, of an editor's canvas
+    return ImageOps.invert(alpha) if is_black(colours) or (always and not strokes) else None
 
 
 def is_black(mask: Image.Image) -> bool:
