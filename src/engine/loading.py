@@ -140,13 +140,14 @@ def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantize
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
-    if quantizer and (restored := _restored(index, source, dtype, quantizer)):
+    restored = _restored(index, source, dtype, quantizer) if quantizer else None
+    if restored is not None:
         parts["transformer"] = restored
     parts |= load_networks(index, folder, dtype, but_for=parts)
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
-    if quantizer and "transformer" not in parts:
+    if quantizer and restored is None:
         answers = quantizer.quantize(pipeline.transformer)
         quantizer.keep(pipeline.transformer, answers, quantizer.file(_fingerprint(source)))
     for name in processors:
