@@ -84,12 +84,14 @@ def endpoint() -> Iterator[runpod.Endpoint]:
         worker.wait(timeout=30)
 
 
+@pytest.mark.slow
 def test_runsync_gives_the_picture(endpoint: runpod.Endpoint) -> None:
     output: dict[str, Any] = endpoint.run_sync({"input": {"prompt": "a red circle", "seed": 1}}, timeout=180)
     assert output["status"] == "success"
     assert opened(output)[0].size == (128, 128)
 
 
+@pytest.mark.slow
 def test_run_gives_the_same_picture_later(endpoint: runpod.Endpoint) -> None:
     now = endpoint.run_sync({"input": {"prompt": "a red circle", "seed": 1}}, timeout=180)
     job = endpoint.run({"input": {"prompt": "a red circle", "seed": 1}})
@@ -99,6 +101,7 @@ def test_run_gives_the_same_picture_later(endpoint: runpod.Endpoint) -> None:
     assert status["output"]["images"] == now["images"]
 
 
+@pytest.mark.slow
 def test_a_bad_request_fails_with_the_contracts_text(endpoint: runpod.Endpoint) -> None:
     url = f"http://{endpoint.endpoint_id}/runsync"
     answer = requests.post(url, json={"input": {"prompt": "x", "width": 513}}, timeout=180).json()
