@@ -40,9 +40,9 @@ def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *,
     """
     networks = {}
     for name, class_name in _components(index):
-        found = getattr(_LIBRARIES.get(index[name][0]), class_name, None)
-        if name not in but_for and isinstance(found, type) and issubclass(found, _NETWORKS):
-            networks[name], report = found.from_pretrained(  # type: ignore[attr-defined]
+        found: Any = getattr(_LIBRARIES.get(index[name][0]), class_name, None)
+        if name not in but_for and _is_network(found):
+            networks[name], report = found.from_pretrained(
                 folder / name, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
             _check_report(name, report)
@@ -61,6 +61,10 @@ def check_vocabularies(pipeline: Any) -> None:
                     f"the vocabulary in tokenizer{suffix} has {words:,} words, and text_encoder{suffix} was made for "
                     f"{known:,}; download it again"
                 )
+
+
+def _is_network(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, _NETWORKS)
 
 
 def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

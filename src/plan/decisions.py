@@ -171,10 +171,8 @@ def decide_negative_prompt(
     scale = request.true_cfg_scale if name == "true_cfg_scale" else guidance_scale
     if scale > 1:
         return request.negative_prompt or "", []
-    if name in wrong or not (request.negative_prompt or "").strip():
-        return None, []
-    if request.foreign:  # RunPod's own example sends one
-        return None, []
+    if name in wrong or request.foreign or not (request.negative_prompt or "").strip():
+        return None, []  # RunPod's own example sends one, among its words for other fields
     message = f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out"
     return None, [Fault("negative_prompt", message)]
 

@@ -80,52 +80,52 @@ _BORDERS = ("left", "right", "top", "bottom")  # Black Forest Labs' expand
 _LORA_SCALES = "lora_scales"  # Replicate's, one for each of hf_loras
 
 
-def _because(why: str, *names: str) -> dict[str, str]:
-    return dict.fromkeys(names, why)
+def _each(value: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, value)
 
 
 # What they send that changes no picture here: taken with a warning that says why.
 WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
     {
-        **_because(
+        **_each(
             "this worker has no safety checker",
             "enable_safety_checker", "disable_safety_checker", "enable_safety_checks", "safety_checker",
             "safety_check", "safety_tolerance", "safety_filter_level", "moderation", "nsfw_filter", "apply_watermark",
         ),
-        **_because(
+        **_each(
             "prompts are read as they are",
             "prompt_upsampling", "prompt_upsample", "disable_pup", "enhance_prompt", "prompt_enhance",
             "enable_prompt_expansion", "expand_prompt", "prompt_expansion", "prompt_extend", "magic_prompt_option",
             "magic_prompt", "raw", "style", "interval", "grounding_search",
         ),
-        **_because(
+        **_each(
             "use the field speed (balanced or fast) instead",
             "go_fast", "acceleration", "speed_mode", "fast_mode", "juiced", "lora_fuse",
         ),
-        **_because(
+        **_each(
             "call /run or /runsync instead",
             "sync_mode", "enable_sync_mode", "sync", "stream", "async", "options", "wait_for_model", "use_cache",
         ),
-        **_because(
+        **_each(
             "send a webhook next to input, where RunPod reads it",
             "webhook", "webhook_url", "webhook_secret", "webhook_events_filter", "callback_url",
         ),
-        **_because(
+        **_each(
             "the worker's settings say whether pictures come in base64 or by URL",
             "response_format", "enable_base64_output", "return_base64", "output_type", "return_dict",
         ),
-        **_because("the worker draws with the model that it was started with", "model", "model_id", "model_name"),
-        **_because("requests are not told apart by who sent them", "user", "user_id", "metadata", "request_id"),
-        **_because(
+        **_each("the worker draws with the model that it was started with", "model", "model_id", "model_name"),
+        **_each("requests are not told apart by who sent them", "user", "user_id", "metadata", "request_id"),
+        **_each(
             "the worker uses the tokens of its own settings, and none that a request holds",
             "hf_api_token", "hf_token", "huggingface_token", "huggingface_api_token", "civitai_api_token",
             "civitai_token", "replicate_api_token", "api_token", "api_key", "token", "lora_token",
         ),
-        **_because("pictures are opaque and come whole", "background", "partial_images", "transparent_bg"),
-        **_because("FLUX has no refiner", "refine"),
-        **_because("send shift or scheduler instead", "base_shift", "max_shift", "sigma_schedule", "use_beta_schedule"),
-        **_because("true_cfg_scale above 1 alone turns guidance on", "use_real_cfg", "use_cfg_zero"),
-        **_because("canny edges are made in one way", "canny_low_threshold", "canny_high_threshold"),
+        **_each("pictures are opaque and come whole", "background", "partial_images", "transparent_bg"),
+        **_each("FLUX has no refiner", "refine"),
+        **_each("send shift or scheduler instead", "base_shift", "max_shift", "sigma_schedule", "use_beta_schedule"),
+        **_each("true_cfg_scale above 1 alone turns guidance on", "use_real_cfg", "use_cfg_zero"),
+        **_each("canny edges are made in one way", "canny_low_threshold", "canny_high_threshold"),
     }
 )  # fmt: skip
 
@@ -140,9 +140,9 @@ OTHER_PROGRAMS: Mapping[str, str] = MappingProxyType(
     {
         "workflow": "is a workflow of ComfyUI, which this worker does not run; send prompt, width, height, "
         "num_inference_steps and other fields directly in input instead",
-        **_because(_WEB_UI, "api", "payload"),
-        **_because(_OPENAI, "openai_route", "openai_input"),
-        **_because(
+        **_each(_WEB_UI, "api", "payload"),
+        **_each(_OPENAI, "openai_route", "openai_input"),
+        **_each(
             _REFINER, "refiner_inference_steps", "high_noise_frac", "refine_steps", "refiner_strength", "refiner_prompt"
         ),
     }
@@ -152,16 +152,16 @@ _CONTROLS = "is not read by this worker; send control_image with control_type, o
 _CONTROLS += "{image, type, scale, start, end}"
 INSTEAD: Mapping[str, str] = MappingProxyType(
     {
-        **_because(_CONTROLS, "controlnets", "controlnet_unions", "easycontrols", "control_loras"),
-        **_because(
+        **_each(_CONTROLS, "controlnets", "controlnet_unions", "easycontrols", "control_loras"),
+        **_each(
             "is not read by this worker; send the picture as image_prompt",
             "ip_adapters", "ip_adapter", "ip_adapter_image", "reference_image_url",
         ),
-        **_because(
+        **_each(
             "names a fine-tune that this worker does not have; send its adapter as lora_path",
             "finetune_id", "finetune_strength", "replicate_weights",
         ),
-        **_because("is not read by this worker; send an adapter as lora_path", "embeddings", "textual_inversions"),
+        **_each("is not read by this worker; send an adapter as lora_path", "embeddings", "textual_inversions"),
         "cfg_scale": "can mean two things for FLUX; send guidance_scale, or true_cfg_scale with negative_prompt",
         "s3Config": "is read next to input, not within it",
     }
@@ -187,21 +187,21 @@ VALUES: Mapping[str, Mapping[str, str | None]] = MappingProxyType(
         "output_quality": dict.fromkeys(("auto", "high", "hd", "standard", "medium", "low")),  # OpenAI's
         "output_format": {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"},
         "scheduler": {
-            **_because("euler", "euler", "k_euler", "flowmatcheulerdiscretescheduler", "flow_match_euler"),
-            **_because("dpmpp_2m", "dpm++ 2m", "k_dpmpp_2m", "dpmsolvermultistep", "dpmsolvermultistepscheduler"),
-            **_because("unipc", "uni_pc", "unipcmultistep", "unipcmultistepscheduler"),
-            **_because("deis", "deismultistep", "deismultistepscheduler"),
-            **_because("heun", "k_heun", "heundiscrete", "flowmatchheundiscretescheduler"),
-            **_because("lcm", "lcmscheduler", "flowmatchlcmscheduler"),
+            **_each("euler", "euler", "k_euler", "flowmatcheulerdiscretescheduler", "flow_match_euler"),
+            **_each("dpmpp_2m", "dpm++ 2m", "k_dpmpp_2m", "dpmsolvermultistep", "dpmsolvermultistepscheduler"),
+            **_each("unipc", "uni_pc", "unipcmultistep", "unipcmultistepscheduler"),
+            **_each("deis", "deismultistep", "deismultistepscheduler"),
+            **_each("heun", "k_heun", "heundiscrete", "flowmatchheundiscretescheduler"),
+            **_each("lcm", "lcmscheduler", "flowmatchlcmscheduler"),
         },
     }
 )
 # Keys of an entry of loras.
 LORA_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        **_because("path", "url", "lora", "lora_url", "lora_path", "lora_weights", "model", "model_id", "name", "repo"),
-        **_because("scale", "weight", "strength", "lora_scale", "lora_strength", "lora_weight"),
-        **_because("weight_name", "file", "filename"),
+        **_each("path", "url", "lora", "lora_url", "lora_path", "lora_weights", "model", "model_id", "name", "repo"),
+        **_each("scale", "weight", "strength", "lora_scale", "lora_strength", "lora_weight"),
+        **_each("weight_name", "file", "filename"),
     }
 )
 
@@ -217,13 +217,6 @@ class Translation(NamedTuple):
     warnings: list[str]
     came_as: Mapping[str, str]  # a field that came under another name, and that
     foreign: bool  # whether anything shows that it was written for another service
-
-
-def sent_names(received: Mapping[str, Any]) -> frozenset[str]:
-    """The names under which `received` says something, as the client wrote them."""
-    nested = received.get("parameters")
-    objects = (received, nested) if isinstance(nested, Mapping) else (received,)
-    return frozenset(name for fields in objects for name, value in fields.items() if _says(value))
 
 
 def _says(value: object) -> bool:
@@ -267,13 +260,12 @@ def _translated(received: Mapping[str, Any]) -> Translation:
     came_as: dict[str, str] = {}
 
     def put(name: str, alias: str, value: object) -> None:
-        came_as.setdefault(name, alias)
         if _says(fields.get(name)) and not _same(fields[name], value):
             there, here = show(fields[name]), show(value)
             message = f"is another name of {name}, and they differ: {there} there, {here} here; send one"
             faults.append(Fault(alias, message))
         elif not _says(fields.get(name)):
-            fields[name] = value
+            fields[name], came_as[name] = value, alias
 
     # 1. Fields with another name
     for alias, name in ALIASES.items():

@@ -85,7 +85,7 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> Loa
     While pictures are fetched other jobs may pass `job`, and its end ends the fetching.
     """
     sources = request.sources()
-    if any(is_url(unquoted(source)) for *_, source in sources):
+    if any(is_url(source) for *_, source in sources):
         job.step_aside()
     pictures: dict[str, tuple[Image.Image, ...]] = {}
     faults, found, room = [], list[str](), MAX_PIXELS_TOGETHER

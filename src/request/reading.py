@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from src.errors import Fault, InvalidRequest
-from src.request.aliases import other_program, own_names, sent_names
+from src.request.aliases import other_program, own_names
 from src.request.schema import CONTROL_OPTIONS, Request
 from src.wording import MAX_SHOWN, did_you_mean, show
 
@@ -54,7 +54,6 @@ def read_request(event: object) -> Reading:
     # 1. Other services' names, and names that nobody knows
     if fault := other_program(received):
         raise InvalidRequest([fault])
-    sent = sent_names(received)
     received, faults, warnings, came_as, foreign = own_names(received)
     fields = {name: value for name, value in received.items() if name in Request.model_fields}
     if fields.get("describe") is True:
@@ -91,8 +90,7 @@ def read_request(event: object) -> Reading:
         else:
             warnings += [f"{request.client_name(name)} {why}" for name, why in orphans.items()]
             request = request.model_copy(update={name: Request.model_fields[name].default for name in orphans})
-    by_alpha = "mask" in sent and "mask_image" not in sent
-    return Reading(request.as_lists(mask_by_alpha=by_alpha), tuple(faults), tuple(warnings))
+    return Reading(request.as_lists(), tuple(faults), tuple(warnings))
 
 
 def _orphans(request: Request, wrong: set[str]) -> dict[str, str]:

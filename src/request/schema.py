@@ -301,7 +301,6 @@ class Request(_Fields):
     _said: frozenset[str] | None = PrivateAttr(None)
     _foreign: bool = PrivateAttr(False)
     _came_as: Mapping[str, str] = PrivateAttr(default_factory=dict)
-    _mask_by_alpha: bool = PrivateAttr(False)
 
     def came_as(self, names: Mapping[str, str], *, foreign: bool) -> None:
         """Remember under which of another service's `names` fields came, and whether it was written for one."""
@@ -319,7 +318,7 @@ class Request(_Fields):
     @property
     def mask_by_alpha(self) -> bool:
         """Whether mask_image came under OpenAI's name, where what is transparent is drawn anew."""
-        return self._mask_by_alpha
+        return self.client_name("mask_image") == "mask"
 
     @property
     def said(self) -> frozenset[str]:
@@ -330,7 +329,7 @@ class Request(_Fields):
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return frozenset(name for name, value in values.items() if value not in (fields[name].default, None, "", ()))
 
-    def as_lists(self, *, mask_by_alpha: bool = False) -> Request:
+    def as_lists(self) -> Request:
         """The same with init_image, control_image and lora_path as the first entries of their lists, and not beside
         them; `entry_field` knows where an entry came from.
         """
@@ -344,7 +343,6 @@ class Request(_Fields):
             lists["loras"] = (Lora(path=self.lora_path, scale=self.lora_scale), *self.loras)
         request = self.model_copy(update=lists | {SINGLES[name]: None for name in lists})
         request._said = self.said | {SINGLES[name] for name in lists}
-        request._mask_by_alpha = mask_by_alpha
         return request
 
     def entry_field(self, name: str, i: int) -> str:
