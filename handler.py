@@ -126,13 +126,14 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
     request, faults, warnings = reading
     pictures, bad_pictures, odd_pictures = load_pictures(request, job)
     adapters, bad_adapters = AdapterStore(settings).load(request, job)
+    unfit_adapters, odd_adapters = engine.check_adapters(adapters)
     return make_plan(
         request,
-        (*faults, *bad_pictures, *bad_adapters, *engine.adapter_faults(adapters)),
+        (*faults, *bad_pictures, *bad_adapters, *unfit_adapters),
         engine.model,
         pictures,
         adapters,
-        warnings=(*warnings, *odd_pictures),
+        warnings=(*warnings, *odd_pictures, *odd_adapters),
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from src.engine.lora import Networks, read_adapter
 from src.engine.memory import free_memory, is_out_of_memory
-from src.errors import Fault, GenerationFailed, OutOfMemory, redact
+from src.errors import Fault, GenerationFailed, OutOfMemory, Refused, redact
 from src.request.adapters import Adapter
 
 
@@ -25,41 +23,36 @@ class Adapters:
         self._pipeline = pipeline
         self._limit = limit
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
-        self._fitting: set[str] = set()  # names of files that were checked
+        self._fitting: dict[
+            str, tuple[str, ...]
+        ] = {}  # names of files that were checked, and what is not applied of each
         self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
-        parts = {name: getattr(pipeline, name, None) for name in ("transformer", "text_encoder")}
-        self._parts = [part for part in parts.values() if isinstance(part, nn.Module)]
-        self._shapes = {
-            f"{part}.{name}": (layer.out_features, layer.in_features)
-            for part, network in parts.items()
-            if isinstance(network, nn.Module)
-            for name, layer in network.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
+        self._networks = Networks(pipeline)
+        self._parts = [getattr(pipeline, name) for name in self._networks.adaptable]
 
     @property
     def in_memory(self) -> tuple[str, ...]:
         """As they were asked for, the least recently used first."""
         return tuple(map(redact, list(self._loaded.values())))  # the list at one stroke: the device may be changing it
 
-    def faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
-        """Why adapters do not fit this model; takes no time of the device."""
-        found = []
+    def check(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
+        """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device."""
+        faults, warnings = [], []
         for adapter in adapters:
-            if adapter.name not in self._fitting:
-                reason = self._misfit(adapter.file)
-                if reason:
-                    found.append(Fault(adapter.field, reason))
-                else:
-                    self._fitting.add(adapter.name)
-        return found
+            try:
+                if adapter.name not in self._fitting:
+                    self._fitting[adapter.name] = read_adapter(adapter.file, self._networks).warnings
+                warnings += [f"{adapter.field}: {warning}" for warning in self._fitting[adapter.name]]
+            except Refused as error:
+                faults.append(Fault(adapter.field, str(error)))
+        return faults, warnings
 
     def use(self, adapters: Sequence[Adapter]) -> None:
         """Let exactly these count; whatever was set before does not matter.
 
         Raises OutOfMemory or GenerationFailed where one of them cannot be loaded.
         """
-        wanted = {adapter.name: adapter for adapter in adapters}
+        wanted = {adapter.name: adapter for adapter in adapters if adapter.asked.scale}  # a DoRA counts even at 0
         if not wanted:
             self._set_aside()
             return
@@ -95,7 +88,11 @@ class Adapters:
         path = adapter.summary()["path"]
         try:
             with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
-                self._pipeline.load_lora_weights(load_file(adapter.file), adapter_name=adapter.name)
+                weights = read_adapter(adapter.file, self._networks)
+                self._pipeline.load_lora_weights(dict(weights.lora), adapter_name=adapter.name)
+                for name, (delta, target) in weights.lokr.items():
+                    network, _, layer = name.partition(".")
+                    delta.put_into(getattr(self._pipeline, network).get_submodule(layer), adapter.name, target)
         except Exception as error:
             self._forget(adapter.name)
             if is_out_of_memory(error):
@@ -115,29 +112,3 @@ class Adapters:
     def _forget(self, name: str) -> None:
         self._loaded.pop(name, None)
         self._pipeline.delete_adapters(name)
-
-    def _misfit(self, file: Path) -> str:
-        """Why the file is no adapter of this model; empty where it is one.
-
-        A layer of [out, in] wants lora_A [rank, in] and lora_B [out, rank].
-        """
-        try:
-            tensors = type(self._pipeline).lora_state_dict(load_file(file))
-        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            return f"is no adapter in a format that diffusers reads ({type(error).__name__}: {error})"[:300]
-        layers = {name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
-        if not layers:
-            return "holds no LoRA layers"
-        if others := [name for name in tensors if ".lora_" not in name and "alpha" not in name]:
-            return f"holds more than LoRA layers, which would change the model for everybody: {', '.join(others)}"[:300]
-        for layer in sorted(layers):
-            here = self._shapes.get(layer)
-            if here is None:
-                return f"was made for another model: this one has no layer {layer}"
-            down, up = tensors.get(f"{layer}.lora_A.weight"), tensors.get(f"{layer}.lora_B.weight")
-            if down is None or up is None:
-                return f"is not complete: {layer} lacks lora_A or lora_B"
-            if (up.shape[0], down.shape[1]) != here or up.shape[1] != down.shape[0]:
-                there = f"{up.shape[0]}x{down.shape[1]}"
-                return f"was made for another model: {layer} is {here[0]}x{here[1]} here and {there} there"
-        return ""

@@ -117,9 +117,9 @@ class Engine:
             quantization=self._placed_pipeline.quantization,
         )
 
-    def adapter_faults(self, adapters: Sequence[Adapter]) -> list[Fault]:
-        """Why adapters do not fit this model; takes no time of the device."""
-        return self._adapters.faults(adapters)
+    def check_adapters(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
+        """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device."""
+        return self._adapters.check(adapters)
 
     def loaded(self) -> Loaded:
         """What is in memory, and where."""

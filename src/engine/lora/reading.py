@@ -1,0 +1,188 @@
+"""An adapter's file -> what is added to which layer of the model, or why it is no adapter of this model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from src.engine.lora.deltas import Kronecker, LowRank, hadamard, kronecker, low_rank
+from src.engine.lora.header import Header
+from src.engine.lora.names import AdaptedLayer, Target, flat, layers_by_name, split_prefix
+from src.engine.lora.tensors import LayerTensors, other_kind, split_name
+from src.errors import Refused
+
+_NAMES_SHOWN, _LETTERS_SHOWN = 3, 100
+_CALLED = {"text_encoder_2": "T5 (text_encoder_2)"}
+
+
+class Networks:
+    """The networks of a pipeline that adapters may be of, and those of them that take adapters."""
+
+    def __init__(self, pipeline: Any) -> None:
+        found = {name: getattr(pipeline, name, None) for name in ("transformer", "text_encoder", "text_encoder_2")}
+        networks = {name: network for name, network in found.items() if isinstance(network, nn.Module)}
+        self.adaptable = tuple(name for name in pipeline._lora_loadable_modules if name in networks)
+        self._latent_channels = getattr(networks["transformer"].config, "out_channels", None)
+        self._layers = {
+            name: layers_by_name(
+                {
+                    layer_name: (layer.out_features, layer.in_features)
+                    for layer_name, layer in network.named_modules()
+                    if isinstance(layer, nn.Linear)
+                }
+            )
+            for name, network in networks.items()
+        }
+
+    def find(self, name: str) -> tuple[str, str, AdaptedLayer | None]:
+        """Network, flat name and layer that `name` in a file means; network "" where none is named or knows it."""
+        network, rest = split_prefix(name)
+        names = (flat(rest), flat(rest).replace("_processor_", "_").removesuffix("_lora"))  # attention processors'
+        for each in [network] if network else self._layers:
+            for key in names:
+                if layer := self._layers.get(each, {}).get(key):
+                    return each, key, layer
+        return network, names[0], None
+
+    def widen(self, layer: LayerTensors, delta: LowRank) -> LowRank:
+        """`delta` for an x_embedder that reads more than latents: these come first (diffusers widens it so too)."""
+        spare = layer.adapted.in_features - delta.shape[1]
+        if layer.adapted.targets[0].layer != "x_embedder" or delta.shape[1] != self._latent_channels or spare <= 0:
+            return delta
+        return replace(delta, down=nn.functional.pad(delta.down, (0, spare)))
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What is added to which layer, by diffusers' names.
+
+    `lora` is a state dict with its alphas multiplied in; in it a LoRA of nothing stands for each layer of `lokr`.
+    `warnings` name what is not applied.
+    """
+
+    lora: Mapping[str, torch.Tensor]
+    lokr: Mapping[str, tuple[Kronecker, Target]]
+    warnings: tuple[str, ...] = ()
+
+
+def read_adapter(file: Path, networks: Networks) -> AdapterWeights:
+    """All of `file`, in float32. Raises Refused where it is no adapter of these networks, and says why."""
+    try:
+        with safe_open(file, "pt") as opened:
+            header = Header(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise Refused(f"is no safetensors file that can be read ({type(error).__name__}: {error})"[:300]) from error
+    layers, not_applied = _by_layer(tensors, networks)
+    deltas: dict[str, LowRank] = {}
+    lokr: dict[str, tuple[Kronecker, Target]] = {}
+    for layer in layers.values():
+        delta = _delta(layer, networks, header)
+        for target in layer.adapted.targets:
+            name = f"{layer.network}.{target.layer}"
+            if name in lokr or (name in deltas and isinstance(delta, Kronecker)):
+                raise Refused(f"adapts the layer {name} twice, one time as a LoKr, which cannot be added up here")
+            if isinstance(delta, Kronecker):
+                lokr[name] = delta, target
+                part = LowRank(torch.zeros(1, delta.shape[1]), torch.zeros(target.out_features, 1))
+            else:
+                part = delta.of(target)
+            deltas[name] = deltas[name].plus(part) if name in deltas else part
+    return AdapterWeights(_state_dict(deltas), lokr, _warnings(not_applied))
+
+
+def _by_layer(
+    tensors: Mapping[str, torch.Tensor], networks: Networks
+) -> tuple[Mapping[tuple[str, str], LayerTensors], Mapping[str, Sequence[str]]]:
+    """The tensors by the layers that a trainer saw, and the names of those whose network takes no adapters."""
+    layers: dict[tuple[str, str], LayerTensors] = {}
+    not_applied: dict[str, list[str]] = {}
+    unknown = []
+    names = {key: split_name(key) for key in tensors}
+    if not any(parameter for _, parameter in names.values()):
+        kind = next((f": it is {kind}, which is not applied here" for key in tensors if (kind := other_kind(key))), "")
+        raise Refused(f"holds no LoRA layers{kind}")
+    for key, (name, parameter) in names.items():
+        network, flat_name, adapted = networks.find(name or key)
+        if network and network not in networks.adaptable:
+            not_applied.setdefault(network, []).append(key)
+        elif not parameter:
+            unknown.append(key)
+        elif adapted is None:
+            raise Refused(f"was made for another model: this one has no layer {name[:_LETTERS_SHOWN]}")
+        else:
+            layer = layers.setdefault((network, flat_name), LayerTensors(network, name[:_LETTERS_SHOWN], adapted))
+            layer.add(parameter, tensors[key])
+    if unknown:
+        kind = next((f" ({kind})" for key in unknown if (kind := other_kind(key))), "")
+        raise Refused(
+            f"holds more than LoRA layers{kind}, which would change the model for everybody: {_shown(unknown)}"
+        )
+    if not layers:
+        raise Refused(f"holds layers of {' and '.join(not_applied)} alone, to which adapters are not applied here")
+    return layers, not_applied
+
+
+def _delta(layer: LayerTensors, networks: Networks, header: Header) -> LowRank | Kronecker:
+    """What `layer` adds to its weight, of that weight's shape. Raises Refused."""
+    adapted = layer.adapted
+    try:
+        if any(name.startswith("lokr_") for name in layer.tensors):
+            delta: LowRank | Kronecker = kronecker(layer.only("lokr_"))
+        elif any(name.startswith("hada_") for name in layer.tensors):
+            delta = hadamard(layer.only("hada_"))
+        else:
+            first = adapted.targets[0].layer
+            scale = partial(header.scale, layer.network, first)
+            delta = networks.widen(layer, low_rank(layer.only("lora_"), adapted.in_features, scale))
+    except Refused as error:
+        raise Refused(f"is not complete or not whole: {layer.name} {error}") from None
+    here = (adapted.out_features, adapted.in_features)
+    if delta.shape != here:
+        out, into = delta.shape
+        raise Refused(f"was made for another model: {layer.name} is {here[0]}x{here[1]} here and {out}x{into} there")
+    return delta
+
+
+def _state_dict(deltas: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
+    """The layers as diffusers loads them; what PEFT wants of all layers or of none is of all of a network's."""
+    state_dict = {}
+    with_bias = {_network(name) for name, delta in deltas.items() if delta.bias is not None}
+    with_magnitude = {_network(name) for name, delta in deltas.items() if delta.magnitude is not None}
+    for name, delta in deltas.items():
+        state_dict[f"{name}.lora_A.weight"] = delta.down.contiguous()
+        state_dict[f"{name}.lora_B.weight"] = delta.up.contiguous()
+        if _network(name) in with_bias:
+            state_dict[f"{name}.lora_B.bias"] = torch.zeros(delta.shape[0]) if delta.bias is None else delta.bias
+        if _network(name) in with_magnitude:
+            if delta.magnitude is None:
+                raise Refused(f"is a DoRA in some of its layers and none in others, {name} among them")
+            state_dict[f"{name}.lora_magnitude_vector"] = delta.magnitude
+    if bad := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
+        raise Refused(f"holds values that are not finite (NaN or infinity), as {_shown(bad)}: it is broken")
+    return state_dict
+
+
+def _network(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _warnings(not_applied: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(
+        f"{len(keys)} of its tensors are of {_CALLED.get(network, network)}, to which adapters are not applied here: "
+        f"{_shown(keys)}"
+        for network, keys in not_applied.items()
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first of `names`, each within its limit, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(name[:_LETTERS_SHOWN] for name in names[:_NAMES_SHOWN]) + more
