@@ -125,7 +125,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
     """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
     request, faults, warnings = reading
     pictures, bad_pictures, odd_pictures = load_pictures(request, job)
-    adapters, bad_adapters = AdapterStore(settings).load(request, job)
+    adapters, bad_adapters, old_adapters = AdapterStore(settings).load(request, job)
     unfit_adapters, odd_adapters = engine.check_adapters(adapters)
     return make_plan(
         request,
@@ -133,7 +133,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
         engine.model,
         pictures,
         adapters,
-        warnings=(*warnings, *odd_pictures, *odd_adapters),
+        warnings=(*warnings, *odd_pictures, *old_adapters, *odd_adapters),
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,

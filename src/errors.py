@@ -4,6 +4,7 @@
     ├── InvalidRequest          invalid_request       goes on
     ├── InvalidSettings         invalid_settings      does not start
     ├── ModelUnavailable        model_unavailable     does not start, or goes on where one request wanted more
+    ├── AdapterUnavailable      adapter_unavailable   goes on
     ├── OutOfMemory             out_of_memory         goes on
     ├── GenerationFailed        generation_failed     goes on
     ├── Cancelled               cancelled             goes on
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 _SECRETS = (
     re.compile(r"(?:hf|rpa)_[A-Za-z0-9]{8,}"),
     re.compile(
-        r"(?<=[?&])(?:X-Amz-[\w-]+|\w*(?:token|key|secret|signature|sig|password)\w*)=[^&\s'\"]+", re.IGNORECASE
+        r"(?<=[?&])(?:X-Amz-[\w-]+|[\w-]*(?:token|key|secret|signature|sig|password)[\w-]*)=[^&\s'\"]+", re.IGNORECASE
     ),
     re.compile(r"(?<=[Bb]earer )[^\s'\"]+"),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
@@ -52,6 +53,11 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message
+
+
+@dataclass(frozen=True)
+class WorkerFault(Fault):
+    """What hinders a field of a request, and the client cannot help."""
 
 
 class Refused(Exception):
@@ -104,6 +110,12 @@ class InvalidRequest(WorkerError):
         return {**response, "errors": errors}
 
 
+def refusal(faults: Sequence[Fault]) -> WorkerError:
+    """The error that tells `faults`: all that a client can mend, or else what the operator has to."""
+    clients = [fault for fault in faults if not isinstance(fault, WorkerFault)]
+    return InvalidRequest(clients) if clients else AdapterUnavailable("; ".join(map(str, faults)))
+
+
 class InvalidSettings(WorkerError):
     """Environment variables with no usable value; the message names all of them."""
 
@@ -114,6 +126,12 @@ class ModelUnavailable(WorkerError):
     """The model, or what one request wants beside it, cannot be loaded, and why."""
 
     code = "model_unavailable"
+
+
+class AdapterUnavailable(WorkerError):
+    """An adapter cannot be had now, by a trouble of the worker's own: its disk, its way to the hub."""
+
+    code = "adapter_unavailable"
 
 
 class OutOfMemory(WorkerError):

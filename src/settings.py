@@ -69,6 +69,7 @@ class Settings(BaseModel):
     model_name: str = Field("FLUX.1-dev", description="a row of the catalog, a hub id or a local folder")
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
     hf_token: SecretStr | None = Field(None, description="Hugging Face access token; gated models need one")
+    civitai_token: SecretStr | None = Field(None, description="Civitai's API key; some of its adapters need one")
     controlnets: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="ControlNets to load at the start and to prefer, by name; others load when first asked for"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -223,10 +224,48 @@ def test_the_hub_is_asked_once_and_the_cache_keeps_within_its_size(ask: Ask, hub
     assert pixels(ask(loras=[{"path": "someone/outline", "revision": REVISION, "scale": 0.7}])) == styled
     hub.down = True
     try:
-        assert "could not be downloaded" in refused(ask(lora_path="someone/outline/y.safetensors"))["lora_path"]
+        answer = ask(lora_path="someone/outline/y.safetensors")
+        assert answer["error"] == "adapter_unavailable: lora_path: could not be downloaded: the hub answered HTTP 503"
     finally:
         hub.down = False
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_repo_that_changed_gives_another_picture_and_a_hub_that_is_down_a_warning(
+    ask: Ask, hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def a_minute_passes() -> None:
+        for file in (tmp_path / "cache").rglob("origin.json"):
+            os.utime(file, (time.time() - 61, time.time() - 61))
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    other_adapter(folder, "style.safetensors", seed=1)
+    hub.repos["someone/moving"] = Repo(folder)
+    address = "https://huggingface.co/someone/moving/blob/main/style.safetensors"
+    first = ask(lora_path=address)
+    assert first["metadata"]["loras"] == [
+        {"path": "someone/moving/style.safetensors", "revision": "main", "scale": 0.7}
+    ]
+    other_adapter(folder, "style.safetensors", seed=2)
+    a_minute_passes()
+    second = ask(lora_path=address)
+    assert pixels(second) != pixels(first)
+    a_minute_passes()
+    hub.down = True
+    try:
+        third = ask(lora_path=address)
+        assert pixels(third) == pixels(second)
+        (warning,) = third["metadata"]["warnings"]
+        assert warning.startswith("lora_path may be old: what was fetched before is used")
+        caplog.clear()
+        failed = ask(loras=[{"path": "someone/other"}])
+        assert failed["error"].startswith("adapter_unavailable: loras.0: could not be downloaded")
+        assert {record.levelname for record in caplog.records} == {"ERROR"}
+        both = ask(loras=[{"path": "someone/other"}, {"path": "huggingface.co/spaces/a/b"}], num_images=9)
+        assert set(refused(both)) == {"loras.1", "num_images"}
+    finally:
+        hub.down = False
 
 
 def stored(folder: Path, hub: Hub, count: int) -> list[str]:
@@ -258,7 +297,7 @@ def test_the_cache_drops_what_was_not_used_for_longest_and_nobody_holds(hub: Hub
     asked = hub.requests
     library.load(asking(names[0], names[2]), Job())
     assert hub.requests == asked, "the second was the one that went"
-    held, faults = library.load(asking(*names[1:]), Job())
+    held, faults, _ = library.load(asking(*names[1:]), Job())
     assert faults == ()
     assert all(adapter.file.is_file() for adapter in held), "more than the limit while one request holds them"
     del held
@@ -269,7 +308,7 @@ def test_the_cache_drops_what_was_not_used_for_longest_and_nobody_holds(hub: Hub
 def test_a_file_too_large_for_the_cache_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
     (name,) = stored(tmp_path, hub, 1)
     library = AdapterStore(Settings(lora_cache_dir=tmp_path / "cache", lora_cache_gb=0.002))
-    adapters, (fault,) = library.load(asking(name), Job())
+    adapters, (fault,), _ = library.load(asking(name), Job())
     assert "bytes, more than the 0.002 GB of LORA_CACHE_GB" in fault.message
     assert (adapters, list((tmp_path / "cache").iterdir())) == ((), [])
 

@@ -48,6 +48,8 @@ def test_the_traceback_leads_to_the_cause() -> None:
         ("token hf_abcdefghij0123456789 refused", "hf_abcdefghij0123456789"),
         ("{'Authorization': 'Bearer abc.def'}", "abc.def"),
         ("http://user:geheim@host/x", "geheim"),
+        ("https://civitai.com/api/download/models/4?type=Model&token=geheim", "geheim"),
+        ("https://storage.test/x?X-Goog-Signature=geheim&x=1", "geheim"),
         ("data:image/png;base64," + "iVBORw0KGgo" * 40, "iVBORw0KGgo"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_server_that_wants_to_be_left_alone_for_long_is(web: Web) -> None:
         assert len(web.asked) == 1
 
 
-def test_a_job_that_is_told_to_stop_does_not_wait(web: Web) -> None:
+def test_a_job_that_is_cancelled_does_not_wait(web: Web) -> None:
     started = time.monotonic()
 
     def stop() -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from src.catalog import EVERY_MODE_TAKES, Model, ModeSpec
-from src.errors import Fault, InvalidRequest
+from src.errors import Fault, refusal
 from src.plan.controls import PlannedControl, decide_controls
 from src.plan.decisions import (
     check_adapters,
@@ -124,7 +124,8 @@ def make_plan(
     Of several ControlNets that read the same, those named in `controlnets` are preferred. `faults` and `warnings` are
     those of reading the request.
 
-    Raises InvalidRequest with the `faults` and those that only the model's row shows.
+    Raises InvalidRequest with the `faults` and those that only the model's row shows, or AdapterUnavailable where
+    nothing else hinders.
     """
     found = list(faults)
     wrong = {fault.field.partition(".")[0] for fault in faults}
@@ -160,7 +161,7 @@ def make_plan(
     found += check_references(request, model, spec, pictures)
     found += check_adapters(adapters)
     if found:
-        raise InvalidRequest(found)
+        raise refusal(found)
 
     # 4. All of it, as one request with nothing left open
     first = secrets.randbelow(_PICKED_SEEDS) if request.seed is None else request.seed

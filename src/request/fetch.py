@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import brotli
 from backports import zstd
@@ -117,9 +117,10 @@ def _get(url: str, max_bytes: int, headers: Mapping[str, str]) -> requests.Respo
     """The answer to a GET of `url`, which leads to no private address, also by way of redirects."""
     import requests
     from runpod.serverless.utils.rp_ssrf import safe_get
+    from urllib3.util import parse_url  # as it is dialled; urllib.parse reads some addresses otherwise
 
     sent = {**_HEADERS, **headers}
-    host = urlsplit(url).hostname
+    host = parse_url(url).host
     for _ in range(_REDIRECTS if "Authorization" in headers else 0):
         # The SDK would hand the token on to wherever it is led. Who sends one has chosen the host.
         answer = requests.get(url, headers=sent, allow_redirects=False, stream=True, timeout=_TIMEOUT)
@@ -127,7 +128,7 @@ def _get(url: str, max_bytes: int, headers: Mapping[str, str]) -> requests.Respo
             return answer
         answer.close()
         url = urljoin(url, answer.headers["Location"])
-        if not is_url(url) or urlsplit(url).hostname != host:
+        if not is_url(url) or parse_url(url).host != host:
             break
     sent.pop("Authorization", None)
     return safe_get(url, timeout=_TIMEOUT, max_bytes=max_bytes, headers=sent)  # type: ignore[no-any-return]
