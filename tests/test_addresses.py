@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from huggingface_hub import constants
 
 from src.errors import Refused
 from src.request.addresses import HubFile, WebFile, check_beginning, read_address
@@ -62,6 +63,15 @@ def test_ids_may_hold_a_revision(path: str, revision: str | None, weight_name: s
     read_as = read(path)
     assert isinstance(read_as, HubFile)
     assert (read_as.repo, read_as.revision, read_as.weight_name) == ("owner/name", revision, weight_name)
+
+
+@pytest.mark.parametrize("endpoint", ["https://mirror.test", "http://mirror.test:8080", "https://mirror.test/hub/"])
+def test_a_mirrors_addresses_are_the_hubs(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    for address in (f"{endpoint.rstrip('/')}", "https://huggingface.co", "https://huggingface.co:443"):
+        read_as = read(f"{address}/owner/name/blob/main/x.safetensors")
+        assert isinstance(read_as, HubFile)
+        assert (read_as.repo, read_as.revision, read_as.weight_name) == ("owner/name", "main", "x.safetensors")
 
 
 def test_weight_name_and_revision_may_say_the_same_again_or_more() -> None:

@@ -176,8 +176,9 @@ def read_address(lora: Lora) -> HubFile | WebFile:
         path = f"{_DOWNLOAD}{air[1]}"
     scheme, bare = _split(path)
     if scheme in ("", "http", "https", "hf"):
-        if scheme == "hf" or re.match(rf"{_hub()}(?:[/?#]|\Z)", bare, re.IGNORECASE):
-            return _on_the_hub(bare if scheme == "hf" else bare.partition("/")[2], lora)
+        hub = re.match(rf"{_hub()}(?=[/?#]|\Z)", bare, re.IGNORECASE)
+        if hub or scheme == "hf":
+            return _on_the_hub(bare[hub.end() if hub else 0 :], lora)
         for pattern, advice in _PAGES:
             if page := pattern.fullmatch(bare):
                 raise Refused(page.expand(advice))
@@ -223,7 +224,7 @@ def _split(path: str) -> tuple[str, str]:
 
 def _hub() -> str:
     """The hub's hosts and that of its mirror, HF_ENDPOINT, as a pattern."""
-    return rf"(?:{_HUB}|{re.escape(_split(constants.ENDPOINT)[1].strip('/'))})"
+    return rf"(?:{_HUB}(?::\d+)?|{re.escape(_split(constants.ENDPOINT)[1].strip('/'))})"
 
 
 def _on_the_web(url: str, host: Host | None, lora: Lora) -> WebFile:
