@@ -39,6 +39,7 @@ from src.request.addresses import (
 from src.request.fetch import Headers, HttpError, NotModified, Unreachable, is_url, open_url
 from src.request.schema import Lora, Request, reference
 from src.settings import Settings
+from src.wording import show
 
 _SUFFIX, _PARTIAL, _ORIGIN = SUFFIX, ".partial", "origin.json"
 _FETCH_SECONDS = 600
@@ -242,7 +243,7 @@ class AdapterStore:
         # Without the retries of list_repo_files, which take half a minute where the hub is down.
         info = model_info(address.repo, revision=address.revision or "main", token=self._token, timeout=_HUB_SECONDS)
         files = [file.rfilename for file in info.siblings or ()]
-        inside, where = (f"{address.folder}/", f" in {address.folder}") if address.folder else ("", "")
+        inside, where = (f"{address.folder}/", f" in {show(address.folder)}") if address.folder else ("", "")
         found = [name for name in files if name.startswith(inside) and name.endswith(_SUFFIX)]
         if not found:
             raise Refused(f"holds no {_SUFFIX} file{where}, and other formats can run code")

@@ -154,7 +154,8 @@ def _explained() -> Iterator[None]:
     except (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError) as error:
         raise Unreachable(f"could not be fetched: the server said nothing for {_TIMEOUT} seconds") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise Unreachable(f"could not be fetched: the connection broke ({type(error).__name__})") from error
+        kind = type(error).__name__
+        raise Unreachable(f"could not be fetched: the server cannot be reached, or hung up ({kind})") from error
 
 
 def _refused(answer: requests.Response) -> Refused:
