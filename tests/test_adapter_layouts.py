@@ -131,8 +131,8 @@ def diffusers(at: Shape) -> Layout:
 @layout
 def diffusers_alpha_in_the_header(at: Shape) -> Layout:
     down, up = at.pair(OUT)
-    told = header(r=8, lora_alpha=8, alpha_pattern={"attn.to_out.0": 1}, target_modules=["to_out.0"])
-    return Layout(peft(OUT, down, up), {OUT: up @ down / RANK}, told)
+    metadata = header(r=8, lora_alpha=8, alpha_pattern={"attn.to_out.0": 1}, target_modules=["to_out.0"])
+    return Layout(peft(OUT, down, up), {OUT: up @ down / RANK}, metadata)
 
 
 @layout
@@ -421,7 +421,10 @@ def kohya_dora_of_fused_layers(at: Shape) -> Layout:
 def dora_of_columns(at: Shape) -> Layout:
     down, up = at.pair(OUT)
     name = "lora_unet_double_blocks_0_img_attn_proj"
-    return Layout({**kohya(name, down, up), f"{name}.dora_scale": randn(1, 160)}, says="only those of rows are applied")
+    return Layout(
+        {**kohya(name, down, up), f"{name}.dora_scale": randn(1, 160)},
+        says="where only one for each of its 160 rows can be applied",
+    )
 
 
 @layout

@@ -41,7 +41,7 @@ from src.request.schema import Lora, Request, reference
 from src.settings import Settings
 from src.wording import show
 
-_SUFFIX, _PARTIAL, _ORIGIN = SUFFIX, ".partial", "origin.json"
+_PARTIAL, _ORIGIN = ".partial", "origin.json"
 _FETCH_SECONDS = 600
 _HUB_SECONDS = 10  # for a word of the hub
 _FRESH_SECONDS = 60  # jobs that come one after another ask an address once, and what changed there is seen in a minute
@@ -147,7 +147,6 @@ class AdapterStore:
             field = request.entry_field("loras", i)
             try:
                 file, asked, note = self._find(lora, job)
-                _check_header(file)
                 stat = file.stat()
                 digest = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
                 adapter = Adapter(f"lora_{digest[:16]}", file, asked, field)
@@ -192,8 +191,8 @@ class AdapterStore:
                 return None
         except (OSError, ValueError):  # too long for a name, or no name at all
             return None
-        if file.suffix != _SUFFIX:
-            raise Refused(f"is not a {_SUFFIX} file, and other formats can run code")
+        if file.suffix != SUFFIX:
+            raise Refused(f"is not a {SUFFIX} file, and other formats can run code")
         return file
 
     # What fetches a file, unless it is the one that is known
@@ -204,7 +203,7 @@ class AdapterStore:
         headers = Headers(known.conditions())
         if token:
             headers.sent = {**headers.sent, "Authorization": f"Bearer {token.get_secret_value()}"}
-        file, beginning = folder / f"adapter{_SUFFIX}", b""
+        file, beginning = folder / f"adapter{SUFFIX}", b""
         try:
             with file.open("wb") as target:
                 for chunk in open_url(address.url, self._most_bytes, _FETCH_SECONDS, check, headers):
@@ -244,12 +243,12 @@ class AdapterStore:
         info = model_info(address.repo, revision=address.revision or "main", token=self._token, timeout=_HUB_SECONDS)
         files = [file.rfilename for file in info.siblings or ()]
         inside, where = (f"{address.folder}/", f" in {show(address.folder)}") if address.folder else ("", "")
-        found = [name for name in files if name.startswith(inside) and name.endswith(_SUFFIX)]
+        found = [name for name in files if name.startswith(inside) and name.endswith(SUFFIX)]
         if not found:
-            raise Refused(f"holds no {_SUFFIX} file{where}, and other formats can run code")
+            raise Refused(f"holds no {SUFFIX} file{where}, and other formats can run code")
         if len(found) != 1:
             raise Refused(
-                f"holds {len(found)} {_SUFFIX} files{where}; say which with weight_name: {', '.join(found[:8])}"
+                f"holds {len(found)} {SUFFIX} files{where}; say which with weight_name: {', '.join(found[:8])}"
             )
         return found[0]
 
@@ -287,7 +286,7 @@ class AdapterStore:
         with _trimming:
             folders = [folder for folder in self._cache.glob(f"{digest}*") if folder.suffix != _PARTIAL]
             for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
-                for file in sorted(folder.rglob(f"*{_SUFFIX}")):
+                for file in sorted(folder.rglob(f"*{SUFFIX}")):
                     with suppress(Refused, FileNotFoundError):  # or dropped by another process
                         _check_whole(file)
                         _touch(folder)
@@ -464,12 +463,4 @@ def _check_whole(file: Path) -> None:
         with safe_open(file, "np"):  # reads the header and compares the length
             pass
     except SafetensorError as error:
-        raise Refused(f"is not a complete {_SUFFIX} file ({error})"[:200]) from None
-
-
-def _check_header(file: Path) -> None:
-    try:
-        with safe_open(file, "np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise Refused(f"is not a complete {_SUFFIX} file ({error})"[:200]) from None
+        raise Refused(f"is not a complete {SUFFIX} file ({error})"[:200]) from None

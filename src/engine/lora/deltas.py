@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from src.engine.lora.names import Target
+from src.engine.lora.tensors import LayerTensors
 from src.errors import Refused
 
 
@@ -64,61 +65,68 @@ class Kronecker:
         layer.lora_B[adapter_name] = KroneckerUp(self.w1.to(like), target)
 
 
-def low_rank(tensors: Mapping[str, torch.Tensor], in_features: int, scale: Callable[[int], float]) -> LowRank:
+def low_rank(layer: LayerTensors, scale: Callable[[int], float]) -> LowRank:
     """Of a LoRA, whose delta is alpha / rank * up @ down; without an alpha `scale` says what a rank is scaled by.
 
     https://arxiv.org/abs/2106.09685, section 4.1. A bias alone is a LoRA of nothing. Raises Refused.
     """
-    down, up, bias = tensors.get("lora_A"), tensors.get("lora_B"), tensors.get("bias")
+    tensors, (out, into) = layer.only("lora_"), layer.shape
+    down, up, bias = tensors.get("lora_A"), tensors.get("lora_B"), layer.vector("bias")
     if down is None and up is None and bias is not None:
-        down, up = torch.zeros(1, in_features), torch.zeros(len(bias), 1)
+        return LowRank(torch.zeros(1, into), torch.zeros(out, 1), bias)
     if down is None or up is None:
-        raise Refused("lacks lora_A or lora_B")
-    down, up = _matrix(down), _matrix(up)
-    if up.shape[1] != down.shape[0]:
-        raise Refused(f"has lora_A of rank {down.shape[0]} and lora_B of rank {up.shape[1]}")
-    rank = down.shape[0]
-    factor = _alpha(tensors) / rank if "alpha" in tensors else scale(rank)
-    if (inner := tensors.get("lora_B.bias")) is not None:
+        raise Refused(f"is not complete: {layer.name} lacks lora_A or lora_B")
+    down, up = layer.matrix("lora_A"), layer.matrix("lora_B")
+    rank = _rank(layer, down.shape[0], up.shape[1])
+    layer.check_shape(up.shape[0], down.shape[1])
+    factor = layer.alpha / rank if layer.alpha is not None else scale(rank)
+    if (inner := layer.vector("lora_B.bias")) is not None:
         bias = inner * factor + (0 if bias is None else bias)
-    return LowRank(down, up * factor, bias, _magnitude(tensors, up.shape[0]))
+    return LowRank(down, up * factor, bias, layer.vector("lora_magnitude_vector"))
 
 
-def hadamard(tensors: Mapping[str, torch.Tensor]) -> LowRank:
+def hadamard(layer: LayerTensors) -> LowRank:
     """Of a LoHa, whose delta is alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), element by element.
 
-    https://arxiv.org/abs/2108.06098, proposition 1. The product of two matrices of rank r is one of rank r * r, whose
-    factors are the products of each column, and row, of the one's with each of the other's.
+    https://arxiv.org/abs/2108.06098, proposition 1: such a product of two matrices of rank r has rank r * r at most.
+    Raises Refused.
     """
-    w1_a, w1_b, w2_a, w2_b = (_matrix(_required(tensors, f"hada_{x}")) for x in ("w1_a", "w1_b", "w2_a", "w2_b"))
-    if len({w1_a.shape[1], w1_b.shape[0], w2_a.shape[1], w2_b.shape[0]}) > 1 or w1_a.shape != w2_a.shape:
-        raise Refused("has hada_w1 and hada_w2 of different shapes")
-    rank = w1_b.shape[0]
-    scale = _alpha(tensors) / rank if "alpha" in tensors else 1.0
-    up = torch.einsum("or,os->ors", w1_a, w2_a).flatten(1) * scale
-    down = torch.einsum("ri,si->rsi", w1_b, w2_b).flatten(0, 1)
-    return LowRank(down, up, tensors.get("bias"), _magnitude(tensors, up.shape[0]))
+    layer.only("hada_")
+    w1_a, w1_b, w2_a, w2_b = (layer.matrix(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    rank = _rank(layer, w1_a.shape[1], w1_b.shape[0], w2_a.shape[1], w2_b.shape[0])
+    for a, b in ((w1_a, w1_b), (w2_a, w2_b)):
+        layer.check_shape(a.shape[0], b.shape[1])
+    if rank * rank < w1_b.shape[1]:
+        up = torch.einsum("or,os->ors", w1_a, w2_a).flatten(1)
+        down = torch.einsum("ri,si->rsi", w1_b, w2_b).flatten(0, 1)
+    else:  # thin no more
+        up, down = (w1_a @ w1_b) * (w2_a @ w2_b), torch.eye(w1_b.shape[1])
+    factor = layer.alpha / rank if layer.alpha is not None else 1.0
+    return LowRank(down, up * factor, layer.vector("bias"), layer.vector("lora_magnitude_vector"))
 
 
-def kronecker(tensors: Mapping[str, torch.Tensor]) -> Kronecker:
+def kronecker(layer: LayerTensors) -> Kronecker:
     """Of a LoKr, whose delta is kron(w1, w2), either of which may be a product itself and is then scaled.
 
     https://arxiv.org/abs/2309.14859, section 3.3; alpha has a meaning only where there is a rank, as in LyCORIS.
+    Raises Refused.
     """
+    tensors = layer.only("lokr_")
     if extra := tensors.keys() & {"lora_magnitude_vector", "bias"}:
-        raise Refused(f"is a LoKr with {', '.join(sorted(extra))}, which is not applied here")
-    scale, factors = 1.0, []
+        raise Refused(f"is a LoKr with a {extra.pop()} in {layer.name}, which is not applied here")
+    pairs, factor = [], 1.0
     for name in ("lokr_w1", "lokr_w2"):
-        if (whole := tensors.get(name)) is not None:
-            factors.append(_matrix(whole))
+        if name in tensors:
+            w = layer.matrix(name)
+            pairs.append((w, torch.eye(w.shape[1])))
             continue
-        a, b = _matrix(_required(tensors, f"{name}_a")), _matrix(_required(tensors, f"{name}_b"))
-        if a.shape[1] != b.shape[0]:
-            raise Refused(f"has {name}_a of rank {a.shape[1]} and {name}_b of rank {b.shape[0]}")
-        if "alpha" in tensors:
-            scale = _alpha(tensors) / b.shape[0]
-        factors.append(a @ b)
-    return Kronecker(factors[0] * scale, factors[1])
+        a, b = layer.matrix(f"{name}_a"), layer.matrix(f"{name}_b")
+        rank = _rank(layer, a.shape[1], b.shape[0])
+        factor = layer.alpha / rank if layer.alpha is not None else 1.0
+        pairs.append((a, b))
+    (a1, b1), (a2, b2) = pairs
+    layer.check_shape(a1.shape[0] * a2.shape[0], b1.shape[1] * b2.shape[1])
+    return Kronecker(a1 @ b1 * factor, a2 @ b2)
 
 
 class KroneckerDown(nn.Module):
@@ -147,33 +155,7 @@ class KroneckerUp(nn.Module):
         return torch.cat([whole[..., rows] for rows in self._target.rows], dim=-1)
 
 
-def _required(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    if name not in tensors:
-        raise Refused(f"lacks {name}")
-    return tensors[name]
-
-
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """Of [out, in], or of a convolution's [out, in, 1, 1], as some trainers keep linear layers."""
-    if tensor.ndim < 2 or tensor.shape[2:].numel() != 1 or 0 in tensor.shape:
-        raise Refused(f"has a tensor of {'x'.join(map(str, tensor.shape)) or 'one number'} where a matrix belongs")
-    return tensor.flatten(1)
-
-
-def _alpha(tensors: Mapping[str, torch.Tensor]) -> float:
-    alpha = tensors["alpha"]
-    if alpha.numel() != 1:
-        raise Refused(f"has an alpha of {'x'.join(map(str, alpha.shape))}, which must be one number")
-    return alpha.item()
-
-
-def _magnitude(tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor | None:
-    """A DoRA's, one number for each row of the weight."""
-    magnitude = tensors.get("lora_magnitude_vector")
-    if magnitude is None:
-        return None
-    if magnitude.shape[0] != out_features or magnitude.numel() != out_features:
-        raise Refused(
-            f"is a DoRA with magnitudes of {'x'.join(map(str, magnitude.shape))}, where only those of rows are applied"
-        )
-    return magnitude.flatten()
+def _rank(layer: LayerTensors, *ranks: int) -> int:
+    if len(set(ranks)) > 1:
+        raise Refused(f"is not complete: {layer.name} has factors of ranks {', '.join(map(str, ranks))}")
+    return ranks[0]

@@ -17,6 +17,7 @@ _PREFIXES = {
     "lycoris_": "",  # LyCORIS, SimpleTuner
     "base_model.model.": "",  # PEFT
     "model.diffusion_model.": "transformer",  # ComfyUI
+    "model.": "",
     "diffusion_model.": "transformer",  # ComfyUI, ai-toolkit
     "transformer.": "transformer",  # diffusers
     "unet.": "transformer",

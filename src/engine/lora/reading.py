@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ class Networks:
     def __init__(self, pipeline: Any) -> None:
         found = {name: getattr(pipeline, name, None) for name in ("transformer", "text_encoder", "text_encoder_2")}
         networks = {name: network for name, network in found.items() if isinstance(network, nn.Module)}
-        self.adaptable = tuple(name for name in pipeline._lora_loadable_modules if name in networks)
-        self._latent_channels = getattr(networks["transformer"].config, "out_channels", None)
+        self.adaptable = tuple(name for name in getattr(pipeline, "_lora_loadable_modules", ()) if name in networks)
+        config = getattr(networks.get("transformer"), "config", None)
+        self._latent_channels: int = getattr(config, "out_channels", None) or 0
         self._layers = {
             name: layers_by_name(
                 {
@@ -51,12 +52,13 @@ class Networks:
                     return each, key, layer
         return network, names[0], None
 
-    def widen(self, layer: LayerTensors, delta: LowRank) -> LowRank:
-        """`delta` for an x_embedder that reads more than latents: these come first (diffusers widens it so too)."""
-        spare = layer.adapted.in_features - delta.shape[1]
-        if layer.adapted.targets[0].layer != "x_embedder" or delta.shape[1] != self._latent_channels or spare <= 0:
-            return delta
-        return replace(delta, down=nn.functional.pad(delta.down, (0, spare)))
+    def widen(self, layer: LayerTensors) -> None:
+        """A LoRA for the latents alone fits an x_embedder that reads more: they come first, as diffusers has it."""
+        down = layer.tensors.get("lora_A")
+        if layer.adapted.targets[0].layer != "x_embedder" or down is None or down.ndim != 2:
+            return
+        if down.shape[1] == self._latent_channels < layer.shape[1]:
+            layer.tensors["lora_A"] = nn.functional.pad(down, (0, layer.shape[1] - down.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -132,23 +134,12 @@ def _by_layer(
 
 def _delta(layer: LayerTensors, networks: Networks, header: Header) -> LowRank | Kronecker:
     """What `layer` adds to its weight, of that weight's shape. Raises Refused."""
-    adapted = layer.adapted
-    try:
-        if any(name.startswith("lokr_") for name in layer.tensors):
-            delta: LowRank | Kronecker = kronecker(layer.only("lokr_"))
-        elif any(name.startswith("hada_") for name in layer.tensors):
-            delta = hadamard(layer.only("hada_"))
-        else:
-            first = adapted.targets[0].layer
-            scale = partial(header.scale, layer.network, first)
-            delta = networks.widen(layer, low_rank(layer.only("lora_"), adapted.in_features, scale))
-    except Refused as error:
-        raise Refused(f"is not complete or not whole: {layer.name} {error}") from None
-    here = (adapted.out_features, adapted.in_features)
-    if delta.shape != here:
-        out, into = delta.shape
-        raise Refused(f"was made for another model: {layer.name} is {here[0]}x{here[1]} here and {out}x{into} there")
-    return delta
+    if any(name.startswith("lokr_") for name in layer.tensors):
+        return kronecker(layer)
+    if any(name.startswith("hada_") for name in layer.tensors):
+        return hadamard(layer)
+    networks.widen(layer)
+    return low_rank(layer, partial(header.scale, layer.network, layer.adapted.targets[0].layer))
 
 
 def _state_dict(deltas: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
@@ -165,8 +156,6 @@ def _state_dict(deltas: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
             if delta.magnitude is None:
                 raise Refused(f"is a DoRA in some of its layers and none in others, {name} among them")
             state_dict[f"{name}.lora_magnitude_vector"] = delta.magnitude
-    if bad := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
-        raise Refused(f"holds values that are not finite (NaN or infinity), as {_shown(bad)}: it is broken")
     return state_dict
 
 

@@ -51,13 +51,53 @@ class LayerTensors:
     adapted: AdaptedLayer
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Features that go out of the model's layer and into it."""
+        return self.adapted.out_features, self.adapted.in_features
+
+    @property
+    def alpha(self) -> float | None:
+        """What the layer is scaled by, times its rank."""
+        return None if "alpha" not in self.tensors else self._of_size("alpha", 1).item()
+
     def add(self, parameter: str, tensor: torch.Tensor) -> None:
-        """Raises Refused where there is such a one already, or where its type is no adapter's."""
+        """Raises Refused where there is such a one already, or where its values are no weights."""
         if parameter in self.tensors:
             raise Refused(f"holds two adapters: {self.name} has {parameter} twice")
-        if not tensor.is_floating_point():
-            raise Refused(f"holds {str(tensor.dtype).removeprefix('torch.')} values in {self.name}, and no numbers")
+        if not tensor.is_floating_point() and parameter != "alpha":
+            raise Refused(
+                f"holds {str(tensor.dtype).removeprefix('torch.')} values in {self.name}, which are no weights"
+            )
         self.tensors[parameter] = tensor.float()
+        if not self.tensors[parameter].isfinite().all():
+            raise Refused(f"holds values that are not finite (NaN or infinity) in {self.name}: it is broken")
+
+    def matrix(self, parameter: str) -> torch.Tensor:
+        """Of [out, in], or of a convolution's [out, in, 1, 1], as some trainers keep linear layers. Raises Refused."""
+        if parameter not in self.tensors:
+            raise Refused(f"is not complete: {self.name} lacks {parameter}")
+        tensor = self.tensors[parameter]
+        if tensor.ndim < 2 or tensor.shape[2:].numel() != 1 or 0 in tensor.shape:
+            raise Refused(f"is not complete: {self.name} has a {parameter} of {_size(tensor)}, which is no matrix")
+        return tensor.flatten(1)
+
+    def vector(self, parameter: str) -> torch.Tensor | None:
+        """One number for each feature that goes out; None where there is none. Raises Refused."""
+        return self._of_size(parameter, self.shape[0]) if parameter in self.tensors else None
+
+    def check_shape(self, out: int, into: int) -> None:
+        """Raise Refused where an adapter for this many features is another model's."""
+        if (out, into) != self.shape:
+            here = "x".join(map(str, self.shape))
+            raise Refused(f"was made for another model: {self.name} is {here} here and {out}x{into} there")
+
+    def _of_size(self, parameter: str, size: int) -> torch.Tensor:
+        tensor = self.tensors[parameter]
+        if tensor.numel() != size or max(tensor.shape, default=1) != size or (tensor.ndim and tensor.shape[0] != size):
+            wanted = f"one for each of its {size} rows" if size > 1 else "one number"
+            raise Refused(f"has a {parameter} of {_size(tensor)} in {self.name}, where only {wanted} can be applied")
+        return tensor.flatten()
 
     def only(self, kind: str) -> Mapping[str, torch.Tensor]:
         """The tensors, where all are of one kind of adapter. Raises Refused."""
@@ -84,3 +124,7 @@ def other_kind(key: str) -> str:
     """What a tensor is that no adapter can be here; "" where its name does not say."""
     words = [word for word in key.split(".") if word not in ("weight", "default")]
     return _OTHER_KINDS.get(words[-1], "") if words else ""
+
+
+def _size(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "one number"
