@@ -28,7 +28,7 @@ from tests.conftest import base64_of, opened
 from tests.small_models import small
 
 Tensors = dict[str, torch.Tensor]
-RANK = 4
+SHAPES, RANK = "flux-shapes", 4
 RANDOM = torch.Generator().manual_seed(0)
 
 
@@ -58,7 +58,7 @@ FAMILIES = ("klein", "fill", "control")  # of small models, and the beginnings o
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Engine]:
     """flux-shapes, and small models of other families."""
     folder = tmp_path_factory.mktemp("models")
-    models = {"shapes": "flux-shapes"}
+    models = {"shapes": SHAPES}
     for family in FAMILIES:
         models[family] = str(small(family, folder / family))
     return {name: load_engine(Settings(model_name=model)) for name, model in models.items()}
@@ -633,3 +633,19 @@ def test_no_tensor_is_lost(name: str, engines: Mapping[str, Engine], tmp_path: P
         without = read({name: tensor for name, tensor in made.tensors.items() if name != key})
         assert (without == whole) == bool(made.without_meaning and key.endswith(made.without_meaning)), key
         assert read({**made.tensors, f"{key}.unknown": torch.ones(2)}) != whole, key
+
+
+@pytest.mark.parametrize("memory_mode", ["modulation_cache", "stream", "sequential_offload"])
+def test_adapters_count_wherever_the_weights_live(
+    memory_mode: str, engines: Mapping[str, Engine], tmp_path: Path
+) -> None:
+    here = engines["shapes"]
+    asks = [
+        Ask(engine, tmp_path) for engine in (here, load_engine(Settings(model_name=SHAPES, memory_mode=memory_mode)))
+    ]
+    for name in ("kohya_outside_of_blocks", "kohya_dora_of_fused_layers", "lokr_of_fused_layers", "kohya_with_clip"):
+        made = LAYOUTS[name](Shape(here))
+        tensors = {key: tensor.contiguous() for key, tensor in made.tensors.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors", made.metadata)
+        one, other = (ask.pixels(lora_path=f"{name}.safetensors", lora_scale=1) for ask in asks)
+        assert (one == other).all(), name
