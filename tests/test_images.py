@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -49,6 +50,14 @@ def near(one: Image.Image, other: Image.Image, most: float = 3) -> bool:
 @pytest.mark.parametrize("format", READABLE)
 def test_formats(format: str) -> None:
     assert near(decode(file_of(PHOTO, format)), PHOTO, most=10)
+
+
+def test_a_phone_s_heic_is_read_upright() -> None:
+    """tests/gradient.heic is a gradient of 96x64, turned as its EXIF says; pillow-heif 1.8.1 wrote it."""
+    picture = decode((Path(__file__).parent / "gradient.heic").read_bytes())
+    y, x = np.mgrid[0:64, 0:96]
+    drawn = Image.fromarray(np.stack([x * 255 // 95, y * 255 // 63, np.full_like(x, 60)], -1).astype(np.uint8))
+    assert near(picture, drawn.transpose(Image.Transpose.ROTATE_270), most=5)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])

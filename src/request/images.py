@@ -16,6 +16,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
+import pi_heif
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from src.catalog import FORMATS
@@ -34,9 +35,7 @@ MAX_PIXELS_TOGETHER = 2 * MAX_INPUT_PIXELS  # of a request
 MIN_INPUT_SIDE = 16
 WHITE = 128  # the least that counts as white in a mask, as diffusers' VaeImageProcessor.binarize has it
 READABLE = tuple(dict.fromkeys((*FORMATS, "BMP", "TIFF")))  # what is written can be sent again
-ALLOWED = (
-    f"a still picture ({', '.join(READABLE)}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
-)
+ALLOWED = f"a still picture ({', '.join(READABLE)}, HEIC) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
 _FETCH_SECONDS = 30
 _DATA_URI = re.compile(r'(data\s*:)?((?:"[^"]*"|[^,"]){0,1000}),(\s*base64\s*,)?', re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
@@ -69,6 +68,9 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x1f\x8b", "gzip", "send the picture that it holds"),
     (rb"data:|iVBORw0KGgo|/9j/|UklGR", "base64 once more", "encode it once"),
 )
+
+
+pi_heif.register_heif_opener(thumbnails=False)  # HEIC, which phones send
 
 
 class LoadedPictures(NamedTuple):
@@ -183,7 +185,7 @@ def decode(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below, by our own cap
-            picture = Image.open(io.BytesIO(file), formats=READABLE)
+            picture = Image.open(io.BytesIO(file), formats=(*READABLE, "HEIF"))
         width, height = picture.size
         if width * height > MAX_INPUT_PIXELS:
             raise Refused(f"has {width}x{height} pixels, more than {MAX_INPUT_PIXELS:,}")
@@ -193,7 +195,7 @@ def decode(
         if min(picture.size) < MIN_INPUT_SIDE:
             raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_INPUT_SIDE} at least")
         if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind it
-            if picture.format != "TIFF":
+            if picture.format not in ("TIFF", "HEIF"):
                 raise Refused("is animated: send one of its frames")
             warn(f"has {getattr(picture, 'n_frames', 'several')} pages, of which the first is used")
         upright: Image.Image = ImageOps.exif_transpose(picture)
