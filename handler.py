@@ -23,7 +23,7 @@ from src.request.images import load_pictures
 from src.request.reading import Reading, read_request
 from src.response.delivery import deliver
 from src.response.describe import describe, show_plan
-from src.response.storage import Bucket
+from src.response.storage import Bucket, read_bucket
 from src.serving.logs import job_ended, log
 from src.settings import Settings
 
@@ -85,7 +85,8 @@ def respond(
     include_traceback, plan = False, None
     try:
         include_traceback = settings().include_traceback
-        reading = read_request(event)
+        reading, brought = read_request(event), read_bucket(event, settings())
+        reading = reading._replace(faults=(*reading.faults, *brought.faults))
         if reading.request.describe and not reading.faults:
             job_ended(job, "described", None)
             return describe(engine().model, engine().revision, settings(), engine().loaded())
@@ -94,7 +95,7 @@ def respond(
             job_ended(job, "planned", plan)
             return show_plan(plan)
         engine().fetch(plan, job.step_aside)
-        destination = bucket()  # before anything is drawn that could not be delivered
+        destination = brought.bucket or bucket()  # before anything is drawn that could not be delivered
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
             generation,

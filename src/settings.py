@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from src.catalog import MEMORY_MODES, QUANTIZATIONS
@@ -27,6 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _row_of(rows: Iterable[str]) -> Callable[[object], object]:
@@ -55,6 +71,19 @@ def _sizes(value: object) -> object:
     return tuple(tuple(size.split("x")) for size in value.lower().replace(" ", "").split(","))
 
 
+def _sendable(value: SecretStr) -> SecretStr:
+    """A token or a key, which travels in a header: https://www.rfc-editor.org/rfc/rfc9110#section-5.5."""
+    text = value.get_secret_value()
+    odd = next(((i, character) for i, character in enumerate(text, 1) if not "!" <= character <= "~"), None)
+    if odd:
+        raise ValueError(
+            f"holds the character U+{ord(odd[1]):04X} in place {odd[0]} of {len(text)}, which no HTTP header can "
+            "carry: copy it anew"
+        )
+    return value
+
+
+Secret = Annotated[SecretStr, AfterValidator(_sendable)]
 Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
 
 
@@ -68,8 +97,8 @@ class Settings(BaseModel):
 
     model_name: str = Field("FLUX.1-dev", description="a row of the catalog, a hub id or a local folder")
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
-    hf_token: SecretStr | None = Field(None, description="Hugging Face access token; gated models need one")
-    civitai_token: SecretStr | None = Field(None, description="Civitai's API key; some of its adapters need one")
+    hf_token: Secret | None = Field(None, description="Hugging Face access token; gated models need one")
+    civitai_token: Secret | None = Field(None, description="Civitai's API key; some of its adapters need one")
     controlnets: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="ControlNets to load at the start and to prefer, by name; others load when first asked for"
     )
@@ -123,13 +152,22 @@ class Settings(BaseModel):
     )
     bucket_endpoint_url: str | None = Field(
         None,
-        pattern=r"^https?://[^/\s@]+(/[^/\s]*)?/?$",
+        pattern=r"^(?i:https?)://[^/\s@]+(/\S*)?$",
         description="of the S3 bucket that takes the pictures, https://host/bucket say",
     )
-    bucket_access_key_id: SecretStr | None = None
-    bucket_secret_access_key: SecretStr | None = None
+    bucket_access_key_id: Secret | None = None
+    bucket_secret_access_key: Secret | None = None
     bucket_name: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
     bucket_region: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
+    bucket_addressing_style: Annotated[Literal["auto", "path", "virtual"], BeforeValidator(_lower)] = Field(
+        "auto",
+        description="whether the bucket stands in the path or in the host; auto is path but for AWS's acceleration",
+    )
+    bucket_public_url: str | None = Field(
+        None,
+        pattern=r"^(?i:https?)://[^/\s@?#]+(/[^\s?#]*)?$",
+        description="where everybody may fetch the bucket's files, of a CDN say: links without an end, not signed ones",
+    )
     bucket_prefix: str = Field("", description="what the pictures' keys begin with")
     bucket_cache_control: str = Field("private, max-age=31536000, immutable", description="header of the pictures")
     bucket_url_expiry: int = Field(
@@ -172,16 +210,39 @@ class Settings(BaseModel):
         Raises InvalidSettings naming every variable that is wrong, what it holds and what it may hold.
         """
         if environment is None:
-            for name, value in dotenv_values(ROOT / ".env").items():
-                if value:  # into os.environ, where huggingface_hub and CUDA look for HF_HOME and others
-                    os.environ.setdefault(name, value)
+            read_dotenv()
             environment = os.environ
-        values = {name: environment.get(name.upper(), "").strip() for name in cls.model_fields}
+        values = {name: _plain(environment.get(name.upper(), "")) for name in cls.model_fields}
         try:
             return cls.model_validate({name: value for name, value in values.items() if value})
         except ValidationError as error:
             found = {details["loc"][:1]: _fault(details, values) for details in error.errors()}
             raise InvalidSettings("; ".join(found.values())) from None
+
+
+def read_dotenv() -> None:
+    """Put the file .env into os.environ, where huggingface_hub and CUDA look for HF_HOME and others; os.environ wins.
+
+    Raises InvalidSettings where the file is no text.
+    """
+    file = ROOT / ".env"
+    if not file.is_file():
+        return
+    written = file.read_bytes()
+    utf_16 = written.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's > writes it
+    try:
+        text = written.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidSettings(f"the file .env is no text in UTF-8 or UTF-16 ({error}): save it as UTF-8") from None
+    for name, value in dotenv_values(stream=io.StringIO(text)).items():
+        if value:
+            os.environ.setdefault(name, value)
+
+
+def _plain(value: str) -> str:
+    """Without blanks and line ends around it, and without the quotes that docker's --env-file leaves."""
+    value = value.strip()
+    return value[1:-1].strip() if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
 def _fault(details: ErrorDetails, values: Mapping[str, str]) -> str:
@@ -192,4 +253,11 @@ def _fault(details: ErrorDetails, values: Mapping[str, str]) -> str:
     name = str(details["loc"][0])
     for theirs, ours in _WORDS.items():
         message = re.sub(theirs, ours, message)
-    return f"{name.upper()}={values[name]!r}: {message}; it is: {Settings.model_fields[name].description}"
+    field = Settings.model_fields[name]
+    if "Secret" in str(field.annotation):
+        return f"{name.upper()}: {message}"
+    return f"{name.upper()}={values[name]!r}: {message}; it is: {field.description}"
+
+
+with suppress(InvalidSettings):  # from_environment says it
+    read_dotenv()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,57 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=copy, env=environment, capture_output=True, text=True, check=True
     )
     assert output.stdout.split() == ["flux-shapes", "2", "None"], "an empty line is no value"
+
+
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_dotenv_reaches_huggingface_hub(encoding: str, tmp_path: Path) -> None:
+    """Which reads its environment when it is imported, and never again."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "handler.py", tmp_path)
+    text = "HF_HOME='/some/where'\r\nHF_ENDPOINT=https://mirror.example\r\nHF_HUB_OFFLINE=1\r\n"
+    (tmp_path / ".env").write_bytes(
+        ("\ufeff" if encoding == "utf-16-le" else "").encode(encoding) + text.encode(encoding)
+    )
+    script = (
+        "import handler; from huggingface_hub import constants as c; print(c.HF_HOME, c.ENDPOINT, c.HF_HUB_OFFLINE)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert output.stdout.split() == ["/some/where", "https://mirror.example", "True"]
+
+
+def test_a_dotenv_file_that_is_no_text_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_bytes(b"HF_HOME=\xff\xff\x80")
+    monkeypatch.setattr("src.settings.ROOT", tmp_path)
+    with pytest.raises(InvalidSettings, match=r"the file \.env is no text in UTF-8 or UTF-16"):
+        Settings.from_environment()
+
+
+def test_quotes_and_line_ends_around_values_are_taken_off() -> None:
+    settings = Settings.from_environment(
+        {"MODEL_NAME": '"flux-shapes"\r\n', "HF_TOKEN": "' hf_abc '", "BUCKET_PREFIX": '"'}
+    )
+    assert (settings.model_name, settings.bucket_prefix) == ("flux-shapes", '"')
+    assert settings.hf_token is not None
+    assert settings.hf_token.get_secret_value() == "hf_abc"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "CIVITAI_TOKEN", "BUCKET_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize(("odd", "code"), [("\n", "U+000A"), ("…", "U+2026"), (" ", "U+0020")])
+def test_a_token_that_no_header_can_carry_is_named_and_not_shown(name: str, odd: str, code: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment({name: f"abc{odd}def"})
+    assert f"{name}: holds the character {code} in place 4 of 7" in str(caught.value)
+    assert "abc" not in str(caught.value)
 
 
 def test_the_example_file_shows_every_variable_with_its_default() -> None:

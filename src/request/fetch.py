@@ -134,6 +134,18 @@ def _get(url: str, max_bytes: int, headers: Mapping[str, str]) -> requests.Respo
     return safe_get(url, timeout=_TIMEOUT, max_bytes=max_bytes, headers=sent)  # type: ignore[no-any-return]
 
 
+def check_public(url: str) -> None:
+    """Raise Refused where the host of `url` is in a private network, or is none."""
+    from runpod.serverless.utils.rp_ssrf import SSRFError, resolve_and_validate
+    from urllib3.util import parse_url
+
+    parts = parse_url(url)
+    try:
+        resolve_and_validate(parts.host or "", parts.port or 443)
+    except SSRFError as error:
+        raise Refused(f"may not be used: {error}") from None
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """Errors of the libraries as sentences."""

@@ -104,7 +104,9 @@ def deliver(
 
     # 3. Into the bucket, where there is one
     urls: dict[int, str] = {}
-    if bucket is not None:
+    if bucket is not None and bucket.no_links:
+        warnings.append(f"pictures are here in base64, as nobody could fetch them from the bucket: {bucket.no_links}")
+    elif bucket is not None:
         job.report(Progress("upload"))
         with _timed(timings, "upload"):
             urls, failures = _upload(bucket, job, plan, carried)

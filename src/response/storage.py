@@ -1,32 +1,53 @@
 """The S3 bucket that takes pictures which are better fetched than carried.
 
-Knows nothing of pictures: files go in, signed URLs come out.
+Knows nothing of pictures: files go in, URLs come out.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+import urllib.request
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
-from src.errors import InvalidSettings
+from src.errors import Fault, InvalidSettings, Refused
+from src.request.fetch import check_public
+from src.response.endpoints import Endpoint, read_endpoint
 from src.settings import Settings
+from src.wording import show
 
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/VirtualHosting.html: bucket.s3.region.amazonaws.com
-_AWS = re.compile(r"(?:(?P<name>[a-z0-9.-]+)\.)?s3[.-](?:(?P<region>[a-z0-9-]+)\.)?amazonaws\.com")
+# https://docs.runpod.io/serverless/endpoints/send-requests
+_S3_CONFIG = ("endpointUrl", "accessId", "accessSecret", "bucketName")
+_FETCH_SECONDS = 15
+_TEST_FILE = b"A test of the FLUX worker, which it deletes."
 
 
 class Bucket:
-    """`client` is boto3's for S3; safe to use from many threads."""
+    """`client` is boto3's for S3; safe to use from many threads.
 
-    def __init__(self, client: Any, name: str, *, prefix: str = "", cache_control: str = "", url_expiry: int) -> None:
+    `no_links` says why its files cannot be fetched; empty where they can.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        *,
+        prefix: str = "",
+        cache_control: str = "",
+        url_expiry: int,
+        public_url: str | None = None,
+    ) -> None:
+        self.no_links = ""
         self._client = client
         self._name = name
         self._prefix = prefix.strip("/")
         self._cache_control = cache_control
         self._url_expiry = url_expiry
+        self._public_url = public_url
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Bucket | None:
@@ -34,48 +55,32 @@ class Bucket:
 
         Raises InvalidSettings where neither BUCKET_NAME nor the URL names it.
         """
-        if settings.bucket_endpoint_url is None:
+        url, key, secret = (
+            settings.bucket_endpoint_url,
+            settings.bucket_access_key_id,
+            settings.bucket_secret_access_key,
+        )
+        if url is None or key is None or secret is None:  # all or none
             return None
-        import boto3  # a third of a second, which only those pay who have a bucket
-        from botocore.config import Config
-
-        endpoint, named, region = _read_url(settings.bucket_endpoint_url)
-        name = settings.bucket_name or named
-        if name is None:
-            raise InvalidSettings(
-                f"BUCKET_NAME: is required where BUCKET_ENDPOINT_URL={settings.bucket_endpoint_url!r} names no bucket"
-            )
-        key, secret = settings.bucket_access_key_id, settings.bucket_secret_access_key
-        options: dict[str, Any] = {
-            "endpoint_url": endpoint,
-            "region_name": settings.bucket_region or region or "us-east-1",
-            "aws_access_key_id": key.get_secret_value() if key else None,
-            "aws_secret_access_key": secret.get_secret_value() if secret else None,
-            "config": Config(
-                signature_version="s3v4",
-                s3={"addressing_style": "auto" if _AWS.search(endpoint) else "path"},
-                retries={"mode": "standard", "total_max_attempts": 3},
-                connect_timeout=5,
-                read_timeout=30,
-                # Checksums in trailers are AWS's own; many stores refuse them.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        }
         try:
-            client = boto3.client("s3", **options)
-        except ValueError as error:
-            raise InvalidSettings(f"BUCKET_ENDPOINT_URL={settings.bucket_endpoint_url!r}: {error}") from error
+            endpoint = read_endpoint(url, settings.bucket_name)
+            if endpoint.bucket is None:
+                raise InvalidSettings(f"BUCKET_NAME: is required where BUCKET_ENDPOINT_URL={url!r} names no bucket")
+            region, style = settings.bucket_region, settings.bucket_addressing_style
+            client = _client(endpoint, key.get_secret_value(), secret.get_secret_value(), region, style)
+        except (Refused, ValueError) as error:
+            raise InvalidSettings(f"BUCKET_ENDPOINT_URL={url!r}: {error}") from error
         return cls(
             client,
-            name,
+            endpoint.bucket,
             prefix=settings.bucket_prefix,
             cache_control=settings.bucket_cache_control,
             url_expiry=settings.bucket_url_expiry,
+            public_url=settings.bucket_public_url,
         )
 
     def upload(self, file: bytes, name: str, mime: str) -> str:
-        """Store `file` under a key that ends in `name`; the signed URL to fetch it by. Raises what boto3 raises."""
+        """Store `file` under a key that ends in `name`; the URL to fetch it by. Raises what boto3 raises."""
         folder, _, base = name.rpartition("/")
         # Nobody guesses the key, and a job that is sent again overwrites nothing.
         key = "/".join(filter(None, (self._prefix, folder, f"{secrets.token_hex(8)}-{base}")))
@@ -87,32 +92,117 @@ class Bucket:
             CacheControl=self._cache_control,
             ContentDisposition=f'inline; filename="{base}"',
         )
+        return self._link(key)
+
+    def check(self) -> None:
+        """Store a small file, fetch it as a client would, and remove it.
+
+        Where it cannot be fetched, `no_links` says why from now on. Raises InvalidSettings with what the store answers
+        where it cannot be stored.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        key = "/".join(filter(None, (self._prefix, f"write-test-{secrets.token_hex(8)}")))
+        try:
+            self._client.put_object(Bucket=self._name, Key=key, Body=_TEST_FILE)
+        except (BotoCoreError, ClientError) as error:
+            raise InvalidSettings(
+                f"BUCKET_ENDPOINT_URL, BUCKET_NAME={self._name!r} and the keys do not let this worker upload: {error}"
+                f"{_right_region(error)}"
+            ) from error
+        try:
+            self.no_links = _why_not(self._link(key))
+        finally:
+            with suppress(BotoCoreError, ClientError):  # keys that may only write are the better ones
+                self._client.delete_object(Bucket=self._name, Key=key)
+
+    def _link(self, key: str) -> str:
+        """By the public address, without an end, or else signed."""
+        if self._public_url:
+            return f"{self._public_url.rstrip('/')}/{quote(key)}"
         url: str = self._client.generate_presigned_url(
             "get_object", Params={"Bucket": self._name, "Key": key}, ExpiresIn=self._url_expiry
         )
         return url
 
-    def check(self) -> None:
-        """Store and remove a file of one byte; raises InvalidSettings with what the store answers."""
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        key = "/".join(filter(None, (self._prefix, f"write-test-{secrets.token_hex(8)}")))
-        try:
-            self._client.put_object(Bucket=self._name, Key=key, Body=b"1")
-        except (BotoCoreError, ClientError) as error:
-            raise InvalidSettings(
-                f"BUCKET_ENDPOINT_URL, BUCKET_NAME={self._name!r} and the keys do not let this worker upload: {error}"
-            ) from error
-        with suppress(BotoCoreError, ClientError):  # keys that may only write are the better ones
-            self._client.delete_object(Bucket=self._name, Key=key)
+class BroughtBucket(NamedTuple):
+    """The bucket that an event brings along, where it does, and what is wrong of it."""
+
+    bucket: Bucket | None
+    faults: tuple[Fault, ...] = ()
 
 
-def _read_url(url: str) -> tuple[str, str | None, str | None]:
-    """Endpoint, bucket and region of `url`: https://host, https://host/bucket or https://bucket.s3.region.amazonaws.com."""
-    parts = urlsplit(url)
-    host, name = parts.netloc, parts.path.strip("/") or None
-    region = None
-    if aws := _AWS.fullmatch(host):
-        region, name = aws["region"], aws["name"] or name
-        host = host.removeprefix(f"{aws['name']}.")
-    return f"{parts.scheme}://{host}", name, region
+def read_bucket(event: object, settings: Settings) -> BroughtBucket:
+    """RunPod's `s3Config`, next to `input`: the bucket of this job alone. Its keys are said nowhere."""
+    config = event.get("s3Config") if isinstance(event, Mapping) else None
+    if not config:
+        return BroughtBucket(None)
+    if not isinstance(config, Mapping):
+        return _wrong_bucket(f"must be an object with {', '.join(_S3_CONFIG)}, not a {type(config).__name__}")
+    wrong = [
+        f"{word} is {'required' if config.get(word) in (None, '') else 'no text'}"
+        for word in _S3_CONFIG
+        if not (isinstance(config.get(word), str) and config[word])
+        and not (word == "bucketName" and config.get(word) in (None, ""))
+    ]
+    if wrong:
+        return _wrong_bucket(f"cannot be used: {', '.join(wrong)}")
+    url, key, secret, name = (config.get(word) for word in _S3_CONFIG)
+    try:
+        endpoint = read_endpoint(str(url), name or None)
+        if endpoint.bucket is None:
+            return _wrong_bucket("cannot be used: bucketName is required where endpointUrl names no bucket")
+        check_public(endpoint.url)
+        client = _client(endpoint, str(key), str(secret))
+    except (Refused, ValueError) as error:
+        return _wrong_bucket(f"cannot be used: endpointUrl {show(url)} {error}")
+    return BroughtBucket(Bucket(client, endpoint.bucket, url_expiry=settings.bucket_url_expiry))
+
+
+def _wrong_bucket(message: str) -> BroughtBucket:
+    return BroughtBucket(None, (Fault("s3Config", message),))
+
+
+def _client(endpoint: Endpoint, key: str, secret: str, region: str | None = None, style: str = "auto") -> Any:
+    """boto3's client for a store; raises ValueError where it takes the address for none."""
+    import boto3  # a third of a second, which only those pay who have a bucket
+    from botocore.config import Config
+
+    if style == "auto":
+        style = "virtual" if endpoint.virtual else "path"
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint.url,
+        region_name=region or endpoint.region or "us-east-1",
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": style},
+            retries={"mode": "standard", "total_max_attempts": 3},
+            connect_timeout=5,
+            read_timeout=30,
+            # Checksums in trailers are AWS's own; many stores refuse them.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+
+
+def _why_not(url: str) -> str:
+    """Why the test file cannot be fetched from `url`; empty where it can."""
+    try:
+        with urllib.request.urlopen(url, timeout=_FETCH_SECONDS) as answer:  # noqa: S310 - http(s), as settings have it
+            return "" if answer.read(len(_TEST_FILE) + 1) == _TEST_FILE else "it answers with something else"
+    except OSError as error:  # urllib's errors and those of sockets
+        return f"{urlsplit(url).netloc} answers a GET of its address with {error}"
+
+
+def _right_region(error: Exception) -> str:
+    """What to set where a store says that it is in another region."""
+    response = getattr(error, "response", {})
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    said = re.search(r"expecting '([\w-]+)'", str(error))
+    region = response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region") or (said and said[1])
+    return f"; the store names its region: set BUCKET_REGION={region}" if region else ""

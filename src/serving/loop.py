@@ -64,6 +64,12 @@ def serve(
     def check_bucket() -> None:
         if configured := bucket():
             configured.check()
+            if configured.no_links:
+                log.warning(
+                    "the bucket takes files, and nobody can fetch them (%s): pictures go out in base64, within "
+                    "MAX_RESPONSE_MB; BUCKET_PUBLIC_URL is for buckets that have a public address",
+                    configured.no_links,
+                )
 
     def check_device() -> None:
         from src.engine import check_device
