@@ -62,6 +62,12 @@ def test_the_answer_is_the_contracts(generate: Generate) -> None:
     json.dumps(response, allow_nan=False)
 
 
+def test_what_is_wrong_of_the_bucket_comes_with_all_other_faults() -> None:
+    response = handler({"input": {"prompt": "x", "width": "wide"}, "s3Config": {"accessSecret": "very-secret"}})
+    assert {error["field"] for error in response["errors"]} == {"width", "s3Config"}
+    assert "very-secret" not in json.dumps(response)
+
+
 def test_another_seed_gives_another_picture_and_the_same_seed_the_same_bytes(generate: Generate) -> None:
     first, other, again = (generate("a red circle", seed=seed)["images"] for seed in (1, 2, 1))
     assert first == again
