@@ -306,6 +306,26 @@ def test_several_references_are_read_and_odd_ones_refused(engine: tuple[str, Eng
     assert many["error_code"] == "invalid_request"
 
 
+@pytest.mark.parametrize("size", [(96, 64), (103, 77), (333, 70), (65, 200)])
+def test_an_edit_is_read_on_the_grid_that_it_is_drawn_on(
+    size: tuple[int, int], engine: tuple[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, held = engine
+    if "editing" not in held.model.modes:
+        return
+    read: list[torch.Size] = []
+    encode = held._pipeline.vae.encode
+
+    def spying(image: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        read.append(image.shape)
+        return encode(image, *rest, **more)
+
+    monkeypatch.setattr(held._pipeline.vae, "encode", spying)
+    ask(held, init_image=base64_of(PICTURE.resize(size)), num_inference_steps=1, width=None, height=None)
+    held_canvas = tuple(-(-round(side / 8) * 8 // 16) * 16 for side in size)
+    assert read[0][:-3:-1] == held_canvas
+
+
 def test_outpainting_works_wherever_inpainting_does(engine: tuple[str, Engine]) -> None:
     _, held = engine
     for mode, row in held.model.modes.items():

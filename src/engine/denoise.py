@@ -15,6 +15,7 @@ from src.engine.preview import Preview
 from src.engine.prompts import Embeddings
 from src.engine.step_cache import step_cache
 from src.errors import GenerationFailed
+from src.plan.geometry import fit
 from src.plan.plan import Plan
 
 # A request's picture -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
@@ -59,7 +60,10 @@ class Denoiser:
 
     def _pictures(self, kind: str) -> Any:
         """One picture, or a list of them where the pipeline takes several."""
-        spec, pictures = self._plan.spec, self._plan.pictures[kind]
+        plan, spec, pictures = self._plan, self._plan.spec, self._plan.pictures[kind]
+        if kind == "init_image" and plan.reference_on_canvas:
+            size = (plan.sampling.width, plan.sampling.height)
+            pictures = (fit(pictures[0], size, plan.canvas), *pictures[1:])
         several = spec.controlnet if kind == "control_image" else kind == "init_image" and spec.references > 1
         return list(pictures) if several else pictures[0]
 

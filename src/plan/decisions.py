@@ -13,7 +13,7 @@ from PIL import Image
 from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
 from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
-from src.plan.sizes import asking_field, canvas, decide_size, shrunk
+from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shaped_by_picture, shrunk
 from src.request.adapters import Adapter
 from src.request.images import MAX_INPUT_PIXELS, WHITE, Pictures, is_black
 from src.request.schema import CONTROL_OPTIONS, PICTURES, SINGLES, Request
@@ -110,8 +110,11 @@ def decide_pixels(
     (width, height), faults = decide_size(
         request, (model.width, model.height), given[0].size if given else None, max_pixels
     )
-    if spec.max_pixels and not {"width", "height", "megapixels"} & request.said:
-        width, height = shrunk((width, height), spec.max_pixels, model.side_multiple)
+    most_drawn = spec.max_pixels
+    if most_drawn is None and spec.references and given and shaped_by_picture(request):
+        most_drawn = REFERENCE_PIXELS
+    if most_drawn and not {"width", "height", "megapixels"} & request.said:
+        width, height = shrunk((width, height), most_drawn, model.side_multiple)
     drawn = canvas((width, height), model.side_multiple)
     for most, (across, down) in ((max_pixels, (width, height)), (spec.max_pixels or drawn[0] * drawn[1], drawn)):
         if across * down > most and not faults and not {"width", "height"} & set(wrong):

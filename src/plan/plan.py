@@ -32,7 +32,7 @@ from src.plan.decisions import (
 )
 from src.plan.geometry import Size, at_most, fit
 from src.plan.preprocessors import PREPROCESSORS
-from src.plan.sizes import canvas
+from src.plan.sizes import REFERENCE_PIXELS, canvas, shaped_by_picture
 from src.request.adapters import Adapter
 from src.request.images import Pictures
 from src.request.schema import CONTROL_OPTIONS, MAX_SEED, PICTURES, Borders, Control, Lora, Request, reference
@@ -40,7 +40,6 @@ from src.request.schema import CONTROL_OPTIONS, MAX_SEED, PICTURES, Borders, Con
 T = TypeVar("T")
 
 _PICKED_SEEDS = 2**32  # JavaScript reads integers up to 2^53 exactly: a picked seed survives every client
-_REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
 # Fields that others of Sampling answer, and those that change no picture.
 _ANSWERED = frozenset(
     {"aspect_ratio", "megapixels", "num_images", "lora_path", "lora_scale", "describe", "dry_run", "preview"}
@@ -85,6 +84,7 @@ class Plan:
     steps: int  # calls of the model: fewer where the picture starts from another, more with some schedulers
     batch_size: int = 1
     pictures: Pictures = field(default_factory=dict)  # of the canvas' size, but for references and image_prompt
+    reference_on_canvas: bool = False  # the first shaped it, and is read on its grid, or an edit would shift all
     controls: tuple[PlannedControl, ...] = ()  # one a control picture
     adapters: tuple[Adapter, ...] = ()
     preview: bool = False
@@ -140,6 +140,7 @@ def make_plan(
     pictures = settle(decide_pictures(request, pictures))
     size = settle(decide_pixels(request, model, spec, pictures, max_pixels=max_pixels, wrong=wrong))
     drawn = canvas(size, model.side_multiple)
+    on_canvas = bool(spec.references) and shaped_by_picture(request) and drawn[0] * drawn[1] <= REFERENCE_PIXELS
 
     # 2. How: steps, scheduler, prompts, guidance
     strength = None
@@ -200,6 +201,7 @@ def make_plan(
         prompts=prompts,
         seeds=tuple((first + i) % (MAX_SEED + 1) for i in range(len(prompts))),
         canvas=drawn,
+        reference_on_canvas=on_canvas,
         steps=steps,
         batch_size=1 if spec.needs else batch_size,  # diffusers draws a picture's latents for the first seed alone
         pictures=prepared,
@@ -223,7 +225,7 @@ def _prepared(
     for kind, several in pictures.items():
         as_they_are = kind == "image_prompt" or (kind == "init_image" and spec.references)
         prepared[kind] = tuple(
-            at_most(picture, _REFERENCE_PIXELS) if as_they_are else fit(picture, size, drawn) for picture in several
+            at_most(picture, REFERENCE_PIXELS) if as_they_are else fit(picture, size, drawn) for picture in several
         )
     if controls:
         prepared["control_image"] = tuple(

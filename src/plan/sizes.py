@@ -12,6 +12,13 @@ from src.errors import Fault
 from src.plan.geometry import Size
 from src.request.schema import MAX_SIDE, MIN_SIDE, Request
 
+REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
+
+
+def shaped_by_picture(request: Request) -> bool:
+    """Whether the size has the shape of the picture that is sent, where one is."""
+    return not (request.aspect_ratio or (request.width and request.height))
+
 
 def decide_size(request: Request, model: Size, picture: Size | None, max_pixels: int) -> tuple[Size, list[Fault]]:
     """What `request` asks for; `picture` gives what it leaves open, and where there is none the `model`'s own size.
