@@ -259,6 +259,8 @@ def box(brand: bytes, *others: bytes) -> bytes:
         (box(b"qt  "), "video", "send one of its frames"),
         (b"\x1aE\xdf\xa3" + bytes(100), "video", "send one of its frames"),
         (b"\0\0\x01\0\x01\0" + bytes(100), "ICO", "export it as PNG"),
+        (file_of(PHOTO, "TGA"), "TGA", "export it as PNG"),
+        (file_of(PHOTO, "PPM"), "PPM or PGM", "export it as PNG"),
         (b'{"detail": "not found"}', "JSON", "send the file of the picture itself"),
         (base64.b64encode(SENT[0]), "base64 once more", "encode it once"),
     ],

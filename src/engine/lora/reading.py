@@ -80,7 +80,7 @@ def read_adapter(file: Path, networks: Networks) -> AdapterWeights:
         with safe_open(file, "pt") as opened:
             header = Header(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise Refused(f"is no safetensors file that can be read ({type(error).__name__}: {error})"[:300]) from error
     layers, not_applied = _by_layer(tensors, networks)
     deltas: dict[str, LowRank] = {}
