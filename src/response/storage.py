@@ -10,6 +10,7 @@ import secrets
 import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -195,8 +196,11 @@ def _why_not(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=_FETCH_SECONDS) as answer:  # noqa: S310 - http(s), as settings have it
             return "" if answer.read(len(_TEST_FILE) + 1) == _TEST_FILE else "it answers with something else"
-    except OSError as error:  # urllib's errors and those of sockets
-        return f"{urlsplit(url).netloc} answers a GET of its address with {error}"
+    except (OSError, HTTPException) as error:
+        headers = getattr(error, "headers", None) or {}
+        region = headers.get("x-amz-bucket-region")  # an upload follows to it by itself, a signed address does not
+        wanted = f"; the store names its region: set BUCKET_REGION={region}" if region else ""
+        return f"{urlsplit(url).netloc} answers a GET of its address with {error}{wanted}"
 
 
 def _right_region(error: Exception) -> str:
