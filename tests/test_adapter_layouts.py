@@ -476,6 +476,12 @@ def bad_header(at: Shape) -> Layout:
 
 
 @layout
+def pattern_in_the_header(at: Shape) -> Layout:
+    metadata = header(lora_alpha=4, alpha_pattern={".*to_out": 8})
+    return Layout(peft(OUT, *at.pair(OUT)), metadata=metadata, says="where only layers' names are read")
+
+
+@layout
 def pissa(at: Shape) -> Layout:
     return Layout(
         peft(OUT, *at.pair(OUT)), metadata=header(init_lora_weights="pissa_niter_4"), says="convert it to LoRA"

@@ -13,6 +13,7 @@ from src.wording import show
 _KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY
 # Ways to start a training that change the model's own weights, so that the adapter alone is not what was trained.
 _CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
+_OF_PATTERNS = frozenset("*+?[](){}|^$\\")
 
 
 class Header:
@@ -52,6 +53,8 @@ class Header:
             return None
         for pattern, value in patterns.items():
             end = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if set(end) & _OF_PATTERNS:  # it may be any regular expression of whoever made the file
+                raise Refused(f"has a header whose {name} names {show(pattern)}, where only layers' names are read")
             if f".{layer}".endswith(f".{end}"):
                 return value
         return None
