@@ -201,3 +201,21 @@ def test_a_hint_is_close_or_not_given_and_fields_are_named_in_full() -> None:
     assert "did you mean" not in fault.message
     answered = refusal({"prompt": "x", "hf_other_api_setting": 1}).to_response(include_traceback=False)
     assert answered["errors"][0]["field"] == "hf_other_api_setting"
+
+
+def test_runwares_names_in_their_own_case() -> None:
+    fields = {
+        "taskType": "imageInference", "taskUUID": "u", "positivePrompt": "a fox", "negativePrompt": "", "steps": 20,
+        "CFGScale": 3.5, "numberResults": 2, "outputType": "URL", "outputFormat": "PNG", "outputQuality": 80,
+    }  # fmt: skip
+    request, faults, warnings = read_request({"input": fields})
+    assert not faults
+    assert (request.prompt, request.guidance_scale, request.num_images) == (("a fox",), 3.5, 2)
+    assert [warning.split()[0] for warning in warnings] == ["outputType", "taskType", "taskUUID"]
+
+
+def test_fals_defaults_that_mean_nothing_here_are_warned_of() -> None:
+    fields = {"prompt": "x", "nag_scale": 3, "nag_end": 0.25, "nag_tau": 2.5, "nag_alpha": 0.25, "reference_end": 1}
+    _, faults, warnings = read_request({"input": fields})
+    assert not faults
+    assert len(warnings) == 5

@@ -71,6 +71,20 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "image_format": "output_format",
         "quality": "output_quality",
         "output_compression": "output_quality",
+        "image_quality": "output_quality",
+        "response_image_type": "output_format",
+        "image_num": "num_images",
+        "samples": "num_images",
+        # Runware's, in its own case
+        "positivePrompt": "prompt",
+        "negativePrompt": "negative_prompt",
+        "CFGScale": "guidance_scale",
+        "numberResults": "num_images",
+        "seedImage": "init_image",
+        "maskImage": "mask_image",
+        "referenceImages": "init_images",
+        "outputFormat": "output_format",
+        "outputQuality": "output_quality",
     }
 )
 _SIZES = ("image_size", "size", "target_size")
@@ -90,12 +104,14 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         **_each(
             "this worker has no safety checker",
             "enable_safety_checker", "disable_safety_checker", "enable_safety_checks", "safety_checker",
-            "safety_check", "safety_tolerance", "safety_filter_level", "moderation", "nsfw_filter", "apply_watermark",
+            "safety_check", "safety_tolerance", "safety_filter_level", "moderation", "nsfw_filter", "checkNSFW",
+            "apply_watermark",
         ),
         **_each(
             "prompts are read as they are",
             "prompt_upsampling", "prompt_upsample", "disable_pup", "enhance_prompt", "prompt_enhance",
-            "enable_prompt_expansion", "expand_prompt", "prompt_expansion", "prompt_extend", "magic_prompt_option",
+            "enable_prompt_expansion", "enhancePrompt", "expand_prompt", "style_preset", "prompt_expansion",
+            "prompt_extend", "magic_prompt_option",
             "magic_prompt", "raw", "style", "interval", "grounding_search",
         ),
         **_each(
@@ -112,10 +128,14 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         ),
         **_each(
             "the worker's settings say whether pictures come in base64 or by URL",
-            "response_format", "enable_base64_output", "return_base64", "output_type", "return_dict",
+            "response_format", "outputType", "deliveryMethod", "base64", "enable_base64_output", "return_base64",
+            "output_type", "return_dict",
         ),
         **_each("the worker draws with the model that it was started with", "model", "model_id", "model_name"),
-        **_each("requests are not told apart by who sent them", "user", "user_id", "metadata", "request_id"),
+        **_each(
+            "requests are not told apart by who sent them",
+            "user", "user_id", "metadata", "request_id", "taskType", "taskUUID", "includeCost",
+        ),
         **_each(
             "the worker uses the tokens of its own settings, and none that a request holds",
             "hf_api_token", "hf_token", "huggingface_token", "huggingface_api_token", "civitai_api_token",
@@ -125,6 +145,11 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         **_each("FLUX has no refiner", "refine"),
         **_each("send shift or scheduler instead", "base_shift", "max_shift", "sigma_schedule", "use_beta_schedule"),
         **_each("true_cfg_scale above 1 alone turns guidance on", "use_real_cfg", "use_cfg_zero"),
+        **_each("send negative_prompt with true_cfg_scale instead", "nag_scale", "nag_end", "nag_tau", "nag_alpha"),
+        **_each(
+            "a picture that others follow is sent as image_prompt",
+            "reference_strength", "reference_start", "reference_end",
+        ),
         **_each("canny edges are made in one way", "canny_low_threshold", "canny_high_threshold"),
     }
 )  # fmt: skip
