@@ -321,9 +321,17 @@ def test_an_edit_is_read_on_the_grid_that_it_is_drawn_on(
         return encode(image, *rest, **more)
 
     monkeypatch.setattr(held._pipeline.vae, "encode", spying)
-    ask(held, init_image=base64_of(PICTURE.resize(size)), num_inference_steps=1, width=None, height=None)
+    sent = base64_of(PICTURE.resize(size))
+    answer = ask(held, init_image=sent, num_inference_steps=1, width=None, height=None)
     held_canvas = tuple(-(-round(side / 8) * 8 // 16) * 16 for side in size)
     assert read[0][:-3:-1] == held_canvas
+    (picture,) = opened(answer)
+    event = read_parameters(picture)
+    assert event is not None
+    asked = {name: value for name, value in event["input"].items() if name not in ("init_image", "init_images")}
+    assert asked["width"], "a file says in numbers what the picture said"
+    (again,) = opened(respond({"input": {**asked, "init_image": sent}}, Job(), Settings, lambda: held))
+    assert again.tobytes() == picture.tobytes()
 
 
 def test_outpainting_works_wherever_inpainting_does(engine: tuple[str, Engine]) -> None:

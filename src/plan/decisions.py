@@ -13,7 +13,7 @@ from PIL import Image
 from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
 from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
-from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shaped_by_picture, shrunk
+from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shrunk
 from src.request.adapters import Adapter
 from src.request.images import MAX_INPUT_PIXELS, WHITE, Pictures, is_black
 from src.request.schema import CONTROL_OPTIONS, PICTURES, SINGLES, Request
@@ -111,7 +111,7 @@ def decide_pixels(
         request, (model.width, model.height), given[0].size if given else None, max_pixels
     )
     most_drawn = spec.max_pixels
-    if most_drawn is None and spec.references and given and shaped_by_picture(request):
+    if most_drawn is None and spec.references and given and asking_field(request) is None:
         most_drawn = REFERENCE_PIXELS
     if most_drawn and not {"width", "height", "megapixels"} & request.said:
         width, height = shrunk((width, height), most_drawn, model.side_multiple)

@@ -32,7 +32,7 @@ from src.plan.decisions import (
 )
 from src.plan.geometry import Size, at_most, fit
 from src.plan.preprocessors import PREPROCESSORS
-from src.plan.sizes import REFERENCE_PIXELS, canvas, shaped_by_picture
+from src.plan.sizes import REFERENCE_PIXELS, canvas, is_about
 from src.request.adapters import Adapter
 from src.request.images import Pictures
 from src.request.schema import CONTROL_OPTIONS, MAX_SEED, PICTURES, Borders, Control, Lora, Request, reference
@@ -84,7 +84,7 @@ class Plan:
     steps: int  # calls of the model: fewer where the picture starts from another, more with some schedulers
     batch_size: int = 1
     pictures: Pictures = field(default_factory=dict)  # of the canvas' size, but for references and image_prompt
-    reference_on_canvas: bool = False  # the first shaped it, and is read on its grid, or an edit would shift all
+    reference_on_canvas: bool = False  # the first is of its size, and read on its grid, or an edit would shift all
     controls: tuple[PlannedControl, ...] = ()  # one a control picture
     adapters: tuple[Adapter, ...] = ()
     preview: bool = False
@@ -140,7 +140,11 @@ def make_plan(
     pictures = settle(decide_pictures(request, pictures))
     size = settle(decide_pixels(request, model, spec, pictures, max_pixels=max_pixels, wrong=wrong))
     drawn = canvas(size, model.side_multiple)
-    on_canvas = bool(spec.references) and shaped_by_picture(request) and drawn[0] * drawn[1] <= REFERENCE_PIXELS
+    on_canvas = (
+        bool(spec.references and pictures.get("init_image"))
+        and is_about(pictures["init_image"][0].size, size, model.side_multiple)
+        and drawn[0] * drawn[1] <= REFERENCE_PIXELS
+    )
 
     # 2. How: steps, scheduler, prompts, guidance
     strength = None

@@ -15,9 +15,13 @@ from src.request.schema import MAX_SIDE, MIN_SIDE, Request
 REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
 
 
-def shaped_by_picture(request: Request) -> bool:
-    """Whether the size has the shape of the picture that is sent, where one is."""
-    return not (request.aspect_ratio or (request.width and request.height))
+def is_about(picture: Size, size: Size, multiple: int) -> bool:
+    """Whether a reference is as large as `size` but for what rounding to such multiples takes off twice at most.
+
+    It goes by the sizes, not by who asked for them: a file says in numbers what its picture said, and gives the same.
+    """
+    scale = min(1.0, math.sqrt(REFERENCE_PIXELS / (picture[0] * picture[1])))
+    return all(abs(there * scale - here) < 2 * multiple for there, here in zip(picture, size, strict=True))
 
 
 def decide_size(request: Request, model: Size, picture: Size | None, max_pixels: int) -> tuple[Size, list[Fault]]:
