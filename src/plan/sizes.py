@@ -20,7 +20,7 @@ def is_about(picture: Size, size: Size, multiple: int) -> bool:
 
     It goes by the sizes, not by who asked for them: a file says in numbers what its picture said, and gives the same.
     """
-    scale = min(1.0, math.sqrt(REFERENCE_PIXELS / (picture[0] * picture[1])))
+    scale = min(1.0, math.sqrt(REFERENCE_PIXELS / (picture[0] * picture[1])), MAX_SIDE / max(picture))
     return all(abs(there * scale - here) < 2 * multiple for there, here in zip(picture, size, strict=True))
 
 
