@@ -198,7 +198,7 @@ def test_a_picture_to_be_edited_is_read_whole_whatever_shape_is_asked_for() -> N
     assert read.size == (800, 800)
 
 
-@pytest.mark.parametrize("picture", [(1920, 1080), (4000, 3000), (3000, 400), (1001, 777), (900, 100), (64, 65)])
+@pytest.mark.parametrize("picture", [(1920, 1080), (4000, 3000), (3000, 400), (1001, 777), (900, 120), (64, 65)])
 @pytest.mark.parametrize("model", ["FLUX.1-Kontext-dev", "FLUX.2-klein-4B"])
 def test_the_picture_that_gives_the_size_lies_on_the_canvas_and_so_it_does_in_numbers(
     picture: tuple[int, int], model: str
@@ -208,7 +208,7 @@ def test_the_picture_that_gives_the_size_lies_on_the_canvas_and_so_it_does_in_nu
     assert plan.reference_on_canvas
     assert plan.canvas[0] * plan.canvas[1] <= 1024 * 1024
     assert from_picture(model, picture, width=width, height=height).reference_on_canvas
-    assert not from_picture(model, picture, width=height, height=width + 64).reference_on_canvas
+    assert not from_picture(model, picture, width=512, height=1024).reference_on_canvas
 
 
 def test_a_small_or_long_picture_may_be_edited() -> None:
