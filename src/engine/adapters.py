@@ -23,9 +23,7 @@ class Adapters:
         self._pipeline = pipeline
         self._limit = limit
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
-        self._fitting: dict[
-            str, tuple[str, ...]
-        ] = {}  # names of files that were checked, and what is not applied of each
+        self._fitting: dict[str, tuple[str, ...]] = {}  # names of files that were checked, and their warnings
         self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
         self._networks = Networks(pipeline)
         self._parts = [getattr(pipeline, name) for name in self._networks.adaptable]

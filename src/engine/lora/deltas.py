@@ -49,11 +49,6 @@ class Kronecker:
     w1: torch.Tensor
     w2: torch.Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Features that go out and in."""
-        return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
-
     def put_into(self, layer: Any, adapter_name: str, target: Target) -> None:
         """Let it stand for the two matrices that PEFT's LoRA `layer` holds under this name.
 

@@ -93,7 +93,7 @@ def read_adapter(file: Path, networks: Networks) -> AdapterWeights:
                 raise Refused(f"adapts the layer {name} twice, one time as a LoKr, which cannot be added up here")
             if isinstance(delta, Kronecker):
                 lokr[name] = delta, target
-                part = LowRank(torch.zeros(1, delta.shape[1]), torch.zeros(target.out_features, 1))
+                part = LowRank(torch.zeros(1, layer.shape[1]), torch.zeros(target.out_features, 1))
             else:
                 part = delta.of(target)
             deltas[name] = deltas[name].plus(part) if name in deltas else part
