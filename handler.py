@@ -94,6 +94,7 @@ def respond(
         if reading.request.dry_run:
             job_ended(job, "planned", plan)
             return show_plan(plan)
+        job.work = plan.work
         engine().fetch(plan, job.step_aside)
         destination = brought.bucket or bucket()  # before anything is drawn that could not be delivered
         generation = job.on_device(lambda: engine().run(plan, job.report))

@@ -50,6 +50,9 @@ class Job:
     ) -> None:
         self.id = id
         self.seconds: dict[str, float] = {}  # per phase: prepare, queued, and those that were reported
+        self.work: float | None = None  # steps times pixels, once that is decided
+        self.arrived = time.monotonic()
+        self.on_device_since: float | None = None  # by time.monotonic
         self.device_seconds: float | None = None  # how long it had the device
         self._on_progress = on_progress or (lambda _: None)
         self._queue_up = queue_up
@@ -81,6 +84,11 @@ class Job:
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._since = now
 
+    @property
+    def is_being_read(self) -> bool:
+        """Whether it is not ready for the device yet."""
+        return self._phase == "prepare"
+
     def cancel(self) -> None:
         """Stop the job at its next report; while it waits for the device it stops now and never gets there."""
         self.cancelled = True
@@ -103,12 +111,12 @@ class Job:
         def turn() -> T:
             self.check()
             self.end_phase()
-            started = time.perf_counter()
+            self.on_device_since = time.monotonic()
             log.debug("job %s: has the device", self.id, extra={"facts": self._facts("taken")})
             try:
                 return work()
             finally:
-                self.device_seconds = time.perf_counter() - started
+                self.device_seconds = time.monotonic() - self.on_device_since
                 log.debug("job %s: leaves the device", self.id, extra={"facts": self._facts("free")})
 
         if self._ticket is None and self._queue_up is not None:

@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import runpod
 from aiohttp import web
@@ -30,6 +31,11 @@ from src.settings import ROOT
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 ENDPOINT = "flux"
+# Every kind of fault that a request can meet before anything of it is done, and two that come afterwards.
+REFUSALS = ("400", "401", "403", "404", "413")
+ANSWERS = ("page", "empty", "nothing", "garbage", "huge")  # with HTTP 200, but for nothing
+EVERY_KIND = ("429", "500", "502", "drop", "slow", *REFUSALS, *ANSWERS, "unanswered")
+_HUGE = 60_000_000  # bytes
 
 
 @dataclass
@@ -42,6 +48,8 @@ class JobRecord:
     progress: list[tuple[float, Any]] = field(default_factory=list)
     results: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     taken: list[float] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list)  # that it was handed to
+    repeats: int = 0  # of a result whose answer was lost
     refused_bytes: list[int] = field(default_factory=list)
 
     def public(self) -> dict[str, Any]:
@@ -81,8 +89,15 @@ class StandIn:
     """Runs on a thread of its own; everything that tests read is plain data."""
 
     def __init__(
-        self, faults: Faults | None = None, *, max_body: int = 20_000_000, refused: int = 400, poll_seconds: float = 5.0
+        self,
+        faults: Faults | None = None,
+        *,
+        max_body: int = 20_000_000,
+        refused: int = 400,
+        poll_seconds: float = 5.0,
+        way_seconds: float = 0.0,
     ) -> None:
+        """`way_seconds` is how long a request, and again its answer, is on its way."""
         self.jobs: dict[str, JobRecord] = {}
         self.pings: list[dict[str, str]] = []
         self.most_in_hand = 0
@@ -91,8 +106,12 @@ class StandIn:
         self._max_body = max_body
         self._refused = refused
         self._poll_seconds = poll_seconds
+        self._way_seconds = way_seconds
+        self._dark_until = 0.0
+        self._unanswered: set[str] = set()
         self._queue: deque[str] = deque()
-        self._stops: deque[str] = deque()
+        self._stops: defaultdict[str, deque[str]] = defaultdict(deque)  # by worker
+        self.odd: list[Any] = []  # handed out before the next job, as they are
         self._numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -140,8 +159,22 @@ class StandIn:
         """A job of these request fields, as /run would take it, without the way over HTTP."""
         return str(self._call(self._add({"input": fields})).id)
 
+    def submit_as(self, id: str, input: Any) -> str:
+        """A job of this id and input, whatever they are."""
+        return str(self._call(self._add({"input": input}, id)).id)
+
     def cancel(self, id: str) -> None:
         self._call(self._cancel_job(id))
+
+    def darken(self, seconds: float) -> None:
+        """Answer nothing for so long."""
+        self._dark_until = time.monotonic() + seconds
+
+    def hand_out_again(self, worker: str) -> list[str]:
+        """Queue what a worker that is gone had in hand."""
+        lost = [id for id, job in self.jobs.items() if job.status == "IN_PROGRESS" and job.workers[-1] == worker]
+        self._call(self._queue_again(lost))
+        return lost
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -181,25 +214,47 @@ class StandIn:
 
     async def _fail(self, request: web.Request, route: str, what: str) -> web.Response | None:
         """The answer where this request is to fail, before anything of it is done."""
-        match self.faults.next(route, what):
+        kind = "drop" if time.monotonic() < self._dark_until else self.faults.next(route, what)
+        match kind:
             case None:
                 return None
             case "slow":
                 await asyncio.sleep(1.0)
                 return None
-            case "drop":
+            case "unanswered" if route == "job-done":
+                self._unanswered.add(what)
+                return None
+            case "drop" | "unanswered":
                 assert request.transport is not None
                 request.transport.close()
                 raise ConnectionResetError
+            case "page":
+                return web.Response(text="<!DOCTYPE html><title>A gateway</title>", content_type="text/html")
+            case "empty":
+                return web.json_response([]) if route != "job-done" else web.Response(status=502)
+            case "nothing":
+                return web.Response(status=204 if route != "job-done" else 502)
+            case "garbage":
+                return web.Response(
+                    text='{"jobs', content_type="application/json", status=200 if route != "job-done" else 503
+                )
+            case "huge":
+                return web.Response(body=b"<" * _HUGE, content_type="application/json")
             case status:
                 return web.Response(status=int(status))
 
-    async def _add(self, body: Mapping[str, Any]) -> JobRecord:
-        job = JobRecord(f"{uuid.uuid4()}-{next(self._numbers)}", body["input"])
+    async def _add(self, body: Mapping[str, Any], id: str | None = None) -> JobRecord:
+        job = JobRecord(id or f"{uuid.uuid4()}-{next(self._numbers)}", body["input"])
         self.jobs[job.id] = job
         self._queue.append(job.id)
         await self._notify()
         return job
+
+    async def _queue_again(self, ids: list[str]) -> None:
+        for id in ids:
+            self.jobs[id].status = "IN_QUEUE"
+            self._queue.append(id)
+        await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -238,7 +293,7 @@ class StandIn:
         if job.status == "IN_QUEUE":
             self._queue.remove(id)
         elif job.status == "IN_PROGRESS":
-            self._stops.append(id)
+            self._stops[job.workers[-1]].append(id)
         if job.status not in FINAL:
             job.status = "CANCELLED"
         await self._notify()
@@ -251,52 +306,67 @@ class StandIn:
 
     async def _take(self, request: web.Request) -> web.Response:
         self.polls += 1
-        if failed := await self._fail(request, "job-take", request.match_info["worker"]):
+        name = request.match_info["worker"]
+        await asyncio.sleep(self._way_seconds)
+        if failed := await self._fail(request, "job-take", name):
             return failed
-        await self._until(lambda: self._queue, self._poll_seconds)
-        if not self._queue or request.transport is None or request.transport.is_closing():
+        await self._until(lambda: self._queue or self.odd, self._poll_seconds)
+        if not (self._queue or self.odd) or request.transport is None or request.transport.is_closing():
             return web.Response(status=204)
         batch = "batch_size" in request.query
-        taken = []
+        taken: list[Any] = []
+        if batch:
+            taken, self.odd = self.odd, []
         for _ in range(min(int(request.query.get("batch_size", 1)), len(self._queue))):
             job = self.jobs[self._queue.popleft()]
             job.status = "IN_PROGRESS"
             job.taken.append(time.time())
+            job.workers.append(name)
             taken.append({"id": job.id, "input": job.input})
-        in_hand = sum(job.status == "IN_PROGRESS" for job in self.jobs.values())
-        self.most_in_hand = max(self.most_in_hand, in_hand)
-        return web.json_response(taken if batch else taken[0])
+        in_hand = Counter(job.workers[-1] for job in self.jobs.values() if job.status == "IN_PROGRESS")
+        self.most_in_hand = max(self.most_in_hand, *in_hand.values(), 0)
+        await asyncio.sleep(self._way_seconds)
+        return web.json_response(taken if batch else taken[0] if taken else self.odd.pop(0))
 
     async def _done(self, request: web.Request) -> web.Response:
+        await asyncio.sleep(self._way_seconds)
         job = self.jobs[request.match_info["id"]]
         body = await request.read()
         if failed := await self._fail(request, "job-done", job.id):
             return failed
-        assert request.headers["X-Request-ID"] == job.id
+        assert unquote(request.headers["X-Request-ID"]) == job.id
         posted = json.loads(body)
         if posted.get("status") == "IN_PROGRESS":
             job.progress.append((time.time(), posted["output"]))
-            return web.Response()
-        if len(body) > self._max_body:
+        elif len(body) > self._max_body:
             job.refused_bytes.append(len(body))
             return web.Response(status=self._refused)
-        job.results.append((time.time(), posted))
-        if job.status not in FINAL:
-            job.status = "FAILED" if "error" in posted else "COMPLETED"
-        await self._notify()
+        elif job.id in self._unanswered and job.results:
+            job.repeats += 1
+        else:
+            job.results.append((time.time(), posted))
+            if job.status not in FINAL:
+                job.status = "FAILED" if "error" in posted else "COMPLETED"
+            await self._notify()
+            if job.id in self._unanswered:
+                assert request.transport is not None
+                request.transport.close()
+                raise ConnectionResetError
+        await asyncio.sleep(self._way_seconds)
         return web.Response()
 
     async def _stream(self, request: web.Request) -> web.Response:
         return await self._fail(request, "job-stream", request.match_info["id"]) or web.Response()
 
     async def _stop(self, request: web.Request) -> web.Response:
+        stops = self._stops[request.match_info["worker"]]
         if failed := await self._fail(request, "job-stop", request.match_info["worker"]):
             return failed
-        await self._until(lambda: self._stops, self._poll_seconds)
-        if request.transport is None or request.transport.is_closing() or not self._stops:
+        await self._until(lambda: stops, self._poll_seconds)
+        if request.transport is None or request.transport.is_closing() or not stops:
             return web.Response(status=204)
-        ids = list(self._stops)
-        self._stops.clear()
+        ids = list(stops)
+        stops.clear()
         return web.json_response({"jobsToStop": ids})
 
     async def _ping(self, request: web.Request) -> web.Response:

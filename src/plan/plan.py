@@ -91,6 +91,12 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
+    def work(self) -> float:
+        """Steps times pixels of all its pictures, which their time goes by."""
+        width, height = self.canvas
+        return float(self.steps * width * height * len(self.seeds))
+
+    @property
     def adapter_weights(self) -> tuple[tuple[str, float], ...]:
         """The adapters by their names, and how much each counts: what is remembered under others is of no use."""
         return tuple((adapter.name, adapter.asked.scale) for adapter in self.adapters)

@@ -1,10 +1,11 @@
-"""How the SDK's loop talks to RunPod, made lossless.
+"""How the SDK's loop talks to RunPod, made lossless and patient, and fair to the endpoint's other workers.
 
-What runpod 1.12 does by itself: it posts a result again after an HTTP 5xx alone, three times in all, and drops it after
-a refused connection or a 429 (benchmarks/serving.py measures how many); it forgets a stop signal for a job that it has
-taken and not begun; while RunPod cannot be reached it asks thousands of times a second; and after SIGTERM it sits out
-its polls, and never runs the jobs that they bring. Its JobScaler carries the three calls that do so as public
-attributes, so they are replaced there and nothing is patched.
+What runpod 1.12 does by itself: it takes jobs by number, looks for them once a second, and waits for an empty worker
+before it takes another number; one odd element of an answer hides the jobs beside it, and a job that cannot be read is
+never answered; it posts a result again after an HTTP 5xx alone, three times in all; it forgets a stop signal for a job
+that is not running yet; an answer without jobs is asked for again hundreds of times a second, and HTTP 429 costs five
+seconds; and after SIGTERM it sits out its polls, and never runs the jobs that they bring. Its JobScaler carries the
+three calls that do so as public attributes, so they are replaced there and nothing is patched.
 
 Knows nothing of pictures or of the device.
 """
@@ -16,170 +17,288 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import aiohttp
-from runpod.http_client import AsyncClientSession, TooManyRequests
-from runpod.serverless.modules.rp_http import JOB_DONE_URL
-from runpod.serverless.modules.rp_job import get_job, get_stop_signals, handle_job
-from runpod.serverless.modules.rp_scale import JobScaler
 
-from src.serving.logs import cancelled_unbegun
+from src.serving import sdk
+from src.serving.incoming import read_jobs
+from src.serving.logs import cancelled_unbegun, refused_unread
+from src.serving.posting import PatientSession, Results
+from src.wording import show
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 180  # how long a result is posted again before it is given up
-_RETRY_SECONDS = (0.2, 0.5, 1, 2, 4, 8, 15)  # between two tries; the last goes on
-_LONGEST_PAUSE = 30.0
-_PROGRESS_TIMEOUT = aiohttp.ClientTimeout(total=5)
-_TOO_LARGE = 5_000_000  # bytes from which HTTP 400 means that: RunPod refuses more than 10 or 20 MB with it
+MOST_JOBS = 1_000  # what the SDK believes to hold at most, so that it never waits to change it
+_POLL_SECONDS = 90  # as the SDK has it
+_WAIT_SECONDS = 30.0  # that the SDK is kept waiting while there is enough in hand
+_LOOK_SECONDS = 0.02  # between two looks at what is in hand
+_FAILED_PAUSES = (0.25, 2.0)  # the first and the longest
+_EMPTY_PAUSES = (0.05, 1.0)  # after answers that brought nothing and did not wait for a job
+_QUICK_SECONDS = 0.5  # an answer that comes sooner did not wait
+_GRACE_SECONDS = 0.5  # that a poll has after SIGTERM: RunPod may be handing a job out
+_ANSWER_SECONDS = 10.0  # that an answer has which has begun to come
+_QUIET_SECONDS = 60.0  # between two lines of the log on one route
+_PROGRESS_TIMEOUT = aiohttp.ClientTimeout(total=20)
+_REMEMBERED = 1_000  # stop signals for jobs that are not here
+_REMEMBERED_SECONDS = 60.0
+_JOB_BYTES = 25_000_000  # of one job at most: RunPod takes 20 MB
+_STOP_BYTES = 1_000_000
 
 
 class ControlPlane:
-    """Takes over `scaler`'s calls; one for each worker, made within its event loop."""
+    """Takes over `scaler`'s calls; one for each worker, made within its event loop.
 
-    def __init__(self, scaler: JobScaler) -> None:
+    `wanted` tells how many jobs to ask for now, by the number of those that are on their way to it and the bytes that
+    are on their way to RunPod; `trip` is told how long answers took.
+    """
+
+    def __init__(self, scaler: Any, wanted: Callable[[int, int], int], trip: Callable[[float], None]) -> None:
         self._scaler = scaler
-        self._stopping = asyncio.Event()  # no more jobs
-        self._ended = asyncio.Event()  # and none is in hand
+        self._wanted = wanted
+        self._trip = trip
+        self._stopping = asyncio.Event()  # ask for no more jobs
+        self._leaving = asyncio.Event()  # and take none that is not coming already
+        self._no_stops = asyncio.Event()  # nothing is in hand that could be stopped
+        self._polls = {"job-take": _Poll("job-take"), "job-stop": _Poll("job-stop")}
+        self._coming: set[str] = set()  # with the SDK, which has not begun them
         self._begun: set[str] = set()
-        self._never_start: set[str] = set()
-        self._pauses = {"job-take": 0.0, "job-stop": 0.0}
-        self._progress = AsyncClientSession()
+        self._refused: dict[str, str] = {}
+        self._stopped_before = OrderedDict[str, float]()  # when a job was stopped that had not begun or come
+        self._results = Results()
+        self._progress = sdk.client_session()
+        self._ended = False
         scaler.jobs_fetcher = self._take
         scaler.jobs_handler = self._handle
         scaler.stop_signals_fetcher = self._stop_signals
 
     def stop(self) -> None:
         """Take no more jobs; those that were taken are finished and posted, then the SDK's loop ends."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
+        self._results.leave()
+        asyncio.get_running_loop().call_later(_GRACE_SECONDS, self._leaving.set)
+        if not self._scaler.current_occupancy():
+            self._no_stops.set()
 
-    async def post_progress(self, job_id: str, progress: dict[str, Any]) -> None:
-        """Tell RunPod how far a job is, once; the client's /status shows it."""
-        url = JOB_DONE_URL.replace("$ID", job_id) + "&isStream=false"
+    async def post_progress(self, job_id: str, progress: dict[str, Any]) -> float:
+        """Tell RunPod how far a job is, once; the client's /status shows it. The seconds that it took."""
+        url = sdk.done_url(quote(job_id, safe="")) + "&isStream=false"
         body = json.dumps({"status": "IN_PROGRESS", "output": progress})
-        headers = {"X-Request-ID": job_id, "Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
+        headers = {
+            "X-Request-ID": quote(job_id),
+            "Content-Type": "application/x-www-form-urlencoded",
+            "charset": "utf-8",
+        }
+        began = time.monotonic()
         try:
-            async with self._progress.post(url, data=body, headers=headers, timeout=_PROGRESS_TIMEOUT) as answer:
-                await answer.read()
+            async with self._progress.post(url, data=body, headers=headers, timeout=_PROGRESS_TIMEOUT):
+                self._trip(time.monotonic() - began)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            log.debug("job %s: a progress update was not taken: %s", job_id, type(error).__name__)
+            log.debug("job %s: a progress update was not taken: %s", show(job_id), type(error).__name__)
+        return time.monotonic() - began
 
-    async def _take(self, session: aiohttp.ClientSession, jobs: int) -> list[dict[str, Any]] | None:
-        if not self._stopping.is_set():
-            return await self._poll("job-take", lambda: get_job(session, jobs), self._stopping)
-        if self._scaler.current_occupancy():
-            await asyncio.sleep(0.1)
-        elif not self._ended.is_set():
-            self._ended.set()
-            await self._progress.close()
-            self._scaler.kill_worker()
-        return None
+    # What the SDK calls
+
+    async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]] | None:
+        poll = self._polls["job-take"]
+        if not poll.under_way:
+            if self._stopping.is_set():
+                await self._end()
+                return None
+            if not (number := await self._until_wanted()):
+                return None
+            poll.begin(lambda: sdk.call("get_job")(_Reading(session, poll, number * _JOB_BYTES, self._read), number))
+        jobs: list[dict[str, Any]] = await poll.finish(self._leaving, _WAIT_SECONDS) or []
+        if jobs:
+            self._trip(poll.seconds)
+        self._coming.update(job["id"] for job in jobs)
+        return jobs
 
     async def _stop_signals(self, session: aiohttp.ClientSession) -> Sequence[str]:
-        stopped = await self._poll("job-stop", lambda: get_stop_signals(session), self._ended) or []
-        # A job that the SDK holds and has not begun would be lost to it, slot and all, if its task were cancelled now.
-        self._never_start.update(id for id in stopped if id not in self._begun and self._scaler.job_progress.get(id))
+        poll, stopped, deadline = self._polls["job-stop"], list[str](), time.monotonic() + _WAIT_SECONDS
+        while not (stopped or self._no_stops.is_set() or time.monotonic() > deadline):  # the SDK sleeps after none
+            if not poll.under_way:
+                poll.begin(lambda: sdk.call("get_stop_signals")(_Reading(session, poll, _STOP_BYTES, json.loads)))
+            stopped = await poll.finish(self._no_stops, _WAIT_SECONDS) or []
+        # A job that the SDK holds and has not begun would be lost to it, slot and all, if its task were cancelled now;
+        # one that is on its way here would run.
+        for id in stopped:
+            if id not in self._begun:
+                self._stopped_before[id] = time.monotonic()
+        while len(self._stopped_before) > _REMEMBERED:
+            self._stopped_before.popitem(last=False)
         return [id for id in stopped if id in self._begun]
 
     async def _handle(self, session: aiohttp.ClientSession, config: dict[str, Any], job: dict[str, Any]) -> None:
         id = job["id"]
-        if id in self._never_start:
-            self._never_start.discard(id)
+        self._coming.discard(id)
+        refused = self._refused.pop(id, None)
+        if time.monotonic() - self._stopped_before.pop(id, -_REMEMBERED_SECONDS) < _REMEMBERED_SECONDS:
             cancelled_unbegun(id)
             return
+        if refused:
+            refused_unread(id, refused)
+            config = {**config, "handler": lambda _: {"error": f"invalid_request: input: {refused}"}}
         self._begun.add(id)
         try:
-            await handle_job(PatientSession(session), config, job)
+            await sdk.call("handle_job")(PatientSession(session, self._results), config, job)
         finally:
             self._begun.discard(id)
 
-    async def _poll(self, route: str, poll: Callable[[], Awaitable[T]], end: asyncio.Event) -> T | None:
-        """What `poll` brings; None as soon as there is an `end`, or after a pause where RunPod cannot be reached."""
-        try:
-            brought = await _unless(end, poll())
-        except (TooManyRequests, asyncio.CancelledError):
-            raise  # the SDK waits by itself
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next poll may be answered
-            pause = self._pauses[route] = min(_LONGEST_PAUSE, 2 * self._pauses[route] or 0.5)
-            log.warning("%s failed (%s %s), next try in %g s", route, type(error).__name__, _status(error), pause)
-            await _unless(end, asyncio.sleep(pause))
-            return None
-        self._pauses[route] = 0.0
-        return brought
+    # How
 
+    async def _until_wanted(self) -> int:
+        """How many jobs to ask for, once there are any; 0 after a while, or when it is time to stop."""
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while time.monotonic() < deadline and not self._stopping.is_set():
+            if number := self._wanted(len(self._coming), self._results.bytes):
+                return number
+            await asyncio.sleep(_LOOK_SECONDS)
+        return 0
 
-class PatientSession:
-    """What the SDK needs of an aiohttp session to post one job's result, and three minutes of patience.
-
-    A body that RunPod refuses for its size is replaced by an error: the SDK would leave the client without a word.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self.headers: dict[str, str] = {}  # the SDK writes X-Request-ID here, which the jobs must not share
-        self._session = session
-
-    async def request(
-        self, method: str, url: str, *, headers: dict[str, str], data: str, **options: Any
-    ) -> aiohttp.ClientResponse:
-        """The first answer that is final. Out of time it raises aiohttp.ClientError, which the SDK does not retry."""
-        headers = {**self.headers, **headers}
-        id = headers.get("X-Request-ID")
-        timeout = aiohttp.ClientTimeout(total=30 + len(data) / 1e6)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                answer = await self._session.request(
-                    method, url, headers=headers, data=data, timeout=timeout, **options
-                )
-            except (TimeoutError, aiohttp.ClientError, OSError) as error:
-                reason = type(error).__name__
+    def _read(self, body: bytes) -> list[dict[str, Any]]:
+        """The jobs that came and are not here already."""
+        incoming = read_jobs(body)
+        for line in incoming.left_out:
+            log.warning("job-take brought %s: it is left out", line)
+        jobs = []
+        for id, job in incoming.jobs.items():
+            if id in self._coming or id in self._begun:
+                log.warning("job-take brought job %s, which is in hand: it is left out", show(id))
             else:
-                status, large = answer.status, len(data) >= _TOO_LARGE
-                # Later 400s may mean that an earlier try, whose answer was lost, did arrive.
-                if status == 413 or (status == 400 and large and tries == 1):
-                    log.error(
-                        "job %s: RunPod refused a result of %d bytes", id, len(data), extra={"facts": {"job": id}}
-                    )
-                    data = _refusal(data)
-                elif status not in (408, 425, 429) and status < 500:
-                    return answer
-                answer.release()
-                reason = f"HTTP {status}"
-            wait = _RETRY_SECONDS[min(tries, len(_RETRY_SECONDS)) - 1]
-            if time.monotonic() + wait > deadline:
-                raise aiohttp.ClientError(f"gave up after {tries} tries, the last: {reason}")
-            log.warning("job %s: posting its result again after %s", id, reason, extra={"facts": {"job": id}})
-            await asyncio.sleep(wait)
+                jobs.append(job)
+                self._refused |= {id: incoming.refused[id]} if id in incoming.refused else {}
+        return jobs
+
+    async def _end(self) -> None:
+        """End the SDK's loop, once nothing is in hand."""
+        if self._scaler.current_occupancy() or not self._leaving.is_set():
+            await asyncio.sleep(_LOOK_SECONDS)
+        elif not self._ended:
+            self._ended = True
+            self._no_stops.set()
+            await self._progress.close()
+            self._scaler.kill_worker()
 
 
-async def _unless(end: asyncio.Event, work: Awaitable[T]) -> T | None:
-    """What `work` gives; None as soon as there is an `end`."""
-    working, ending = asyncio.ensure_future(work), asyncio.ensure_future(end.wait())
+class _Poll:
+    """One route that is asked again and again. A request is cut off only where nothing of its answer has come."""
+
+    def __init__(self, route: str) -> None:
+        self.answering = False
+        self.seconds = 0.0  # that the latest took
+        self._route = route
+        self._task: asyncio.Task[Any] | None = None
+        self._fruitless = 0  # in a row
+        self._told: float | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a request is."""
+        return self._task is not None
+
+    def begin(self, ask: Callable[[], Awaitable[Any]]) -> None:
+        """Send the next request."""
+        self.answering = False
+        self._task = asyncio.ensure_future(self._ask(ask))
+
+    async def finish(self, end: asyncio.Event, seconds: float) -> Any:
+        """What the request brings; None where it brings nothing for so long, goes on, or there is an `end`."""
+        if self._task is None:
+            return None
+        await _either(self._task, end, seconds)
+        if not self._task.done():
+            if not end.is_set():
+                return None
+            if self.answering:
+                await asyncio.wait({self._task}, timeout=_ANSWER_SECONDS)
+        task, self._task = self._task, None
+        if task.done():
+            return task.result()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return None
+
+    async def _ask(self, ask: Callable[[], Awaitable[T]]) -> T | None:
+        began, brought, pauses = time.monotonic(), None, _FAILED_PAUSES
+        try:
+            brought = await asyncio.wait_for(ask(), _POLL_SECONDS)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next poll may be answered
+            self._tell(error)
+        else:
+            pauses = _EMPTY_PAUSES
+            self._told = None
+        self.seconds = time.monotonic() - began
+        if brought or (pauses is _EMPTY_PAUSES and self.seconds > _QUICK_SECONDS):
+            self._fruitless = 0
+            return brought
+        first, longest = pauses
+        pause = min(longest, first * 2 ** min(self._fruitless, 10))
+        self._fruitless += 1
+        await asyncio.sleep(pause)
+        return None
+
+    def _tell(self, error: Exception) -> None:
+        """One line a minute; an HTTP status, and not the URL, whose query may hold a key."""
+        status = f" {error.status}" if isinstance(error, aiohttp.ClientResponseError) else ""
+        now = time.monotonic()
+        if self._told is None or now - self._told > _QUIET_SECONDS:
+            self._told = now
+            log.warning("%s failed (%s%s): it is asked again", self._route, type(error).__name__, status)
+
+
+class _Reading:
+    """What the SDK needs of an aiohttp session to ask one route; the body is read here, within limits."""
+
+    def __init__(
+        self, session: aiohttp.ClientSession, poll: _Poll, most_bytes: int, read: Callable[[bytes], Any]
+    ) -> None:
+        self._session = session
+        self._poll = poll
+        self._most_bytes = most_bytes
+        self._read = read
+
+    @contextlib.asynccontextmanager
+    async def get(self, url: str) -> AsyncIterator[_Answer]:
+        """The answer."""
+        async with self._session.get(url) as answer:
+            self._poll.answering = True
+            yield _Answer(answer, self._most_bytes, self._read)
+
+
+class _Answer:
+    """An aiohttp response, but for how its JSON is read."""
+
+    def __init__(self, answer: aiohttp.ClientResponse, most_bytes: int, read: Callable[[bytes], Any]) -> None:
+        self._answer = answer
+        self._most_bytes = most_bytes
+        self._read = read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._answer, name)
+
+    async def json(self) -> Any:
+        """Raises ValueError where it is none, or too large."""
+        body = bytearray()
+        async for chunk in self._answer.content.iter_chunked(1 << 16):
+            body += chunk
+            if len(body) > self._most_bytes:
+                self._answer.close()
+                raise ValueError(f"more than {self._most_bytes:,} bytes")
+        return self._read(bytes(body))
+
+
+async def _either(task: asyncio.Task[Any], end: asyncio.Event, seconds: float) -> None:
+    """Wait until `task` is done, there is an `end`, or for so long."""
+    ending = asyncio.ensure_future(end.wait())
     try:
-        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        await asyncio.wait({task, ending}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in (working, ending):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-
-
-def _status(error: Exception) -> str:
-    """An HTTP status, and not the URL, whose query may hold a key."""
-    return str(error.status) if isinstance(error, aiohttp.ClientResponseError) else ""
-
-
-def _refusal(data: str) -> str:
-    posted = json.loads(data)
-    size = len(data) / 1e6
-    error = (
-        f"response_too_large: RunPod refused the result of {size:.1f} MB; ask for fewer or smaller pictures or for "
-        "JPEG, or set MAX_RESPONSE_MB or a bucket on the worker"
-    )
-    return json.dumps({"error": error, **({"stopPod": True} if posted.get("stopPod") else {})})
+        ending.cancel()

@@ -73,3 +73,14 @@ def cancelled_unbegun(id: str) -> None:
     """The one line of a job that was cancelled before anything of it was done."""
     facts = {"job": redact(id), "outcome": "cancelled", "seconds": {}}
     log.info("job %s: cancelled before it began", facts["job"], extra={"facts": facts})
+
+
+def refused_unread(id: str, reason: str) -> None:
+    """The one line of a job that cannot be read at all."""
+    facts = {
+        "job": redact(id),
+        "outcome": "invalid_request",
+        "error": f"invalid_request: input {reason}",
+        "seconds": {},
+    }
+    log.info("job %s: %s", facts["job"], facts["error"], extra={"facts": facts})

@@ -5,6 +5,7 @@ Makes requests of its own for the warm-up; of a client's job it knows what a Job
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import logging
@@ -21,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import runpod
 from PIL import Image
 from runpod.serverless.modules.rp_logger import RunPodLogger
-from runpod.serverless.modules.rp_scale import JobScaler
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
 from src.catalog import CONTROL_TYPES
@@ -33,9 +33,10 @@ from src.request.reading import read_request
 from src.request.schema import PICTURES
 from src.response.encode import encode_image
 from src.response.storage import Bucket
-from src.serving.concurrency import Concurrency
-from src.serving.control_plane import ControlPlane
+from src.serving import sdk
+from src.serving.control_plane import MOST_JOBS, ControlPlane
 from src.serving.logs import SDK_LEVELS
+from src.serving.prefetch import MAX_DELIVERING, Held, Prefetch
 from src.settings import MAX_PREFETCH, Settings
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("worker")
 T = TypeVar("T")
 Answer = Callable[[object, Job], dict[str, Any]]
+
+_JOBS_OF_THE_SDKS_LOOP = 3  # where it cannot be replaced: keeps a device that needs a second a picture busy
+_PROGRESS_SHARE = 5  # times as long as the latest update took passes until the next
 
 
 def serve(
@@ -82,12 +86,10 @@ def serve(
     def warm_up() -> None:
         worker.warm_up(engine())
 
+    arguments, _ = runpod.serverless.parser.parse_known_args()
+    _check_arguments(arguments)
     checks = [check_bucket, check_device, load_model, warm_up]
-    if (
-        IS_LOCAL_TEST
-        or settings.runpod_realtime_port
-        or any(argument.startswith(("--test_input", "--rp_serve_api")) for argument in sys.argv)
-    ):
+    if IS_LOCAL_TEST or settings.runpod_realtime_port or arguments.test_input or arguments.rp_serve_api:
         for check in checks[:-1]:
             check()
     else:
@@ -96,6 +98,15 @@ def serve(
     runpod.serverless.start({"handler": worker.run, "concurrency_modifier": worker.jobs_in_hand})
     worker.close()
     return worker.exit_status
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise InvalidSettings where the SDK's HTTP server would refuse to start, but only once the model is loaded."""
+    if arguments.rp_serve_api and arguments.rp_api_concurrency != 1:
+        raise InvalidSettings(
+            f"--rp_api_concurrency={arguments.rp_api_concurrency}: the SDK's HTTP server runs in one process alone; "
+            "leave it out, or give 1: jobs wait for the one device in any case"
+        )
 
 
 def _redacted(check: Callable[[], None]) -> Callable[[], None]:
@@ -129,10 +140,11 @@ class Worker:
         self._answer = answer
         self._settings = settings
         self._queue = JobQueue()
-        self._threads = ThreadPoolExecutor(MAX_PREFETCH, thread_name_prefix="job")
-        self._concurrency = Concurrency(settings.prefetch_jobs)
+        self._threads = ThreadPoolExecutor(MAX_PREFETCH + MAX_DELIVERING, thread_name_prefix="job")
+        self._prefetch = Prefetch(settings.prefetch_jobs)
+        self._looked_for_scaler = False
         self._control_plane: ControlPlane | None = None
-        self._in_hand = 0
+        self._in_hand: dict[Job, Watcher] = {}
 
     def on_device(self, work: Callable[[], T]) -> T:
         """What `work` gives, run on the device's thread."""
@@ -160,18 +172,36 @@ class Worker:
                 self.on_device(partial(engine.warm_up, batch, model.num_inference_steps))
             seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
             log.info("warm-up: a picture of %dx%d takes about %.2f s", width, height, seconds)
-            self._concurrency.observe(seconds)
+            self._prefetch.observe(seconds, plan.work / plan.steps * model.num_inference_steps)
 
     def jobs_in_hand(self, _: int) -> int:
-        """The SDK's concurrency_modifier: asked before each look for jobs, first of all things in its event loop."""
-        if self._control_plane is None:
-            scaler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # the SDK shows it nowhere else
-            if not isinstance(scaler, JobScaler):
-                raise TypeError(f"runpod's JobScaler should answer SIGTERM, not {scaler!r}")
-            self._control_plane = ControlPlane(scaler)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, self._stop, number.name)
-        return self._concurrency.jobs
+        """The SDK's concurrency_modifier: asked before each look for jobs, first of all things in its event loop.
+
+        Always the same, since the SDK waits for an empty worker to change it.
+        """
+        if not self._looked_for_scaler:
+            self._looked_for_scaler = True
+            self._take_over(sdk.running_scaler())
+        return MOST_JOBS if self._control_plane else self._settings.prefetch_jobs or _JOBS_OF_THE_SDKS_LOOP
+
+    def _take_over(self, scaler: Any) -> None:
+        """Replace the SDK's calls, or none of them where one is not the SDK's own."""
+        if moved := sdk.moved(scaler):
+            log.warning(
+                "runpod %s is not as this worker knows it, so its own loop runs: %s; pictures are the same, and "
+                "requirements.txt has the version that is known",
+                runpod.__version__,
+                "; ".join(moved),
+            )
+            return
+        self._control_plane = ControlPlane(scaler, self._wanted, self._prefetch.trip)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, number.name)
+
+    def _wanted(self, coming: int, delivered_bytes: int) -> int:
+        """How many jobs to ask for now."""
+        held = [Held(job, watcher.seconds_left()) for job, watcher in self._in_hand.items()]
+        return self._prefetch.wanted(held, coming, delivered_bytes)
 
     async def run(self, event: dict[str, Any]) -> dict[str, Any]:
         """The SDK's handler: the answer to one job. A cancelled job is stopped, and gone before this returns."""
@@ -180,8 +210,8 @@ class Worker:
             event, on_progress=watcher.see, queue_up=self._queue.ticket, timeout=self._settings.request_timeout
         )
         running = asyncio.get_running_loop().run_in_executor(self._threads, self._answer, event, job)
-        telling = asyncio.create_task(self._tell(job, watcher, running))
-        self._in_hand += 1
+        telling = asyncio.create_task(self._tell(event["id"], job, watcher, running))
+        self._in_hand[job] = watcher
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -191,13 +221,13 @@ class Worker:
             try:
                 await _finished(running, telling)
             finally:
-                self._in_hand -= 1
+                del self._in_hand[job]
                 self._learn(job, running.result())
 
     def _learn(self, job: Job, response: dict[str, Any]) -> None:
         """How long jobs take, and whether the device still works."""
-        if job.device_seconds is not None and not job.cancelled:
-            self._concurrency.observe(job.device_seconds)
+        if job.device_seconds is not None and response.get("status") == "success":
+            self._prefetch.observe(job.device_seconds, job.work, job.seconds.get("prepare", 0.0))
         if response.get("refresh_worker"):
             self.exit_status = 1
             self._stop("a device that failed")
@@ -209,20 +239,24 @@ class Worker:
         self._threads.shutdown()
         self._queue.close()
 
-    async def _tell(self, job: Job, watcher: Watcher, running: asyncio.Future[Any]) -> None:
+    async def _tell(self, id: str, job: Job, watcher: Watcher, running: asyncio.Future[Any]) -> None:
         """Post what `watcher` saw, now and then; returns with the job, and nothing is under way then."""
-        posted = None
+        posted, pause = None, self._settings.progress_interval
         while True:
-            done, _ = await asyncio.wait({running}, timeout=self._settings.progress_interval)
+            done, _ = await asyncio.wait({running}, timeout=pause)
             if done or job.cancelled or self._control_plane is None:
                 return
             if (progress := watcher.progress()) != posted:
-                await self._control_plane.post_progress(job.id, progress)
+                seconds = await self._control_plane.post_progress(id, progress)
+                pause = max(self._settings.progress_interval, _PROGRESS_SHARE * seconds)  # the result waits for it
                 posted = progress
 
     def _stop(self, reason: str) -> None:
         log.info("stopping because of %s: jobs in hand are finished, no more are taken", reason)
         if self._control_plane is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):  # once more, it changes nothing
+                asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
             self._control_plane.stop()
         else:  # the SDK's own HTTP server ends by this, after the answers under way
             asyncio.get_running_loop().call_later(1.0, signal.raise_signal, signal.SIGTERM)
@@ -247,29 +281,37 @@ class Watcher:
         self._last = Progress("queued")
         self._preview: str | None = None
         self._denoising_since: float | None = None
+        self._stepped = 0.0  # when the latest step was done
 
     def see(self, progress: Progress) -> None:
         """Called on the job's and on the device's thread, never at once."""
         if not progress.steps:  # what comes before or after the steps does not undo them
             progress = replace(progress, step=self._last.step, steps=self._last.steps)
+        if progress.step > self._last.step:
+            self._stepped = time.monotonic()
         self._last = progress
         if progress.phase == "denoise" and self._denoising_since is None:
             self._denoising_since = time.monotonic()
         if progress.preview is not None:
             self._preview = base64.b64encode(encode_image(progress.preview, "JPEG", 80)).decode()
 
-    def progress(self) -> dict[str, Any]:
-        """As the client's /status shows it; `seconds_left` is None until a step is done."""
+    def seconds_left(self) -> float | None:
+        """How long the steps that are left will take; None until one is done."""
         last, since = self._last, self._denoising_since
-        left = None
-        if since is not None and last.step:
-            left = round((time.monotonic() - since) / last.step * (last.steps - last.step), 1)
+        if since is None or not last.step:
+            return None
+        a_step = (self._stepped - since) / last.step
+        return max(0.0, a_step * (last.steps - last.step) - (time.monotonic() - self._stepped))
+
+    def progress(self) -> dict[str, Any]:
+        """As the client's /status shows it."""
+        last, left = self._last, self.seconds_left()
         shown: dict[str, Any] = {
             "phase": last.phase,
             "step": last.step,
             "steps": last.steps,
             "percent": round(100 * last.step / last.steps) if last.steps else 0,
-            "seconds_left": left,
+            "seconds_left": None if left is None else round(left, 1),
         }
         if self._preview is not None:
             shown["preview"] = self._preview
