@@ -60,8 +60,9 @@ def sleeping_engine(seconds: float) -> Engine:
 
         def __call__(self, **arguments: Any) -> SimpleNamespace:
             steps = arguments["num_inference_steps"]
-            for _ in range(steps):
+            for step in range(steps):
                 time.sleep(seconds / 8)
+                arguments["callback_on_step_end"](self, step, 0, {"latents": torch.zeros(1)})
             return SimpleNamespace(images=self.photograph)
 
     model = get_model("flux-shapes")
