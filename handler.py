@@ -158,7 +158,7 @@ def main() -> None:
 
     try:
         logs.configure(get_settings())
-        sys.exit(loop.serve(answer, get_settings(), get_engine, get_bucket))
+        loop.leave(loop.serve(answer, get_settings(), get_engine, get_bucket))
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +17,10 @@ import pytest
 from PIL import Image
 
 from src.job import Progress
+from src.serving import sdk
 from src.serving.loop import Watcher
-from tests.runpod_stand_in import Faults, JobRecord, StandIn, WorkerProcess, worker
+from src.settings import ROOT
+from tests.runpod_stand_in import ANSWERS, EVERY_KIND, REFUSALS, Faults, JobRecord, StandIn, WorkerProcess, worker
 
 ENDLESS = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}
 
@@ -36,7 +41,8 @@ def shared() -> Iterator[StandIn]:
 
 @pytest.fixture(scope="module")
 def process(shared: StandIn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    with worker(shared, tmp_path_factory.mktemp("worker") / "log", PROGRESS_INTERVAL="0.2", LOG_LEVEL="DEBUG") as held:
+    settings = {"PROGRESS_INTERVAL": "0.2", "LOG_LEVEL": "DEBUG", "PREFETCH_JOBS": "4"}
+    with worker(shared, tmp_path_factory.mktemp("worker") / "log", **settings) as held:
         yield held
 
 
@@ -122,6 +128,78 @@ def test_no_prompt_picture_or_key_is_in_the_log(shared: StandIn, process: Worker
         assert secret not in text
 
 
+def test_odd_jobs_are_answered_or_left_out_alone(shared: StandIn, process: WorkerProcess) -> None:
+    odd_ids = ["a/b\nc", "e&%2F?#", "&", "$ID", "ü"]
+    good = [shared.submit_as(id, {"prompt": "a red circle"}) for id in odd_ids]
+    bad = [shared.submit_as(id, input) for id, input in (("no input", None), ("a list", []), ("a number", 5))]
+    shared.odd = [None, "job", {"id": 5}, {"input": {}}, [], {"id": ""}, {"id": "\ud800"}, {"id": good[0], "input": {}}]
+    last = shared.submit(prompt="a red circle")
+    jobs = shared.wait(*good, *bad, last)
+    assert [job.status for job in jobs] == ["COMPLETED"] * 5 + ["FAILED"] * 3 + ["COMPLETED"]
+    assert all(len(job.results) == 1 for job in jobs)
+    for job in jobs[5:8]:
+        assert job.results[0][1]["error"].startswith("invalid_request: input: ")
+
+
+def test_a_job_that_no_json_reader_reads_is_answered(shared: StandIn, process: WorkerProcess) -> None:
+    deep: list[object] = []
+    for _ in range(900):  # more, with what stands around it, than Python's reader takes
+        deep = [deep]
+    ids = [shared.submit_as("deep", {"prompt": deep}), shared.submit(prompt="a red circle", seed=10**400)]
+    for job in shared.wait(*ids):
+        assert job.results[0][1]["error"].startswith("invalid_request: ")
+
+
+@pytest.mark.slow
+def test_a_cancel_for_a_job_that_is_on_its_way_is_remembered(tmp_path: Path) -> None:
+    held = StandIn(way_seconds=1.0)
+    with worker(held, tmp_path / "log") as process:
+        held.wait(held.submit(prompt="a red circle"))
+        id = held.submit(**ENDLESS)
+        while held.jobs[id].status == "IN_QUEUE":
+            time.sleep(0.001)
+        held.cancel(id)
+        held.wait(held.submit(prompt="a red circle"))
+    assert held.jobs[id].results == []
+    assert f"job {id}: cancelled before it began" in process.text()
+    held.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*ANSWERS, *REFUSALS, "429", "500"])
+def test_polls_that_bring_nothing_come_with_pauses(kind: str, tmp_path: Path) -> None:
+    faults = Faults(0.0, (kind,), in_a_row=10**9)
+    held = StandIn(faults, poll_seconds=0)
+    with worker(held, tmp_path / "log") as process:
+        held.wait(held.submit(prompt="a red circle"))
+        faults.rate = 1.0
+        time.sleep(0.5)
+        polls = held.polls
+        time.sleep(4)
+        assert 1 <= held.polls - polls < 30
+        faults.rate = 0.0
+        began = time.monotonic()
+        held.wait(held.submit(prompt="a red circle"))
+        assert time.monotonic() - began < 10, "it is there soon after RunPod is"
+        assert "rpa_" not in process.text()
+        assert process.terminate() == 0
+    held.close()
+
+
+@pytest.mark.slow
+def test_every_job_has_one_result_whatever_runpod_answers(tmp_path: Path) -> None:
+    held = StandIn(Faults(0.3, EVERY_KIND, in_a_row=6, seed=2), poll_seconds=0.5)
+    with worker(held, tmp_path / "log", PROGRESS_INTERVAL="0.1") as process:
+        ids = [held.submit(prompt="a red circle", seed=i, width=64, height=64) for i in range(60)]
+        jobs = held.wait(*ids, seconds=300)
+        assert process.terminate() == 0
+    assert {job.status for job in jobs} == {"COMPLETED"}
+    assert [len(job.results) for job in jobs] == [1] * 60
+    assert "key=" not in process.text()
+    assert "rpa_" not in process.text()
+    held.close()
+
+
 @pytest.mark.slow
 def test_pings_name_the_jobs_in_hand(shared: StandIn, process: WorkerProcess) -> None:
     id = shared.submit(**ENDLESS)
@@ -162,10 +240,74 @@ def test_sigterm_ends_an_idle_worker_at_once(stand_in: StandIn, tmp_path: Path) 
         held.wait(held.submit(prompt="a red circle"))
         polls = held.polls
         started = time.monotonic()
-        assert process.terminate() == 0
-        assert time.monotonic() - started < 45, "it does not sit out its polls"
+        process.process.terminate()
+        time.sleep(0.2)
+        assert process.terminate() == 0, "once more, it changes nothing"
+        assert time.monotonic() - started < 30, "it does not sit out its polls"
     assert held.polls <= polls + 1, "and begins no other"
+    assert process.text().count("stopping because of") == 1
+    assert "was not ready" not in process.text()
     held.close()
+
+
+@pytest.mark.slow
+def test_a_job_handed_out_while_the_signal_arrives_is_run_or_never_taken(tmp_path: Path) -> None:
+    for number, after in enumerate((-0.02, 0.0, 0.02, 0.3)):
+        held = StandIn(way_seconds=0.02)
+        with worker(held, tmp_path / f"log-{number}") as process:
+            held.wait(held.submit(prompt="a red circle"))
+            if after < 0:
+                id = held.submit(prompt="a red circle")
+            time.sleep(abs(after))
+            process.process.terminate()
+            if after >= 0:
+                time.sleep(after)
+                id = held.submit(prompt="a red circle")
+            assert process.process.wait(60) == 0
+        assert held.jobs[id].status in ("COMPLETED", "IN_QUEUE")
+        held.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attribute", [call.attribute for call in sdk.CALLS])
+def test_an_sdk_that_moved_something_runs_by_itself_and_that_is_said(
+    attribute: str, stand_in: StandIn, tmp_path: Path
+) -> None:
+    with worker(stand_in, tmp_path / "log", "-m", "tests.moved_sdk", attribute) as process:
+        ids = [stand_in.submit(prompt="a red circle", seed=i) for i in range(3)]
+        assert {job.status for job in stand_in.wait(*ids)} == {"COMPLETED"}
+        (line,) = (line for line in process.lines() if line["level"] == "WARNING")
+    assert f"JobScaler.{attribute} is not the SDK's own" in line["message"]
+    assert all(call.lost not in line["message"] for call in sdk.CALLS if call.attribute != attribute)
+
+
+def test_the_pinned_sdk_has_moved_nothing() -> None:
+    assert whats_moved() == ""
+
+
+@pytest.mark.slow
+def test_the_newest_sdk_has_moved_nothing(tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), "runpod"]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
+    if installed.returncode:
+        pytest.skip(f"no registry to be reached: {installed.stderr.strip().splitlines()[-1]}")
+    assert whats_moved(PYTHONPATH=str(tmp_path)) == ""
+
+
+def whats_moved(**environment: str) -> str:
+    """By the SDK's attributes, a line each."""
+    command = [sys.executable, "-m", "src.serving.sdk"]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+def test_the_sdks_http_server_refuses_several_processes_before_the_load(stand_in: StandIn, tmp_path: Path) -> None:
+    command = ("handler.py", "--rp_serve_api", "--rp_api_concurrency", "4")
+    with worker(stand_in, tmp_path / "log", *command) as process:
+        assert process.process.wait(60) == 1
+    assert "invalid_settings: --rp_api_concurrency=4" in process.text()
+    assert "is loaded" not in process.text()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import base64
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import runpod
 from PIL import Image
@@ -126,10 +127,18 @@ def _redacted(check: Callable[[], None]) -> Callable[[], None]:
 
 def _leave_at_once(*_: object) -> None:
     """Nothing is in hand yet, and a clean end would wait for downloads and for the device's thread."""
-    log.info("stopping because of SIGTERM: the worker was not ready yet")
+    if multiprocessing.parent_process() is None:  # the SDK's process for pings has this from its parent
+        log.info("stopping because of SIGTERM: the worker was not ready yet")
+    leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process: the interpreter's own way takes seconds to tear torch down."""
+    for process in multiprocessing.active_children():  # or it would go on telling RunPod that this worker is alive
+        process.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 class Worker:
