@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,11 +170,13 @@ class StandIn:
         """Answer nothing for so long."""
         self._dark_until = time.monotonic() + seconds
 
-    def hand_out_again(self, worker: str) -> list[str]:
+    def in_hand(self, worker: str) -> list[str]:
+        """The jobs that a worker has and has not answered."""
+        return [id for id, job in self.jobs.items() if job.status == "IN_PROGRESS" and job.workers[-1] == worker]
+
+    def hand_out_again(self, worker: str, but: Sequence[str] = ()) -> None:
         """Queue what a worker that is gone had in hand."""
-        lost = [id for id, job in self.jobs.items() if job.status == "IN_PROGRESS" and job.workers[-1] == worker]
-        self._call(self._queue_again(lost))
-        return lost
+        self._call(self._queue_again([id for id in self.in_hand(worker) if id not in but]))
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -225,9 +227,7 @@ class StandIn:
                 self._unanswered.add(what)
                 return None
             case "drop" | "unanswered":
-                assert request.transport is not None
-                request.transport.close()
-                raise ConnectionResetError
+                return _dropped(request)
             case "page":
                 return web.Response(text="<!DOCTYPE html><title>A gateway</title>", content_type="text/html")
             case "empty":
@@ -349,9 +349,7 @@ class StandIn:
                 job.status = "FAILED" if "error" in posted else "COMPLETED"
             await self._notify()
             if job.id in self._unanswered:
-                assert request.transport is not None
-                request.transport.close()
-                raise ConnectionResetError
+                return _dropped(request)
         await asyncio.sleep(self._way_seconds)
         return web.Response()
 
@@ -372,6 +370,13 @@ class StandIn:
     async def _ping(self, request: web.Request) -> web.Response:
         self.pings.append(dict(request.query))
         return await self._fail(request, "ping", request.match_info["worker"]) or web.Response()
+
+
+def _dropped(request: web.Request) -> web.Response:
+    """The connection is closed, and nobody gets an answer."""
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
 
 
 class WorkerProcess:
