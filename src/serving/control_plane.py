@@ -69,7 +69,7 @@ class ControlPlane:
         self._begun: set[str] = set()
         self._refused: dict[str, str] = {}
         self._stopped_before = OrderedDict[str, float]()  # when a job was stopped that had not begun or come
-        self._results = Results()
+        self._results = Results(trip)
         self._progress = sdk.client_session()
         self._ended = False
         scaler.jobs_fetcher = self._take

@@ -36,11 +36,11 @@ _PAGE = 512  # bytes of an answer that tell whether it is a page of somebody in 
 
 
 class Results:
-    """The results on their way to RunPod, and how many bytes they hold."""
+    """The results on their way to RunPod, and how many bytes they hold; `trip` is told how long an answer took."""
 
-    def __init__(self) -> None:
+    def __init__(self, trip: Callable[[float], None]) -> None:
         self.bytes = 0
-        self.seconds: float | None = None  # that the latest took which was taken at once
+        self.trip = trip
         self._leaving: float | None = None
 
     def leave(self) -> None:
@@ -129,7 +129,7 @@ class PatientSession:
             now = time.monotonic()
             if failure is None:
                 if tries == 1:
-                    self._results.seconds = now - began
+                    self._results.trip(now - began)
                 else:
                     log.info("job %s: its result was taken at try %d", show(id), tries, extra=_facts(id))
                 return Taken()

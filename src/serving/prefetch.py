@@ -18,7 +18,8 @@ from src.settings import MAX_PREFETCH
 
 _LOOP_SECONDS = 0.15  # until the SDK's loop starts a job that has come (0.1 s between two looks), and a bit
 _MOST_LEAD = 3.0  # seconds of work in advance at most, however far RunPod is
-_LONGEST_TRIP = 0.5  # a poll that took longer waited for a job rather than for the way
+_FIRST_TRIP = 0.1  # what is expected of the way to RunPod and back
+_LONGEST_TRIP = 1.0  # a poll that took longer waited for a job rather than for the way
 _READ_SOON = 0.5  # seconds after which a job that is still being read is not counted on
 _SHARE = 0.3  # of the latest job in what is expected
 MAX_DELIVERED_BYTES = 200_000_000  # of results that are on their way
@@ -56,7 +57,7 @@ class Prefetch:
     @property
     def lead(self) -> float:
         """Seconds from asking for a job until it is ready for the device."""
-        trip = min(self._trips, default=_LONGEST_TRIP)
+        trip = min(self._trips, default=_FIRST_TRIP)
         return min(_MOST_LEAD, _LOOP_SECONDS + 1.5 * min(trip, _LONGEST_TRIP) + self._reading)
 
     def wanted(self, held: Iterable[Held], coming: int = 0, delivered_bytes: int = 0) -> int:
