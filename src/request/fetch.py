@@ -6,16 +6,19 @@ Nothing is fetched from private addresses, nothing larger than the caller's cap,
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
+import math
 import re
+import ssl
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urljoin
 
 import brotli
@@ -23,17 +26,27 @@ from backports import zstd
 
 from src import __version__
 from src.errors import Refused
+from src.request.connection import SILENCE, Clock, Connection, TooLate, connect, resolve
 from src.wording import show
 
 if TYPE_CHECKING:
+    import socket
+
     import requests
 
 _CHUNK = 65_536  # bytes
-_TIMEOUT = 10  # seconds without a word from the server
+_LONGEST_ADDRESS = 16_384  # characters
+_MOST_TOLD = 300  # characters of what a library or a server says
 _BUSY = (429, 500, 502, 503, 504)  # asked once more
 _PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds before that: where the server names none, and the most that it may name
-_REDIRECTS = 5
-_HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"flux-worker/{__version__}"}
+_REDIRECTED, _REDIRECTS = (301, 302, 303, 307, 308), 5
+_PORTS = MappingProxyType({"https": 443, "http": 80})
+_HEADERS = {
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+    "Connection": "close",
+    "User-Agent": f"flux-worker/{__version__}",
+}
 _GZIP = 0x1F  # what each member of a gzip file begins with
 _Pieces = Generator[bytes, None, bool]  # and whether they were all
 
@@ -68,7 +81,7 @@ class NotModified(Exception):
 
 def is_url(text: str) -> bool:
     """Whether it is an address that may be asked."""
-    return text.lstrip().lower().startswith("https://")
+    return text.lstrip()[:8].lower() == "https://"
 
 
 def open_url(
@@ -80,99 +93,181 @@ def open_url(
 ) -> Iterator[bytes]:
     """What lies at `url`, piece by piece and decompressed, by the SDK's protection against private addresses.
 
-    A busy server, or one that hangs up before it sent anything, is asked once more. `check` may raise to end it.
+    A busy server, or one that hangs up before it sent anything, is asked once more, all within `seconds`. `check` is
+    called four times a second and more, and may raise to end it.
 
     Raises Refused where it may not be asked, is too large or takes too long, Unreachable or HttpError where no good
     answer came, and NotModified where `headers` asked for no more than that.
     """
-    deadline = time.monotonic() + seconds
+    clock = Clock(time.monotonic() + seconds, check)
     headers = headers or Headers()
+    pause = 0.0
     for last in (False, True):
-        size = 0
+        size, answered = 0, False
         try:
-            with _explained(), _get(url, max_bytes, headers.sent) as answer:
-                if answer.status_code == 200:
-                    headers.answer = answer.headers
-                    for piece in _decompressed(answer):
-                        check()
-                        size += len(piece)
-                        if size > max_bytes:
-                            raise Refused(f"is larger than {max_bytes:,} bytes")
-                        if time.monotonic() > deadline:
-                            raise Refused(f"could not be fetched within {seconds:g} seconds")
-                        if piece:
-                            yield piece
-                    return
-                if answer.status_code == 304:
+            clock.pause(pause)
+            with _explained(), _get(url, headers.sent, clock) as (answer, connection):
+                if answer.status == 304:
                     raise NotModified
-                raise _refused(answer)
+                if answer.status != 200:
+                    raise _refused(answer)
+                answered = True
+                headers.answer = _headers(answer)
+                if answer.length is not None and answer.length > max_bytes:
+                    raise Refused(f"is larger than {max_bytes:,} bytes, the size cap: {answer.length:,} bytes")
+                for piece in _decompressed(answer, headers.answer.get("Content-Encoding", "")):
+                    clock.look()
+                    size += len(piece)
+                    if size > max_bytes:
+                        raise Refused(f"is larger than {max_bytes:,} bytes")
+                    connection.make_room(len(piece))
+                    if piece:
+                        yield piece
+                return
+        except TooLate:
+            kind = Refused if answered else Unreachable
+            raise kind(f"could not be fetched within {seconds:g} seconds") from None
         except Unreachable as error:
-            if last or size or error.pause > min(_LONGEST_PAUSE, deadline - time.monotonic()):
+            if last or size or error.pause > min(_LONGEST_PAUSE, clock.left()):
                 raise
             pause = error.pause
-        _wait(pause, check)
-
-
-def _get(url: str, max_bytes: int, headers: Mapping[str, str]) -> requests.Response:
-    """The answer to a GET of `url`, which leads to no private address, also by way of redirects."""
-    import requests
-    from runpod.serverless.utils.rp_ssrf import safe_get
-    from urllib3.util import parse_url  # as it is dialled; urllib.parse reads some addresses otherwise
-
-    sent = {**_HEADERS, **headers}
-    host = parse_url(url).host
-    for _ in range(_REDIRECTS if "Authorization" in headers else 0):
-        # The SDK would hand the token on to wherever it is led. Who sends one has chosen the host.
-        answer = requests.get(url, headers=sent, allow_redirects=False, stream=True, timeout=_TIMEOUT)
-        if not answer.is_redirect:
-            return answer
-        answer.close()
-        url = urljoin(url, answer.headers["Location"])
-        if not is_url(url) or parse_url(url).host != host:
-            break
-    sent.pop("Authorization", None)
-    return safe_get(url, timeout=_TIMEOUT, max_bytes=max_bytes, headers=sent)  # type: ignore[no-any-return]
 
 
 def check_public(url: str) -> None:
     """Raise Refused where the host of `url` is in a private network, or is none."""
-    from runpod.serverless.utils.rp_ssrf import SSRFError, resolve_and_validate
+    from runpod.serverless.utils.rp_ssrf import SSRFError
     from urllib3.util import parse_url
 
     parts = parse_url(url)
+    clock = Clock(math.inf, lambda: None)
     try:
-        resolve_and_validate(parts.host or "", parts.port or 443)
+        resolve((parts.host or "").strip("[]"), parts.port or 443, clock)
     except SSRFError as error:
-        raise Refused(f"may not be used: {error}") from None
+        raise Refused(f"may not be used: {_cut(error)}") from None
+
+
+class _Address(NamedTuple):
+    """An address, read once for all: what is checked is what is dialled and what is asked for."""
+
+    scheme: str
+    host: str
+    port: int
+    request: requests.PreparedRequest
+
+    @classmethod
+    def read(cls, url: str, schemes: Collection[str] = _PORTS) -> _Address:
+        """Raises Refused where `url` is none, is too long or has another scheme."""
+        import requests
+        from urllib3.util import parse_url
+
+        if len(url) > _LONGEST_ADDRESS:
+            raise Refused(f"could not be fetched: its address has {len(url):,} characters, over {_LONGEST_ADDRESS:,}")
+        scheme = url.lstrip().partition(":")[0].lower()
+        if scheme not in schemes:
+            raise Refused(f"may not be fetched: it leads to the blocked URL scheme {show(scheme)}; https is allowed")
+        request = requests.Request("GET", url).prepare()
+        parts = parse_url(request.url or "")
+        request.headers["Host"] = parts.netloc or ""
+        port = _PORTS[scheme] if parts.port is None else parts.port
+        return cls(scheme, (parts.host or "").strip("[]"), port, request)
+
+    def ask(self, connection: Connection, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """The server's answer as far as its headers."""
+        if self.scheme == "https":
+            connection.encrypt(_authorities(), self.host.rstrip("."))
+        line = cast("socket.socket", connection)  # as much of one as http.client needs
+        asking = http.client.HTTPConnection(self.host)
+        asking.sock = line
+        asking.request("GET", self.request.path_url, headers={**_HEADERS, **headers, **self.request.headers})
+        answer = http.client.HTTPResponse(line)
+        answer.begin()
+        return answer
+
+    def redirected(self, location: str) -> _Address:
+        """Where `location` leads from here; never from https to http."""
+        return _Address.read(urljoin(self.request.url or "", location), ["https"] if self.scheme == "https" else _PORTS)
+
+
+@contextlib.contextmanager
+def _get(url: str, headers: Mapping[str, str], clock: Clock) -> Iterator[tuple[http.client.HTTPResponse, Connection]]:
+    """The answer to a GET of `url`, which leads to no private address, also by way of redirects."""
+    address = _Address.read(url)
+    for _ in range(_REDIRECTS + 1):
+        _check_no_proxy(address.request.url or "")
+        line = connect(resolve(address.host, address.port, clock), address.port, clock)
+        with contextlib.closing(Connection(line, clock)) as connection:
+            answer = address.ask(connection, headers)
+            if answer.status not in _REDIRECTED:
+                yield answer, connection
+                return
+            location = _headers(answer).get("Location")
+        if not location:
+            raise Refused("may not be fetched: it leads to a redirect without Location")
+        before, address = address, address.redirected(location)
+        if address[:3] != before[:3]:  # whoever sends a token has chosen the host
+            headers = {name: value for name, value in headers.items() if name != "Authorization"}
+    raise Refused(f"may not be fetched: it leads to more than {_REDIRECTS} redirects")
+
+
+def _check_no_proxy(url: str) -> None:
+    """Raise Refused where the environment has a proxy for `url`, which would choose the address that is asked."""
+    from requests.utils import get_environ_proxies, select_proxy
+
+    if select_proxy(url, get_environ_proxies(url)):
+        raise Refused(
+            "may not be fetched: this worker's environment names a proxy for it, and behind one no address is checked; "
+            "its operator can name the host in NO_PROXY"
+        )
+
+
+def _authorities() -> str:
+    """The file, or the folder, of the certificates that are trusted, as requests finds it."""
+    import requests
+
+    verify = requests.Session().merge_environment_settings("", {}, None, None, None)["verify"]
+    return verify if isinstance(verify, str) else requests.utils.DEFAULT_CA_BUNDLE_PATH
+
+
+def _headers(answer: http.client.HTTPResponse) -> Mapping[str, str]:
+    """Those of the answer by name in any case; what came more than once, or in several lines, is one value."""
+    from urllib3 import HTTPHeaderDict
+
+    return HTTPHeaderDict((name, re.sub(r"[\r\n]+[ \t]*", " ", value)) for name, value in answer.getheaders())
+
+
+def _cut(error: Exception) -> str:
+    return str(error)[:_MOST_TOLD]
 
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """Errors of the libraries as sentences."""
-    import requests
-    import urllib3
     from runpod.serverless.utils.rp_ssrf import SSRFError
 
     try:
         yield
     except SSRFError as error:
         if isinstance(error.__cause__, OSError):  # of the resolver
-            raise Unreachable(f"could not be fetched: {error}") from error
-        raise Refused(f"may not be fetched: {error}") from error
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, ValueError) as error:
-        raise Refused(f"could not be fetched: it is no valid address ({type(error).__name__})") from error
-    except requests.exceptions.SSLError as error:
+            raise Unreachable(f"could not be fetched: {_cut(error)}") from error
+        raise Refused(f"may not be fetched: {_cut(error)}") from error
+    except ssl.SSLCertVerificationError as error:
         raise Refused("could not be fetched: the server's certificate is not valid (SSLError)") from error
-    except (requests.exceptions.Timeout, TimeoutError, urllib3.exceptions.TimeoutError) as error:
-        raise Unreachable(f"could not be fetched: the server said nothing for {_TIMEOUT} seconds") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        kind = type(error).__name__
-        raise Unreachable(f"could not be fetched: the server cannot be reached, or hung up ({kind})") from error
+    except ssl.SSLError as error:
+        raise Refused("could not be fetched: the server speaks no TLS that is understood here (SSLError)") from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise Refused(f"could not be fetched: it is no valid address ({type(error).__name__})") from error
+    except TimeoutError as error:
+        raise Unreachable(f"could not be fetched: the server said nothing for {SILENCE} seconds") from error
+    except (http.client.HTTPException, OSError) as error:
+        kind = ConnectionError if isinstance(error, ConnectionError) else type(error)
+        raise Unreachable(
+            f"could not be fetched: the server cannot be reached, or hung up ({kind.__name__})"
+        ) from error
 
 
-def _refused(answer: requests.Response) -> Refused:
+def _refused(answer: http.client.HTTPResponse) -> Refused:
     """What the server said instead of sending something."""
-    status, asked = answer.status_code, answer.headers.get("Retry-After", "")
+    status, asked = answer.status, _headers(answer).get("Retry-After", "")
     message = f"could not be fetched: the server answered HTTP {status}"
     if status not in _BUSY:
         return HttpError(message, status)
@@ -181,29 +276,28 @@ def _refused(answer: requests.Response) -> Refused:
 
 def _retry_after(value: str) -> float:
     """Seconds that `value`, seconds or a date, asks to wait."""
-    value = value.strip()
+    value = value[:_MOST_TOLD].strip()
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):  # years and zones that there are not
         return _PAUSE
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _wait(seconds: float, check: Callable[[], None]) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        check()
-        time.sleep(min(left, 0.1))
-    check()
+def _chunks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body as it comes; raises IncompleteRead where it ends early."""
+    while chunk := answer.read1(_CHUNK):
+        yield chunk
+    if answer.length:
+        raise http.client.IncompleteRead(b"", answer.length)
 
 
-def _decompressed(answer: requests.Response) -> Iterator[bytes]:
+def _decompressed(answer: http.client.HTTPResponse, coding: str) -> Iterator[bytes]:
     """The body as it was before the server compressed it, at most _CHUNK at a time; some pieces are empty."""
-    # What has come, and no more: a dripping server must not outlast the deadline.
-    chunks = iter(lambda: answer.raw.read1(_CHUNK, decode_content=False), b"")
-    coding = answer.headers.get("Content-Encoding", "").strip().lower()
+    chunks = _chunks(answer)
+    coding = coding.strip().lower()
     if coding in ("", "identity"):
         yield from chunks
     elif coding in _CODINGS:
