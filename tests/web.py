@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +17,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+Behaviour = Callable[[socket.socket], None]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,18 @@ class Page:
 
 @dataclass
 class Web:
-    """`pages` by host and path, each the answers to come, of which the last stays; `asked` is what was requested."""
+    """`pages` by host and path, each the answers to come, of which the last stays; `asked` is what was requested.
+
+    `addresses` has those of a host that is elsewhere, and `resolved` the hosts whose addresses were asked for.
+    """
 
     port: int
+    context: ssl.SSLContext
     pages: dict[str, list[Page]] = field(default_factory=dict)
     asked: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
+    addresses: dict[str, list[str]] = field(default_factory=dict)
+    resolved: list[str] = field(default_factory=list)
+    listeners: list[socket.socket] = field(default_factory=list)
 
     def put(self, address: str, *pages: Page | bytes) -> str:
         """Let what is at host/path answer so; its URL."""
@@ -45,6 +54,34 @@ class Web:
     def url(self, address: str) -> str:
         host, _, path = address.partition("/")
         return f"https://{host}:{self.port}/{path}"
+
+    def behave(self, address: str, behaviour: Behaviour, tls: bool = True) -> str:
+        """Let a server of its own at host/path do `behaviour` to each connection, then hang up; its URL."""
+        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.serve(listener, behaviour, tls)
+        host, _, path = address.partition("/")
+        return f"https://{host}:{listener.getsockname()[1]}/{path}"
+
+    def serve(self, listener: socket.socket, behaviour: Behaviour, tls: bool = True) -> None:
+        """Do `behaviour` to each connection that `listener` gets, then hang up."""
+        self.listeners.append(listener)
+
+        def talk(line: socket.socket) -> None:
+            with suppress(OSError), line:
+                line.settimeout(60)
+                if tls:
+                    with self.context.wrap_socket(line, server_side=True) as within:
+                        behaviour(within)
+                else:
+                    behaviour(line)
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    line, _ = listener.accept()
+                    threading.Thread(target=talk, args=(line,), name="web", daemon=True).start()
+
+        threading.Thread(target=serve, name="web", daemon=True).start()
 
     def paths(self) -> list[str]:
         return [address for address, _ in self.asked]
@@ -82,21 +119,27 @@ def open_web(folder: Path, monkeypatch: pytest.MonkeyPatch, *hosts: str) -> Iter
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    web = Web(server.server_port)
+    web = Web(server.server_port, context)
     resolve: Callable[..., Any] = socket.getaddrinfo
 
     def local(host: Any, *rest: Any, **options: Any) -> Any:
-        return resolve("127.0.0.1" if host in hosts else host, *rest, **options)
+        web.resolved.append(host)
+        there = web.addresses.get(host, ["127.0.0.1"] if host in hosts else [host])
+        return [found for address in there for found in resolve(address, *rest, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", local)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield web
     finally:
         server.shutdown()
         server.server_close()
+        for listener in web.listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
 
 
 def _certificate(folder: Path, hosts: tuple[str, ...]) -> Path:

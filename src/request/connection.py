@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 SILENCE = 10  # seconds without a word: from a server, from all addresses of a name, from the resolver
 OVERHEAD = 524_288  # bytes that may come beside those of a file: headers, certificates, sizes of chunks, trailers
+_PIECE = 64  # bytes that each piece of a file counts beside it, however little it holds: to read one takes time
 _CHUNK = 65_536  # bytes
 _TICK = 0.25  # seconds after which whoever waits looks whether it is still wanted
 _LOOK_UPS = 64  # names that are resolved at once, those included that nobody waits for any more
@@ -185,8 +186,8 @@ class Connection(io.RawIOBase):
             raise ConnectionResetError from None
 
     def make_room(self, size: int) -> None:
-        """`size` bytes of the file have come: they do not count, and as many more may come beside it."""
-        self._room = min(OVERHEAD, self._room + 2 * size)
+        """A piece of the file came, of `size` bytes: they do not count, and as many more may come beside it."""
+        self._room = min(OVERHEAD, self._room + 2 * size - _PIECE)
 
     def sendall(self, data: bytes) -> None:
         """Send it; named as a socket's, for http.client."""
