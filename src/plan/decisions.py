@@ -15,7 +15,8 @@ from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
 from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shrunk
 from src.request.adapters import Adapter
-from src.request.images import MAX_INPUT_PIXELS, WHITE, Pictures, is_black
+from src.request.decoder import WHITE, is_black
+from src.request.images import MAX_INPUT_PIXELS, Pictures
 from src.request.schema import CONTROL_OPTIONS, PICTURES, SINGLES, Request
 from src.wording import did_you_mean, show
 

@@ -1,28 +1,27 @@
 """A client's pictures: base64, data URI or https URL -> upright RGB pictures, or the reason why not.
 
 Everything that came over the wire is taken for hostile: nothing larger than the caps is read, and no pixel is decoded
-before its picture's size is known.
+before its file's parts are counted and there is room for it among the pictures of all jobs.
 """
 
 from __future__ import annotations
 
-import base64
-import io
+import binascii
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
-from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-import pi_heif
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from src.catalog import FORMATS
-from src.errors import Fault, Refused, redact
+from src.errors import Fault, OutOfMemory, Refused, redact
 from src.job import Job
+from src.request.bounds import Claim, measure
+from src.request.decoder import Bounds, Unknown, Unreadable, read, read_apart
 from src.request.fetch import is_url, open_url
+from src.request.room import Room
 from src.request.schema import PICTURES, Request, unquoted
 from src.wording import show
 
@@ -32,12 +31,15 @@ Pictures = Mapping[str, tuple[Image.Image, ...]]  # by what they are for, a key 
 MAX_BYTES = 20_000_000  # what /runsync carries
 MAX_INPUT_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
 MAX_PIXELS_TOGETHER = 2 * MAX_INPUT_PIXELS  # of a request
-MIN_INPUT_SIDE = 16
-WHITE = 128  # the least that counts as white in a mask, as diffusers' VaeImageProcessor.binarize has it
+MAX_BYTES_TOGETHER = 10 * MAX_BYTES  # of a request's files
+# Of all jobs together. Those with small pictures have a room of their own: they never wait for large ones.
+_SMALL = MAX_INPUT_PIXELS // 4  # pixels of a job
+_ROOM, _SMALL_ROOM = Room(MAX_PIXELS_TOGETHER), Room(MAX_INPUT_PIXELS)
 READABLE = tuple(dict.fromkeys((*FORMATS, "BMP", "TIFF")))  # what is written can be sent again
 _FORMATS_READ = ", ".join((*READABLE, "HEIC"))
 ALLOWED = f"a still picture ({_FORMATS_READ}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
 _FETCH_SECONDS = 30
+_HEAD = 4_096  # characters of a source in which all is said of what follows
 _DATA_URI = re.compile(r'(data\s*:)?((?:"[^"]*"|[^,"]){0,1000}),(\s*base64\s*,)?', re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # A path that is base64 too, such as /etc/passwd; base64 of JPEG and JPEG XL begins with a slash as well.
@@ -45,6 +47,11 @@ _PATH = re.compile(
     r"(?:/(?!9j|w[o-r])|~|\.\.?[/\\]|[a-z]:[/\\]|\\).{0,260}|[^,:{<]{1,260}\.[a-z]\w{1,4}", re.IGNORECASE
 )
 _SHORTEST = 24  # characters of base64: what is shorter is a word such as null
+_PIECE = 2**20  # characters that are decoded at once: the interpreter's lock is held meanwhile
+_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_STANDARD = bytes.maketrans(b"-_", b"+/")
+_BLANKS = bytes(code for code in range(128) if chr(code).isspace())
+_HEX = np.array([int(chr(code), 16) if chr(code) in "0123456789abcdefABCDEF" else 255 for code in range(256)], np.uint8)
 
 _AS_JPEG, _AS_PNG = "send it as JPEG or PNG", "export it as PNG"
 _ONE_FRAME, _NO_FILE = "send one of its frames as JPEG or PNG", "send the file of the picture itself"
@@ -73,9 +80,6 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-pi_heif.register_heif_opener(thumbnails=False)  # HEIC, which phones send
-
-
 class LoadedPictures(NamedTuple):
     """A request's pictures, the faults of those that cannot be used, and warnings of what was read otherwise."""
 
@@ -84,50 +88,90 @@ class LoadedPictures(NamedTuple):
     warnings: tuple[str, ...]
 
 
+class _Source(NamedTuple):
+    """A picture that was sent, and what its file claims to be."""
+
+    kind: str
+    field: str
+    file: bytes
+    claim: Claim
+
+
 def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> LoadedPictures:
     """The request's pictures, masks as L and others as RGB.
 
-    While pictures are fetched other jobs may pass `job`, and its end ends the fetching.
+    While they are read other jobs may pass `job`, and its end ends the reading. Raises OutOfMemory where the machine is
+    short of what that takes.
     """
-    sources = request.sources()
-    if any(is_url(source) for *_, source in sources):
+    if sources := request.sources():
         job.step_aside()
-    pictures: dict[str, tuple[Image.Image, ...]] = {}
-    faults, found, room = [], list[str](), MAX_PIXELS_TOGETHER
+    faults, found = list[Fault](), list[str]()
+
+    # 1. Files, and what they claim to hold
+    files = list[_Source]()
     for kind, field, source in sources:
+        job.check()
         try:
             file = read_source(source, fetch or partial(fetch_url, check=job.check))
-            notes: list[str] = []
-            picture = decode(file, PICTURES[kind], room, notes.append, by_alpha=request.mask_by_alpha)
-            found += [f"{field} {note}" for note in notes]
-            pictures[kind] = (*pictures.get(kind, ()), picture)
-            room -= picture.width * picture.height
+            files.append(_Source(kind, field, file, _claim(file, _room_left(files))))
+            if sum(len(one.file) for one in files) > MAX_BYTES_TOGETHER:
+                files.pop()
+                raise Refused(f"makes this request's files together larger than {MAX_BYTES_TOGETHER:,} bytes")
         except Refused as error:
-            faults.append(Fault(field, redact(f"{error}; allowed: {ALLOWED}")))
-    return LoadedPictures(pictures, tuple(faults), tuple(found))
+            faults.append(_fault(field, error))
+
+    # 2. Their pictures, once there is room for all of them
+    pictures: dict[str, tuple[Image.Image, ...]] = {}
+    pixels = sum(one.claim.pixels for one in files)
+    with (_SMALL_ROOM if pixels <= _SMALL else _ROOM).taken(pixels, job.check) as keep:
+        while files:
+            kind, field, file, claim = files.pop(0)
+            job.check()
+            try:
+                notes: list[str] = []
+                by_alpha = request.mask_by_alpha
+                picture = _decode(file, claim, PICTURES[kind], notes.append, by_alpha=by_alpha, check=job.check)
+            except Refused as error:
+                faults.append(_fault(field, error))
+            else:
+                keep(picture)
+                found += [f"{field} {note}" for note in notes]
+                pictures[kind] = (*pictures.get(kind, ()), picture)
+    order = [field for _, field, _ in sources]
+    return LoadedPictures(pictures, tuple(sorted(faults, key=lambda fault: order.index(fault.field))), tuple(found))
+
+
+def _room_left(files: list[_Source]) -> int:
+    return MAX_PIXELS_TOGETHER - sum(one.claim.pixels for one in files)
+
+
+def _fault(field: str, error: Refused) -> Fault:
+    return Fault(field, redact(f"{error}; allowed: {ALLOWED}"))
 
 
 def read_source(source: str, fetch: Fetch) -> bytes:
     """The file that `source` holds or names; raises Refused where there is none to be had."""
     source = unquoted(source)
-    if is_url(source):
+    if is_url(source[:_HEAD]):
         return fetch(source)
     if source[:7].lower() == "data%3a":
-        source = unquote(source)
-    uri = _DATA_URI.match(source)
+        source = _unescaped(source).decode(errors="replace")
+    uri = _DATA_URI.match(source[:_HEAD])
     if uri and (uri[1] or uri[2].strip().lower().endswith("base64")):
         kind, *parameters = (part.strip().lower() for part in uri[2].split(";"))
         body = source[uri.end() :]
         if not ("base64" in (kind, *parameters) or uri[3]):
             if kind.startswith("text/"):
                 raise Refused(f"is a data: address of {show(kind)}, not of a picture")
-            raw = unquote_to_bytes(body)
+            raw = _unescaped(body)
             if not raw.isascii() or b"<" in raw:  # the file itself, not in base64
+                if len(raw) > MAX_BYTES:
+                    raise Refused(f"is larger than {MAX_BYTES:,} bytes")
                 return raw
-        if not body.strip():
+        if not body or body.isspace():
             raise Refused("is empty: nothing follows the comma of its data: address")
         return _from_base64(body)
-    if _PATH.fullmatch(source):
+    if len(source) < _HEAD and _PATH.fullmatch(source):
         raise Refused(
             f"is not valid base64: it looks like a file's path or an address without https:// ({len(source):,} "
             "characters); this worker sees no files of yours, so send the file itself"
@@ -141,27 +185,68 @@ def read_source(source: str, fetch: Fetch) -> bytes:
 
 def _from_base64(text: str) -> bytes:
     """What `text` encodes, in either alphabet, with or without padding and blanks; raises Refused with the reason."""
-    if text.lstrip()[:1] in ("<", "{", "["):
-        name, advice = _looks_like(text[:4_096].encode(errors="replace")) or ("text", _NO_FILE)
+    if text[:_HEAD].lstrip()[:1] in ("<", "{", "["):
+        name, advice = _looks_like(text[:_HEAD].encode(errors="replace")) or ("text", _NO_FILE)
         raise Refused(f"is not valid base64: it looks like {name} ({len(text):,} characters); {advice}")
     if "%" in text:
-        text = unquote(text)
+        text = _unescaped(text).decode(errors="replace")
     if "\\" in text:  # what JSON within JSON escaped
-        text = re.sub(r"\\[nrt]|\\", "", text)
-    text = "".join(unquoted(text).split()).replace("-", "+").replace("_", "/").rstrip("=")
-    if not text:
+        for escaped in ("\\n", "\\r", "\\t"):
+            text = text.replace(escaped, " ")
+        text = text.replace("\\", "")
+    data = _ascii(unquoted(text)).translate(_STANDARD, _BLANKS).rstrip(b"=")
+    if not data:
         raise Refused("is empty: it holds no base64")
-    if len(text) > MAX_BYTES * 4 / 3 + 4:
-        raise Refused(f"is too large: {len(text):,} characters of base64")
-    if strange := re.search(r"[^A-Za-z0-9+/]", text):
-        raise Refused(f"is not valid base64: character {strange.start() + 1:,} of {len(text):,} is {show(strange[0])}")
-    if len(text) < _SHORTEST:
-        raise Refused(f"is too short for a picture in base64: {len(text)} characters, {show(text)}")
-    if len(text) % 4 == 1:
+    if len(data) > MAX_BYTES * 4 / 3 + 4:
+        raise Refused(f"is too large: {len(data):,} characters of base64")
+    if strange := data.translate(None, _ALPHABET)[:1]:
+        at = data.index(strange) + 1
+        raise Refused(f"is not valid base64: character {at:,} of {len(data):,} is {show(strange.decode())}")
+    if len(data) < _SHORTEST:
+        raise Refused(f"is too short for a picture in base64: {len(data)} characters, {show(data.decode())}")
+    if len(data) % 4 == 1:
         raise Refused(
-            f"is not valid base64: of its {len(text):,} characters one is too many, or up to three are missing"
+            f"is not valid base64: of its {len(data):,} characters one is too many, or up to three are missing"
         )
-    return base64.b64decode(text + "=" * (-len(text) % 4))
+    pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+    return b"".join(binascii.a2b_base64(piece + b"=" * (-len(piece) % 4)) for piece in pieces)
+
+
+def _ascii(text: str) -> bytes:
+    """`text` without blanks that are not of ASCII; raises Refused at another character that is not."""
+    while True:
+        try:
+            return text.encode("ascii")
+        except UnicodeEncodeError as error:
+            strange, at = text[error.start], error.start
+        if not strange.isspace():
+            raise Refused(f"is not valid base64: character {at + 1:,} of {len(text):,} is {show(strange)}")
+        text = text.replace(strange, "")
+
+
+def _unescaped(text: str) -> bytes:
+    """`text` in UTF-8, with each %41 in it as the byte that it means."""
+    data = text.encode(errors="replace")
+    pieces = []
+    start = 0
+    while start < len(data):
+        end = start + _PIECE
+        end -= (data[end - 1 : end] == b"%") + 2 * (data[end - 2 : end - 1] == b"%")  # cuts none in two
+        pieces.append(_unescaped_piece(np.frombuffer(data[start:end], np.uint8)))
+        start = end
+    return b"".join(pieces)
+
+
+def _unescaped_piece(piece: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> bytes:
+    at = np.flatnonzero(piece[:-2] == ord("%"))
+    high, low = _HEX[piece[at + 1]], _HEX[piece[at + 2]]
+    sound = (high < 16) & (low < 16)
+    at = at[sound]
+    plain = piece.copy()
+    plain[at] = high[sound] * 16 + low[sound]
+    kept = np.ones(piece.size, bool)
+    kept[at + 1] = kept[at + 2] = False
+    return plain[kept].tobytes()
 
 
 def fetch_url(url: str, check: Callable[[], None] = lambda: None) -> bytes:
@@ -183,78 +268,57 @@ def decode(
     """The picture in `file`, upright, in `mode` (RGB, or L for a mask), of `room` pixels at most.
 
     What is transparent is white, and black in a mask; but white in one that is read `by_alpha`, or that would be black
-    all over. `warn` gets what a client may not expect. Raises Refused with the reason.
+    all over. `warn` gets what a client may not expect. Raises Refused with the reason, and OutOfMemory where it is the
+    machine that is short of something.
     """
+    return _decode(file, _claim(file, room), mode, warn, by_alpha=by_alpha)
+
+
+def _claim(file: bytes, room: int) -> Claim:
+    """What `file` claims to be; raises Refused where that is not read, or more than `room` pixels."""
+    claim = measure(file)
+    if claim is None:
+        raise _unknown(file)
+    size = f"has {claim.width}x{claim.height} pixels"
+    if claim.pixels > MAX_INPUT_PIXELS:
+        raise Refused(f"{size}, more than {MAX_INPUT_PIXELS:,}")
+    if claim.pixels > room:
+        raise Refused(f"{size}, and this request's pictures together more than {MAX_PIXELS_TOGETHER:,}")
+    return claim
+
+
+def _decode(
+    file: bytes,
+    claim: Claim,
+    mode: str,
+    warn: Callable[[str], None],
+    *,
+    by_alpha: bool,
+    check: Callable[[], None] = lambda: None,
+) -> Image.Image:
+    bounds = Bounds(claim.kind.formats, claim.pixels, claim.seconds)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured below, by our own cap
-            picture = Image.open(io.BytesIO(file), formats=(*READABLE, "HEIF"))
-        width, height = picture.size
-        if width * height > MAX_INPUT_PIXELS:
-            raise Refused(f"has {width}x{height} pixels, more than {MAX_INPUT_PIXELS:,}")
-        if width * height > room:
-            together = f"this request's pictures together more than {MAX_PIXELS_TOGETHER:,}"
-            raise Refused(f"has {width}x{height} pixels, and {together}")
-        if min(picture.size) < MIN_INPUT_SIDE:
-            raise Refused(f"has {width}x{height} pixels, and each side must have {MIN_INPUT_SIDE} at least")
-        if getattr(picture, "is_animated", False) and picture.format != "MPO":  # a JPEG with others behind it
-            if picture.format not in ("TIFF", "HEIF"):
-                raise Refused("is animated: send one of its frames")
-            warn(f"has {getattr(picture, 'n_frames', 'several')} pages, of which the first is used")
-        upright: Image.Image = ImageOps.exif_transpose(picture)
-        if mode == "L" and (mask := _from_alpha(upright, by_alpha)):
-            warn(
-                "is read by its transparency: what is transparent is drawn anew, what is opaque is kept; send "
-                "mask_image without transparency, white where it is to be drawn anew, to have it read by its colours"
-            )
-            return mask
-        return _flat(upright, mode)
-    except Refused:
-        raise
-    except UnidentifiedImageError:
-        if found := _looks_like(file):
-            raise Refused(f"is {found[0]} ({len(file):,} bytes), which is not read here: {found[1]}") from None
-        raise Refused(f"is not a picture in one of these formats ({len(file):,} bytes)") from None
-    except Image.DecompressionBombError:
-        raise Refused(f"has far more than {MAX_INPUT_PIXELS:,} pixels") from None
-    except Exception as error:
-        raise Refused(f"is damaged: {type(error).__name__}: {error}"[:200]) from error
+        if claim.kind.whole:
+            picture, notes = read_apart(file, bounds, mode, by_alpha=by_alpha, check=check)
+        else:
+            picture, notes = read(file, bounds, mode, by_alpha=by_alpha)
+    except Unknown:
+        raise _unknown(file) from None
+    except Unreadable as error:
+        raise Refused(str(error)) from error
+    except (MemoryError, OSError) as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise OutOfMemory(f"the worker is short of what reading a picture takes ({what}); try again") from error
+    for note in notes:
+        warn(note)
+    return picture
 
 
-def _from_alpha(picture: Image.Image, always: bool) -> Image.Image | None:
-    """The mask in the transparency of `picture`, as OpenAI's clients send it: `always`, or where its colours hold none.
-
-    None where its transparency holds no mask either.
-    """
-    if not picture.has_transparency_data:
-        return None
-    alpha = picture.convert("RGBA").getchannel("A")
-    if is_black(alpha) or is_black(ImageOps.invert(alpha)):
-        return None
-    colours = _flat(picture, "L")
-    strokes = bool(
-        (np.asarray(colours)[np.asarray(alpha) >= WHITE] >= WHITE).all()
-    )  # white ones, of an editor's canvas
-    return ImageOps.invert(alpha) if is_black(colours) or (always and not strokes) else None
-
-
-def is_black(mask: Image.Image) -> bool:
-    """Whether no pixel of it is white, and so nothing would be drawn anew."""
-    return bool(np.asarray(mask).max() < WHITE)
-
-
-def _flat(picture: Image.Image, mode: str) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # more than 8 bits a channel, which Pillow would clip
-        pixels = np.asarray(picture, float)
-        brightest = max(1.0, float(pixels.max()))
-        whites = {"I": (255, 65_535, brightest), "F": (brightest,)}.get(picture.mode, (65_535,))
-        white = next(value for value in whites if brightest <= value)
-        picture = Image.fromarray((pixels / white * 255).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
-        picture = Image.alpha_composite(ground, picture)
-    return picture.convert(mode)
+def _unknown(file: bytes) -> Refused:
+    """Why a file of none of the formats is refused."""
+    if found := _looks_like(file):
+        return Refused(f"is {found[0]} ({len(file):,} bytes), which is not read here: {found[1]}")
+    return Refused(f"is not a picture in one of these formats ({len(file):,} bytes)")
 
 
 def _looks_like(file: bytes) -> tuple[str, str] | None:
