@@ -6,6 +6,7 @@
     ├── ModelUnavailable        model_unavailable     does not start, or goes on where one request wanted more
     ├── AdapterUnavailable      adapter_unavailable   goes on
     ├── OutOfMemory             out_of_memory         goes on
+    ├── WorkerUnavailable       worker_unavailable    goes on
     ├── GenerationFailed        generation_failed     goes on
     ├── Cancelled               cancelled             goes on
     ├── TimedOut                timed_out             goes on
@@ -37,11 +38,31 @@ _SECRETS = (
 )
 
 
+_MOST_ERROR, _MOST_TRACEBACK, _MOST_FAULT = 8_000, 16_000, 2_000  # characters that an answer has for each
+_MOST_REDACTED = 100_000
+
+# How libraries say in words that memory was short, and what they say of a machine that has no class for it.
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+_DEVICE_FAILED = "CUDA error"
+_NO_THREAD = "can't start new thread"
+
+
 def redact(text: str) -> str:
     """`text` without tokens, credentials and pictures."""
     for secret in _SECRETS:
         text = secret.sub("[redacted]", text)
     return text
+
+
+def _sent(text: str, most: int) -> str:
+    """`text` as an answer holds it: without secrets, in UTF-8, and of what is long the beginning and the end."""
+    return _cut(redact(_cut(text, _MOST_REDACTED)), most).encode(errors="replace").decode()
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n[{len(text) - most:,} characters are left out]\n{text[-most // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class WorkerFault(Fault):
-    """What hinders a field of a request, and the client cannot help."""
+    """What hinders a field of a request, and the client cannot help; `code` is that of the error that it makes."""
+
+    code: str = "adapter_unavailable"
 
 
 class Refused(Exception):
@@ -79,11 +102,11 @@ class WorkerError(Exception):
         """The contract's error; RunPod takes `error` out of it, so the code stands in its text too."""
         response: dict[str, Any] = {
             "status": "error",
-            "error": redact(f"{self.code}: {self}"),
+            "error": _sent(f"{self.code}: {self}", _MOST_ERROR),
             "error_code": self.code,
         }
         if include_traceback:
-            response["traceback"] = redact("".join(traceback.format_exception(self)))
+            response["traceback"] = _sent("".join(traceback.format_exception(self)), _MOST_TRACEBACK)
         if self.refresh_worker:
             response["refresh_worker"] = True
         return response
@@ -106,14 +129,18 @@ class InvalidRequest(WorkerError):
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
         """With `errors`, one a field."""
         response = super().to_response(include_traceback=include_traceback)
-        errors = [{name: redact(text) for name, text in asdict(fault).items()} for fault in self.faults]
+        errors = [{name: _sent(text, _MOST_FAULT) for name, text in asdict(fault).items()} for fault in self.faults]
         return {**response, "errors": errors}
 
 
 def refusal(faults: Sequence[Fault]) -> WorkerError:
     """The error that tells `faults`: all that a client can mend, or else what the operator has to."""
     clients = [fault for fault in faults if not isinstance(fault, WorkerFault)]
-    return InvalidRequest(clients) if clients else AdapterUnavailable("; ".join(map(str, faults)))
+    if clients:
+        return InvalidRequest(clients)
+    codes = {fault.code for fault in faults if isinstance(fault, WorkerFault)}
+    found = next(error for error in WorkerError.__subclasses__() if error.code in codes)
+    return found("; ".join(map(str, faults)))
 
 
 class InvalidSettings(WorkerError):
@@ -138,6 +165,12 @@ class OutOfMemory(WorkerError):
     """The device or the host ran out of memory; what was held is free again."""
 
     code = "out_of_memory"
+
+
+class WorkerUnavailable(WorkerError):
+    """The worker is short of something now: room on a disk, file handles, threads, its bucket."""
+
+    code = "worker_unavailable"
 
 
 class GenerationFailed(WorkerError):
@@ -175,3 +208,42 @@ class InternalError(WorkerError):
     """A fault of ours."""
 
     code = "internal_error"
+
+
+def of_the_machine(error: BaseException) -> WorkerError | None:
+    """What `error` says of this machine, whose fault it then is; None where it says nothing of it."""
+    if is_out_of_memory(error):
+        return OutOfMemory("the worker had too little memory; send the request again, or one that asks for less")
+    if isinstance(error, RuntimeError) and _DEVICE_FAILED in str(error):
+        return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(error)}")
+    if isinstance(error, OSError):
+        reason = error.strerror or type(error).__name__
+    elif isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        reason = _NO_THREAD
+    else:
+        return None
+    return WorkerUnavailable(f"something hinders the worker now ({reason}); send the request again")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory was short."""
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)  # not the name of a file
+    else:
+        said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(words in said for words in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, or else its class."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def let_go(error: BaseException) -> None:
+    """Clear the frames of `error`, and of all that led to it: what they hold is free, and where they were stays."""
+    seen: set[int] = set()
+    ahead: BaseException | None = error
+    while ahead is not None and id(ahead) not in seen:
+        seen.add(id(ahead))
+        traceback.clear_frames(ahead.__traceback__)
+        ahead = ahead.__cause__ or ahead.__context__

@@ -130,17 +130,24 @@ class Job:
             )
         except NoTurn:
             self.check()
-            raise
+            raise self._timed_out() from None  # what else keeps a turn from coming
 
     def _facts(self, device: str) -> dict[str, Any]:
         return {"job": self.id, "device": device, "at": time.time()}
 
     def check(self) -> None:
         """Raise Cancelled or TimedOut when it is time to stop."""
+        self.check_cancelled()
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise self._timed_out()
+
+    def check_cancelled(self) -> None:
+        """Raise Cancelled where it was told to stop."""
         if self.cancelled:
             raise Cancelled(f"the job was told to stop (at {self._phase})")
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            raise TimedOut(
-                f"the job took longer than REQUEST_TIMEOUT={self._timeout:g} seconds (at {self._phase}); ask for fewer "
-                "steps, fewer pictures or a smaller size"
-            )
+
+    def _timed_out(self) -> TimedOut:
+        return TimedOut(
+            f"the job took longer than REQUEST_TIMEOUT={self._timeout or 0:g} seconds (at {self._phase}); ask for "
+            "fewer steps, fewer pictures or a smaller size"
+        )

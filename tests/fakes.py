@@ -22,6 +22,9 @@ class FakeVae:
     def __init__(self) -> None:
         self.tiling = self.slicing = False
 
+    def decode(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
+        return (latents,)
+
     def enable_tiling(self) -> None:
         self.tiling = True
 

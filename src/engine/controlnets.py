@@ -71,6 +71,8 @@ def _named(net: ControlNet, files: Files) -> Iterator[None]:
     """Say of which network it is that something is wrong."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except Exception as error:
         raise ModelUnavailable(f"ControlNet {net.name} ({net.repo}): {files.explain(error)}") from error
 
@@ -148,19 +150,21 @@ class ControlNets:
         self._sources[net.name] = source  # the last: other jobs take it for done
 
     def _load(self, net: ControlNet) -> None:
-        if net.name not in self._loaded:
-            found = diffusers.FluxControlNetModel.from_pretrained(
-                self._sources[net.name].folder,
-                dtype=self._pipeline.dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        if net.name in self._loaded:
+            return
+        with _named(net, self._files):
             try:
+                found = diffusers.FluxControlNetModel.from_pretrained(
+                    self._sources[net.name].folder,
+                    dtype=self._pipeline.dtype,
+                    use_safetensors=True,
+                    local_files_only=True,
+                )
                 self._loaded[net.name] = found.to(self._device).eval()
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(
-                        f"there is no room for the ControlNet {net.name} beside the model: where CONTROLNETS of the "
-                        "worker names it, the model leaves some"
-                    ) from error
-                raise
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(
+                    f"there is no room for the ControlNet {net.name} beside the model: where CONTROLNETS of the "
+                    "worker names it, the model leaves some"
+                ) from error

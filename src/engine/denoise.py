@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from src.engine.finite import check_finite, finite_decoding
 from src.engine.memory import MemoryFallback, free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.placed_pipeline import PlacedPipeline
@@ -40,6 +41,7 @@ class Denoiser:
         self._phases = phases
         self._placed_pipeline = placed_pipeline
         self._fallback = MemoryFallback(view)
+        self._decoded_again: dict[str, None] = {}  # the words for it, each once
         set_by_plan = plan.sampling.model_fields_set & _SAMPLING
         self._arguments: dict[str, Any] = {
             **arguments,
@@ -55,8 +57,8 @@ class Denoiser:
 
     @property
     def warnings(self) -> list[str]:
-        """What was given up for memory."""
-        return self._fallback.warnings
+        """What was given up for memory, and what was not finite at first."""
+        return [*self._fallback.warnings, *self._decoded_again]
 
     def _pictures(self, kind: str) -> Any:
         """One picture, or a list of them where the pipeline takes several."""
@@ -102,7 +104,10 @@ class Denoiser:
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         modulation_ahead = self._placed_pipeline.denoising(self._view.scheduler, plan.steps, plan.adapter_weights)
-        with modulation_ahead, step_cache(self._view, plan):
+        finite = finite_decoding(
+            self._view.vae, lambda: phases.current == "decode", lambda said: self._decoded_again.update({said: None})
+        )
+        with modulation_ahead, step_cache(self._view, plan), finite:
             result = self._view(
                 **self._arguments,
                 **prompt,
@@ -113,6 +118,7 @@ class Denoiser:
                 callback_on_step_end=on_step_end,
                 callback_on_step_end_tensor_inputs=["latents"],
             )
+        check_finite({"pictures": result.images}, "try another seed, size or guidance_scale")
         return _as_pictures(result.images)
 
     def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:

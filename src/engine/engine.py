@@ -6,7 +6,6 @@ Knows nothing of what a client wrote, of how a model is found, or of how picture
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,16 @@ from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
 from src.engine.schedulers import make_scheduler
-from src.errors import DeviceFailed, Fault, GenerationFailed, OutOfMemory
+from src.errors import (
+    DeviceFailed,
+    Fault,
+    GenerationFailed,
+    OutOfMemory,
+    WorkerError,
+    first_line,
+    let_go,
+    of_the_machine,
+)
 from src.job import OnProgress
 from src.outputs import Generation, Loaded
 from src.plan.plan import Plan
@@ -73,8 +81,8 @@ class Engine:
 
         Where memory is short it is freed, then pictures are drawn one by one, then decoded in tiles; warnings say so.
 
-        Raises OutOfMemory, GenerationFailed, DeviceFailed or what `on_progress` raised; the engine is then as before,
-        but for DeviceFailed.
+        Raises OutOfMemory, GenerationFailed, ModelUnavailable, WorkerUnavailable, DeviceFailed or what `on_progress`
+        raised; the engine is then as before, but for DeviceFailed.
         """
         with self._alone, _as_worker_errors(plan), self._left_clean(), torch.inference_mode():
             return self._run(plan, on_progress or (lambda _: None))
@@ -83,8 +91,7 @@ class Engine:
         # 1. The pipeline of the plan's mode, set anew
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        synchronize = torch.cuda.synchronize if self._on_cuda else lambda: None
-        phases = Phases(plan.steps * len(plan.seeds), on_progress, synchronize)
+        phases = Phases(plan.steps * len(plan.seeds), on_progress, self._synchronize)
         view = self._view(plan)
         scheduler = plan.sampling.scheduler or self._own_scheduler_name
         row = SCHEDULERS.get(scheduler) or Scheduler(scheduler)
@@ -150,12 +157,16 @@ class Engine:
 
     @contextmanager
     def _left_clean(self) -> Iterator[None]:
-        """However a plan ends, nothing of it stays: no tensors in dead frames, no weights that hooks brought in."""
+        """However a plan ends, nothing of it stays: no tensors in dead frames, no weights that hooks brought in.
+
+        A card tells of what went wrong when it is next waited for: that is now, and not in another's picture.
+        """
         try:
             yield
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)
+            let_go(error)
             self._pipeline.maybe_free_model_hooks()
+            self._synchronize()
             raise
 
     def _encode(self, plan: Plan, prompt: str) -> Embeddings:
@@ -179,6 +190,10 @@ class Engine:
             self._views[name] = view
         return self._views[name]
 
+    def _synchronize(self) -> None:
+        if self._on_cuda:
+            torch.cuda.synchronize()
+
     @property
     def _on_cuda(self) -> bool:
         return self._placed_pipeline.device.type == "cuda"
@@ -189,17 +204,30 @@ def _as_worker_errors(plan: Plan) -> Iterator[None]:
     """What torch and diffusers raise, as what a client can act on."""
     try:
         yield
-    except (MemoryError, RuntimeError, ValueError, TypeError) as error:
-        if is_out_of_memory(error):
+    except (WorkerError, MemoryError, OSError, RuntimeError, ValueError, TypeError) as error:
+        meant = _meaning(error, plan)
+        if meant is error:
+            raise
+        raise meant from error
+
+
+def _meaning(error: Exception, plan: Plan) -> WorkerError:
+    """`error` itself where it is an answer already, unless a device that failed is behind it."""
+    if is_out_of_memory(error) or isinstance(error, OutOfMemory):
+        try:
             free_memory(error)
-            raise OutOfMemory(
-                f"{plan.sampling.width}x{plan.sampling.height} with {len(plan.seeds)} image(s) needs more memory than "
-                "there is; ask for a smaller width, height or num_images, or choose a larger card"
-            ) from error
-        if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
-            raise DeviceFailed(f"the device failed and this worker must be replaced: {_first_line(error)}") from error
-        raise GenerationFailed(f"the model refused these tensors: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        except RuntimeError as failed:  # the device does not even do that
+            return _meaning(failed, plan)
+        if isinstance(error, OutOfMemory):
+            return error
+        return OutOfMemory(
+            f"{plan.sampling.width}x{plan.sampling.height} with {len(plan.seeds)} image(s) needs more memory than "
+            "there is; ask for a smaller width, height or num_images, or choose a larger card"
+        )
+    behind = error.__cause__ or error
+    found = of_the_machine(behind)
+    if isinstance(behind, torch.AcceleratorError) or isinstance(found, DeviceFailed):
+        return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(behind)}")
+    if isinstance(error, WorkerError):
+        return error
+    return of_the_machine(error) or GenerationFailed(f"the model refused these tensors: {first_line(error)}")

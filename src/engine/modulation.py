@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from src.engine.finite import check_finite
 from src.engine.offload import Offloader
 from src.errors import GenerationFailed
 from src.weights.placement import TABLES, is_modulation
@@ -37,7 +38,8 @@ class ModulationCache:
 
         `adapter_weights` are those of the picture: adapters may change the linears too.
 
-        Raises GenerationFailed at its end where the transformer was called with other timesteps than the scheduler's.
+        Raises GenerationFailed where the linears' answers are not finite, and at its end where the transformer was
+        called with other timesteps than the scheduler's.
         """
         linears = [norm.linear for norm in self._norms]  # with the adapters of now around them
         of_prompt: dict[int, tuple[Any, _Table]] = {}
@@ -83,6 +85,7 @@ class ModulationCache:
             with weights.onloaded():
                 answers.append(torch.stack([linear(each) for each in embedded]))
         table = _Table(adapter_weights, timesteps, others, answers)
+        check_finite({"adaptive norms": table.rows}, "send the request again, or without adapters")
         self._tables.append(table)
         return table
 
@@ -90,7 +93,7 @@ class ModulationCache:
 class _Table:
     """What the linears answer at each of `timesteps` [calls, pictures]; `others` is what else the embedding takes.
 
-    Each of `answers` is [calls, pictures, values].
+    Each of `answers` is [calls, pictures, values]; `rows` is all of them, [calls, values].
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class _Table:
         self._timesteps = timesteps
         self._others = others
         self._shapes = [answer.shape[1:] for answer in answers]
-        self._rows = torch.cat([answer.flatten(1) for answer in answers], dim=1)
+        self.rows = torch.cat([answer.flatten(1) for answer in answers], dim=1)
 
     def answers(self, adapter_weights: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
         """Whether it was made for the same question."""
@@ -123,7 +126,7 @@ class _Table:
         """Let `rows` hold the answers of one timestep. The device finds them: nobody waits for it."""
         same = (self._timesteps == timestep).all(1)
         self.missed |= ~same.any()
-        now = self._rows.index_select(0, same.int().argmax().view(1)).flatten()
+        now = self.rows.index_select(0, same.int().argmax().view(1)).flatten()
         start = 0
         for row, shape in zip(rows, self._shapes, strict=True):
             row.value = now[start : start + shape.numel()].view(shape)

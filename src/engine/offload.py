@@ -142,15 +142,16 @@ class _Slot:
 
     def fill(self, weights: OffloadedWeights, copying: torch.cuda.Stream | None) -> None:
         """Copy `weights` here, on the stream `copying` where there is one."""
-        self.holds = weights
+        self.holds = None  # until they have set out: what came half is nobody's
         memory = self.memory[: weights.size]
         if copying is None:
             memory.copy_(weights.home)
-            return
-        copying.wait_event(self._done)
-        with torch.cuda.stream(copying):
-            memory.copy_(weights.home, non_blocking=True)
-            self._arrived.record()
+        else:
+            copying.wait_event(self._done)
+            with torch.cuda.stream(copying):
+                memory.copy_(weights.home, non_blocking=True)
+                self._arrived.record()
+        self.holds = weights
 
     def begin(self) -> None:
         """From now on the computing uses what is on its way here."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from src.engine.memory import free_memory, is_out_of_memory
 from src.plan.plan import Plan
 
 SECONDS_BETWEEN = 1.0
@@ -28,8 +29,8 @@ class Preview:
     def look(self, step: int, latents: torch.Tensor) -> Image.Image | None:
         """The first picture of the batch after `step`, from packed `latents` [pictures, tokens, channels].
 
-        None where it is too early. A flow goes straight from noise to picture (arXiv 2209.03003): x(sigma) = x0 +
-        sigma v, so two points are enough to find x0.
+        None where it is too early, and where there is no memory for it. A flow goes straight from noise to picture
+        (arXiv 2209.03003): x(sigma) = x0 + sigma v, so two points are enough to find x0.
         """
         last, self._last = self._last, latents[:1].clone()
         sigmas = self._pipeline.scheduler.sigmas
@@ -39,15 +40,23 @@ class Preview:
         if before == now:
             return None
         self._shown = time.monotonic()
-        return self._decode(self._last - now * (self._last - last) / (now - before))
+        try:
+            return self._decode(self._last - now * (self._last - last) / (now - before))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_memory(error)
+        return None
 
-    def _decode(self, latents: torch.Tensor) -> Image.Image:
-        """RGB, 256 pixels at the longer side at most, from latents [1, tokens, channels]."""
+    def _decode(self, latents: torch.Tensor) -> Image.Image | None:
+        """RGB, a side of 256 pixels at most, from latents [1, tokens, channels]; None of what is not finite."""
         pipeline, vae = self._pipeline, self._pipeline.vae
         width, height = self._canvas
         unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
         shrink = min(1.0, _LATENTS / max(unpacked.shape[-2:]))
         small = torch.nn.functional.interpolate(unpacked, scale_factor=shrink, mode="area")
         decoded = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        if not decoded.isfinite().all():
+            return None
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture

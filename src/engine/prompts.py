@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from src.engine.finite import check_finite
 from src.engine.redux import Redux
 from src.plan.plan import Plan
 
@@ -58,12 +59,14 @@ class Prompts:
         """Of `prompt` and of what the plan steers away from, under the names of the pipeline's arguments.
 
         `prompt_embeds` is [1, tokens, joint_attention_dim], `pooled_prompt_embeds` [1, pooled_projection_dim]; their
-        negative ones alike.
+        negative ones alike. Raises GenerationFailed where they are not finite, and forgets them.
         """
         texts = _texts(plan, prompt)
         key = (tuple(texts.items()), plan.sampling.max_sequence_length, plan.adapter_weights, _picture_key(plan))
         if key not in self._remembered:
-            self._remembered[key] = {name: tensor.cpu() for name, tensor in self._read(plan, texts).items()}
+            embeddings = {name: tensor.cpu() for name, tensor in self._read(plan, texts).items()}
+            check_finite(embeddings, "send the request again, or with another prompt, image_prompt or adapter")
+            self._remembered[key] = embeddings
             while len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)

@@ -10,6 +10,7 @@ import diffusers
 import torch
 from PIL import Image
 
+from src.engine.memory import is_out_of_memory
 from src.errors import ModelUnavailable, Refused
 from src.weights.files import Files, Source, check_whole
 
@@ -41,20 +42,32 @@ class Redux:
             if reads != here:
                 raise Refused(f"is made for another model: its embeddings have {reads} values and this model's {here}")
         except Exception as error:
-            raise ModelUnavailable(f"REDUX_MODEL={self._name}: {self._files.explain(error)}") from error
+            raise self._unavailable(error) from error
         self._source = source
         return source
 
     def read(self, picture: Image.Image, scale: float) -> torch.Tensor:
         """What follows the prompt's words: [1, tokens, joint_attention_dim], the model's own times `scale`."""
         if self._prior is None:
-            self._prior = diffusers.FluxPriorReduxPipeline.from_pretrained(
-                self.fetch().folder,
+            self._prior = self._load()
+        seen = self._prior.encode_image(picture, self._device, 1)
+        words: torch.Tensor = self._prior.image_embedder(seen).image_embeds
+        return words * scale
+
+    def _load(self) -> Any:
+        folder = self.fetch().folder
+        try:
+            return diffusers.FluxPriorReduxPipeline.from_pretrained(
+                folder,
                 dtype=self._pipeline.dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
             ).to(self._device)
-        seen = self._prior.encode_image(picture, self._device, 1)
-        words: torch.Tensor = self._prior.image_embedder(seen).image_embeds
-        return words * scale
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> ModelUnavailable:
+        return ModelUnavailable(f"REDUX_MODEL={self._name}: {self._files.explain(error)}")
