@@ -15,15 +15,15 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, redact
+from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, let_go, of_the_machine, redact
 from src.job import Job, OnProgress
 from src.plan.plan import Plan, make_plan
 from src.request.adapters import AdapterStore
 from src.request.images import load_pictures
 from src.request.reading import Reading, read_request
-from src.response.delivery import deliver
+from src.response.delivery import deliver, encodable
 from src.response.describe import describe, show_plan
-from src.response.storage import Bucket, read_bucket
+from src.response.storage import BroughtBucket, Bucket, read_bucket
 from src.serving.logs import job_ended, log
 from src.settings import Settings
 
@@ -82,18 +82,18 @@ def respond(
     bucket: Callable[[], Bucket | None] = lambda: None,
 ) -> dict[str, Any]:
     """The whole road, and what a client is told where it ends early."""
-    include_traceback, plan = False, None
+    include_traceback, plan, brought = False, None, BroughtBucket()
     try:
         include_traceback = settings().include_traceback
-        reading, brought = read_request(event), read_bucket(event, settings())
+        reading, brought = read_request(event), read_bucket(event, settings(), job)
         reading = reading._replace(faults=(*reading.faults, *brought.faults))
         if reading.request.describe and not reading.faults:
             job_ended(job, "described", None)
-            return describe(engine().model, engine().revision, settings(), engine().loaded())
+            return encodable(describe(engine().model, engine().revision, settings(), engine().loaded()))
         plan = _plan(reading, job, settings(), engine())
         if reading.request.dry_run:
             job_ended(job, "planned", plan)
-            return show_plan(plan)
+            return encodable(show_plan(plan))
         job.work = plan.work
         engine().fetch(plan, job.step_aside)
         destination = brought.bucket or bucket()  # before anything is drawn that could not be delivered
@@ -107,17 +107,20 @@ def respond(
             bucket=destination,
             max_bytes=int(settings().max_response_mb * 1e6),
         )
+        job.check_cancelled()  # nobody would get what was made of it
     except WorkerError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 - a client always gets an answer
-        failure = InternalError(f"{type(error).__name__}: {error}")
+        failure = of_the_machine(error) or InternalError(f"{type(error).__name__}: {error}")
         failure.__cause__ = error
     else:
         job_ended(job, "success", plan)
-        return response
+        return encodable(response)
     finally:
         job.give_back_ticket()
+        brought.close()
     try:
+        let_go(failure)
         return _refuse(failure, job, plan, include_traceback)
     finally:
         del failure  # it holds this frame, and this frame it

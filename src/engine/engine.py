@@ -212,7 +212,7 @@ def _as_worker_errors(plan: Plan) -> Iterator[None]:
 
 
 def _meaning(error: Exception, plan: Plan) -> WorkerError:
-    """`error` itself where it is an answer already, unless a device that failed is behind it."""
+    """`error` itself where it is an answer already, unless there is a trouble of the machine's behind it."""
     if is_out_of_memory(error) or isinstance(error, OutOfMemory):
         try:
             free_memory(error)
@@ -229,5 +229,5 @@ def _meaning(error: Exception, plan: Plan) -> WorkerError:
     if isinstance(behind, torch.AcceleratorError) or isinstance(found, DeviceFailed):
         return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(behind)}")
     if isinstance(error, WorkerError):
-        return error
-    return of_the_machine(error) or GenerationFailed(f"the model refused these tensors: {first_line(error)}")
+        return found if found and isinstance(error, GenerationFailed) else error
+    return found or GenerationFailed(f"the model refused these tensors: {first_line(error)}")

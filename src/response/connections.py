@@ -33,7 +33,9 @@ _MOST_ANSWERED = 1_000_000  # bytes; a store answers an upload with a few hundre
 _of_thread = threading.local()
 
 
-def in_time(works: Mapping[int, Callable[[], T]], seconds: float, check: Callable[[], None]) -> dict[int, T | Exception]:
+def in_time(
+    works: Mapping[int, Callable[[], T]], seconds: float, check: Callable[[], None] = lambda: None
+) -> dict[int, T | Exception]:
     """What each of `works` returns or raises, each on a thread of its own; those that took too long a TimeoutError.
 
     After `seconds` their connections are cut and nobody waits for them any more, and so where `check` raises.
@@ -81,7 +83,9 @@ class _Line:
         """Let `connection` be cut with the others; raises CancelledError where they are."""
         with self._lock:
             if self._is_cut:
-                raise CancelledError("the upload was given up")  # the one error that botocore passes on and never retries
+                raise CancelledError(
+                    "the upload was given up"
+                )  # the one error that botocore passes on and never retries
             if connection not in self._connections:
                 self._connections.append(connection)
 
@@ -124,6 +128,12 @@ class _Connection:
         answer = super().getresponse(*arguments, **options)  # type: ignore[misc]
         answer.stream = _bounded(answer.stream)
         return answer
+
+    def _consume_headers(self, received: Any) -> None:
+        """Those after "100 Continue": botocore's own goes on for ever where the store hangs up there."""
+        for line in iter(received.readline, b"\r\n"):
+            if not line:
+                raise ConnectionAbortedError("the store hung up after 100 Continue")
 
     def close(self) -> None:
         """As http.client's."""

@@ -11,23 +11,25 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 from src import __version__
 from src.catalog import FORMATS, Model
-from src.errors import ResponseTooLarge, redact
+from src.errors import ResponseTooLarge, WorkerError, WorkerUnavailable, redact
 from src.job import Job, Progress
 from src.outputs import Generation
 from src.plan.plan import Plan
 from src.response.encode import can_carry, encode_image
-from src.response.storage import Bucket
+from src.response.storage import UPLOAD_SECONDS, Bucket
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
 
+_SIDE_BY_SIDE = 4  # pictures of one response
 _ROOM_FOR_WORDS = 2_000  # bytes kept free for the warnings that come with smaller pictures
 
 
@@ -78,7 +80,7 @@ def deliver(
     Each picture's file carries the event that makes that one picture again, and the model that made it. A picture
     that cannot be uploaded travels in base64, and then `images` and `image_urls` hold null for each other's. What
     would make more than `max_bytes` of JSON is encoded smaller. The metadata's warnings say both. Raises
-    ResponseTooLarge where nothing helps.
+    ResponseTooLarge where nothing helps, WorkerUnavailable where the worker's bucket would have.
     """
     # 1. What the files and the metadata say
     made_by = {"model": model.name, "model_revision": revision}
@@ -92,6 +94,7 @@ def deliver(
     # 2. Files, as they were asked for
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
         def one(i: int) -> bytes:
+            job.check()
             picture = generation.pictures[i]
             return encode_image(picture, coding.format, coding.quality, parameters[i], lossless=coding.lossless)
 
@@ -103,7 +106,7 @@ def deliver(
     carried = encode(range(len(plan.seeds)), asked)
 
     # 3. Into the bucket, where there is one
-    urls: dict[int, str] = {}
+    urls, failures = dict[int, str](), dict[int, str]()
     if bucket is not None and bucket.no_links:
         warnings.append(f"pictures are here in base64, as nobody could fetch them from the bucket: {bucket.no_links}")
     elif bucket is not None:
@@ -118,7 +121,9 @@ def deliver(
     response: dict[str, Any] = {"status": "success", "metadata": metadata}
     if urls:
         response["image_urls"] = [urls.get(i) for i in range(len(plan.seeds))]
-    room = max_bytes - len(json.dumps({"output": response}, ensure_ascii=False).encode()) - _ROOM_FOR_WORDS
+    room = (
+        max_bytes - len(json.dumps({"output": response}, ensure_ascii=False).encode(errors="replace")) - _ROOM_FOR_WORDS
+    )
     used = asked
     for coding in asked.smaller():
         if _carried_bytes(carried) <= room:
@@ -126,7 +131,7 @@ def deliver(
         carried, used = encode(carried, coding), coding
     if _carried_bytes(carried) > room:
         if not urls:
-            raise _too_large(plan, carried, used, max_bytes)
+            raise _too_large(plan, carried, used, max_bytes, failures if bucket and not bucket.brought else {})
         warnings.append(
             f"picture(s) {sorted(carried)} are lost: neither uploaded nor small enough; ask for their seeds"
         )
@@ -168,29 +173,56 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
 
 def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) -> tuple[dict[int, str], dict[int, str]]:
     """The signed URLs of the pictures that arrived, and why the others did not."""
+    from src.response.connections import in_time  # with botocore, which only those pay for who have a bucket
+
     format = FORMATS[plan.sampling.output_format]
     folder = re.sub(r"[^\w.-]", "_", job.id)[:100]
-    failures: dict[int, str] = {}
 
-    def one(i: int) -> str | None:
-        job.check()
-        try:
-            return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{format.suffix}", format.mime)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the picture is made and has another way to go
-            failures[i] = type(error).__name__
-            log.warning("job %s: upload of picture %d failed: %s", job.id, i, redact(str(error)))
-            return None
+    def one(i: int) -> str:
+        return bucket.upload(files[i], f"{folder}/{plan.seeds[i]}.{format.suffix}", format.mime)
 
-    return {i: url for i, url in _side_by_side(one, files).items() if url}, dict(sorted(failures.items()))
+    outcomes = in_time({i: partial(one, i) for i in files}, UPLOAD_SECONDS, job.check)
+    failures = {i: outcome for i, outcome in outcomes.items() if isinstance(outcome, Exception)}
+    for i, error in failures.items():
+        # The picture is made, and has another way to go.
+        level = logging.WARNING if bucket.brought else logging.ERROR
+        log.log(level, "job %s: upload of picture %d failed: %s", job.id, i, redact(str(error)))
+    urls = {i: outcome for i, outcome in outcomes.items() if isinstance(outcome, str)}
+    return urls, {i: type(error).__name__ for i, error in failures.items()}
 
 
 def _side_by_side(work: Callable[[int], T], which: Iterable[int]) -> dict[int, T]:
-    """`work` of each, in threads: Pillow and sockets let go of the interpreter; fpng, soon done, does not."""
+    """`work` of each, in threads: Pillow lets go of the interpreter; fpng, soon done, does not.
+
+    This thread works too, and does it all where there are no others to be had.
+    """
     numbers = list(which)
-    if not numbers:
-        return {}
-    with ThreadPoolExecutor(len(numbers)) as threads:
-        return dict(zip(numbers, threads.map(work, numbers), strict=True))
+    waiting, done, failures = iter(numbers), dict[int, T](), list[BaseException]()
+
+    def take() -> None:
+        try:
+            for i in waiting:
+                done[i] = work(i)
+                if failures:
+                    return
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the work came from
+            failures.append(error)
+
+    helpers = [Thread(target=take, name="encode") for _ in range(min(len(numbers), _SIDE_BY_SIDE) - 1)]
+    started = []
+    with suppress(RuntimeError):  # no more threads
+        for helper in helpers:
+            helper.start()
+            started.append(helper)
+    take()
+    for helper in started:
+        helper.join()
+    if failures:
+        try:
+            raise failures[0]
+        finally:
+            failures.clear()  # an error would hold this frame, and this frame the error
+    return {i: done[i] for i in numbers}
 
 
 def _carried_bytes(files: Mapping[int, bytes]) -> int:
@@ -198,13 +230,22 @@ def _carried_bytes(files: Mapping[int, bytes]) -> int:
     return sum(-(-len(file) // 3) * 4 + len('"", ') for file in files.values())
 
 
-def _too_large(plan: Plan, files: Mapping[int, bytes], coding: Coding, max_bytes: int) -> ResponseTooLarge:
+def _too_large(
+    plan: Plan, files: Mapping[int, bytes], coding: Coding, max_bytes: int, not_uploaded: Mapping[int, str]
+) -> WorkerError:
     size = f"{plan.sampling.width}x{plan.sampling.height}"
+    pictures = f"{len(files)} picture(s) of {size} take {_carried_bytes(files) / 1e6:.1f} MB even as {coding}"
+    room, seeds = f"a response may have {max_bytes / 1e6:g} MB", f"the seeds were {list(plan.seeds)}"
+    if not_uploaded:
+        reasons = ", ".join(sorted(set(not_uploaded.values())))
+        return WorkerUnavailable(
+            f"the worker's bucket took none of the pictures ({reasons}); {pictures}, and {room}; send the request "
+            f"again; {seeds}"
+        )
     return ResponseTooLarge(
-        f"{len(files)} picture(s) of {size} take {_carried_bytes(files) / 1e6:.1f} MB even as "
-        f"{coding}, and a response may have {max_bytes / 1e6:g} MB (MAX_RESPONSE_MB); ask for fewer or smaller "
-        "pictures, for JPEG of a lower output_quality, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and "
-        f"BUCKET_SECRET_ACCESS_KEY on the worker; the seeds were {list(plan.seeds)}"
+        f"{pictures}, and {room} (MAX_RESPONSE_MB); ask for fewer or smaller pictures, for JPEG of a lower "
+        "output_quality, or set BUCKET_ENDPOINT_URL, BUCKET_ACCESS_KEY_ID and BUCKET_SECRET_ACCESS_KEY on the worker; "
+        f"{seeds}"
     )
 
 
@@ -215,3 +256,15 @@ def _timed(timings: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         timings[phase] = timings.get(phase, 0.0) + time.perf_counter() - started
+
+
+def encodable(answer: T) -> T:
+    """`answer` as UTF-8 can carry it: half a character, which JSON may hold, is a question mark."""
+    found: Any = answer
+    if isinstance(answer, str):
+        found = answer if answer.isascii() else answer.encode(errors="replace").decode()
+    elif isinstance(answer, dict):
+        found = {encodable(name): encodable(value) for name, value in answer.items()}
+    elif isinstance(answer, (list, tuple)):
+        found = type(answer)(map(encodable, answer))
+    return found  # type: ignore[no-any-return]

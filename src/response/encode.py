@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from src.response.png import encode_png
 
 _SOFTWARE = "FLUX worker for RunPod"
 _PARAMETERS = "parameters"
+_HALF = re.compile("[\ud800-\udfff]")
 _UNICODE = b"UNICODE\0"  # EXIF 2.32, table 9: the character code of a UserComment in UTF-16
 
 
@@ -37,7 +39,7 @@ def encode_image(
     """
     text = None
     if parameters is not None and can_carry(format, parameters):
-        text = json.dumps(parameters, ensure_ascii=False)
+        text = _as_json(parameters)
     if format == "PNG":
         return encode_png(image, {} if text is None else {_PARAMETERS: text, "Software": _SOFTWARE})
     row = FORMATS[format]
@@ -57,7 +59,12 @@ def encode_image(
 def can_carry(format: str, parameters: Mapping[str, Any]) -> bool:
     """Whether a file of `format` has room for `parameters`."""
     room = FORMATS[format].max_text
-    return room is None or len(_utf_16(json.dumps(parameters, ensure_ascii=False))) <= room
+    return room is None or len(_utf_16(_as_json(parameters))) <= room
+
+
+def _as_json(parameters: Mapping[str, Any]) -> str:
+    """Text of Unicode: half a character, which JSON may hold and no file, stays escaped."""
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", json.dumps(parameters, ensure_ascii=False))
 
 
 def _utf_16(text: str) -> bytes:

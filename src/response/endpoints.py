@@ -48,7 +48,7 @@ def read_endpoint(url: str, bucket: str | None) -> Endpoint:
         parts = urlsplit(url.strip())
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError:
-        host, port = "", None
+        parts, host, port = urlsplit(""), "", None
     if parts.scheme.lower() not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
         raise Refused(f"must be the address of a store, such as {_WRITTEN}; without a user, a query or a fragment")
     path = [segment for segment in parts.path.split("/") if segment]
