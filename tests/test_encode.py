@@ -117,3 +117,10 @@ def test_a_file_of_others_has_no_parameters(picture: Image.Image) -> None:
     file = io.BytesIO()
     picture.save(file, "JPEG", exif=exif)
     assert read_parameters(Image.open(file)) is None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_half_a_character_of_a_request_is_kept(format: str, picture: Image.Image) -> None:
+    half = {"prompt": "a \ud800 \udfff circle \\ud800", "seed": 1}
+    file = Image.open(io.BytesIO(encode_image(picture, format, 90, half)))
+    assert read_parameters(file) == half

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import gc
+import itertools
+import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import handler
+from src.catalog import FORMATS
 from src.engine import Engine, load_engine
+from src.engine.finite import finite_decoding
+from src.engine.offload import Offloader
 from src.job import Job
 from src.job_queue import JobQueue
 from src.request.adapters import AdapterStore
@@ -26,7 +36,7 @@ from src.response import delivery
 from src.response.storage import Bucket
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of
-from tests.small_models import redux
+from tests.small_models import SHAPES, redux, small
 from training.scenes import draw, lone
 
 SMALL = {"seed": 1, "width": 64, "height": 64, "num_inference_steps": 3}
@@ -263,6 +273,7 @@ def test_faults_leave_no_file_open_and_no_tensor(held: Held, monkeypatch: pytest
         raise MemoryError
 
     held.bucket = None
+    held.ask(init_image=SCENE)
     held.ask()
     before = now()
     for thing, name in ((delivery, "encode_image"), (pipeline(held).vae, "decode"), (handler, "make_plan")):
@@ -273,3 +284,182 @@ def test_faults_leave_no_file_open_and_no_tensor(held: Held, monkeypatch: pytest
     files, tensors = now()
     assert files <= before[0]
     assert tensors <= before[1]
+
+
+# ---- what does not fail, and what is nearly no number
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_what_a_decoder_gets_wrong_once_it_gets_right_in_float32(
+    kind: str, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.bucket = None
+    expected, strike, calls = pictures(held.ask()), KINDS[kind](held), 0
+    decode = pipeline(held).vae.decode
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        made = decode(*arguments, **options)
+        return strike(made) if calls == 1 else made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline(held).vae, "decode", once)
+        answer = held.ask()
+    assert pictures(answer) == expected
+    assert answer["metadata"]["warnings"] == [
+        "the decoder's values were not finite: the picture was decoded once more, in float32"
+    ]
+    assert held.ask()["metadata"]["warnings"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("kind", ["FLUX.1", "FLUX.2"])
+def test_a_decoder_in_float32_is_the_decoder_in_float32(
+    kind: str, tiled: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """And its weights stay what and where they are, also where they come from elsewhere for each layer."""
+    folder = SHAPES if kind == "FLUX.1" else small("klein", tmp_path)
+    of = diffusers.AutoencoderKL if kind == "FLUX.1" else diffusers.AutoencoderKLFlux2
+    vae = of.from_pretrained(folder / "vae", dtype=dtype)
+    exact = copy.deepcopy(vae).float()
+    for each in (vae, exact):
+        if tiled:
+            each.enable_tiling()
+    weights = [(parameter, parameter.data_ptr(), parameter.dtype) for parameter in vae.parameters()]
+    latents = torch.randn(1, vae.config.latent_channels, 24, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    warnings = list[str]()
+    decode = vae.decode
+
+    def overflowing(latents: torch.Tensor, **options: Any) -> Any:
+        made = decode(latents, **options)
+        return made if latents.dtype == torch.float32 else (torch.full_like(made[0], float("inf")),)
+
+    with torch.inference_mode():
+        vae.decode = overflowing
+        with finite_decoding(vae, lambda: True, warnings.append):
+            found = vae.decode(latents, return_dict=False)[0]
+        assert vae.decode is overflowing
+        assert torch.equal(found, exact.decode(latents.float(), return_dict=False)[0])
+    assert len(warnings) == 1
+    assert [(parameter, parameter.data_ptr(), parameter.dtype) for parameter in vae.parameters()] == weights
+
+
+def test_a_decoder_that_was_offloaded_layer_by_layer_decodes_in_float32_too() -> None:
+    vae = diffusers.AutoencoderKL.from_pretrained(SHAPES / "vae", dtype=torch.bfloat16)
+    exact = copy.deepcopy(vae).float()
+    offloader = Offloader(torch.device("cpu"))
+    for layer in vae.decoder.modules():
+        if list(layer.parameters(recurse=False)):
+            offloader.stream(layer)
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    latents[0, 0, 0, 0] = 3e38  # too much for bfloat16 somewhere on its way
+    with torch.inference_mode():
+        decode = vae.decode
+        vae.decode = lambda latents, **options: tuple(
+            made if latents.dtype == torch.float32 else made / 0 for made in decode(latents, **options)
+        )
+        with finite_decoding(vae, lambda: True, lambda _: None):
+            found = vae.decode(latents.clamp(-4, 4), return_dict=False)[0]
+        assert torch.equal(found, exact.decode(latents.clamp(-4, 4).float(), return_dict=False)[0])
+    assert all(parameter.untyped_storage().nbytes() <= 2 for parameter in vae.decoder.parameters())
+
+
+def test_a_preview_without_memory_or_numbers_is_not_shown(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.engine.preview.SECONDS_BETWEEN", 0)
+    expected, decode = pictures(held.ask()), pipeline(held).vae.decode
+    for kind in ("the card's memory", *NUMBERS):
+        strike, calls = KINDS[kind](held), 0
+
+        def struck(*arguments: Any, strike: Strike = strike, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            made = decode(*arguments, **options)
+            return strike(made) if calls < 3 else made  # two previews, then the picture
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline(held).vae, "decode", struck)
+            answer = held.ask(preview=True)
+        assert calls == 3
+        assert pictures(answer) == expected
+        assert answer["metadata"]["warnings"] == []
+    assert pictures(held.ask()) == expected
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_adaptive_norms_that_are_no_numbers_are_not_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Held(load_engine(Settings(model_name="flux-shapes", memory_mode="modulation_cache")), JobQueue())
+    cache = worker.engine._placed_pipeline._modulation_cache
+    assert cache is not None
+    expected = pictures(worker.ask())
+    cache._tables.clear()
+    linear, strike = cache._norms[0].linear, KINDS[kind](worker)
+    forward = linear.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "forward", lambda *arguments: strike(forward(*arguments)))
+        answer = worker.ask()
+    assert answer["error_code"] == "generation_failed"
+    assert "adaptive norms" in answer["error"]
+    assert cache._tables == []
+    assert pictures(worker.ask()) == expected
+    worker.queue.close()
+
+
+def test_weights_that_came_half_are_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    offloader = Offloader(torch.device("cpu"))
+    layers = [torch.nn.Linear(4, 4) for _ in range(3)]
+    x = torch.ones(4)
+    expected = [layer(x) for layer in layers]
+    for layer in layers:
+        offloader.stream(layer)
+    copy_ = torch.Tensor.copy_
+
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError
+
+    for layer in layers:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", fail)
+            with suppress(MemoryError):
+                layer(x)
+        assert torch.Tensor.copy_ is copy_
+        assert all(torch.equal(each(x), right) for each, right in zip(layers, expected, strict=True))
+
+
+def test_nothing_depends_on_the_clock_on_the_wall(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"num_images": 2, "preview": True, **ADAPTER}
+    expected, now = pictures(held.ask(**fields)), time.time
+    jumps = itertools.cycle((0.0, 1e8, -1e8, 3600.0, -3600.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + next(jumps))
+        held.job = job = Job("job", queue_up=held.queue.ticket, timeout=60)
+        event = {"input": {"prompt": "a red circle", **SMALL, **fields}}
+        answer = handler.respond(event, job, lambda: Settings(lora_dir=ROOT / "models"), lambda: held.engine)
+    assert pictures(answer) == expected
+    assert all(0 <= seconds < 60 for seconds in answer["metadata"]["timings"].values())
+
+
+def test_a_device_that_fails_while_memory_is_freed_is_told_as_that(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    expected = pictures(held.ask())
+    strike = KINDS["the card's memory"](held)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline(held).vae, "decode", lambda *_, **__: strike(None))
+        patch.setattr(torch.cuda, "empty_cache", fail)
+        answer = held.ask()
+    assert (answer["error_code"], answer["refresh_worker"]) == ("device_failed", True)
+    assert pictures(held.ask()) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_half_a_character_in_a_prompt_is_answered_in_utf_8(format: str, held: Held) -> None:
+    half = "a red circle \ud800"
+    job = Job.of({"id": half})
+    for more in ({}, {"dry_run": True}):
+        event = {"id": half, "input": {**PLAIN, "prompt": half, "output_format": format, **more}}
+        answer = handler.respond(event, job, Settings, lambda: held.engine)
+        json.dumps(answer, ensure_ascii=False).encode()
+        assert answer.get("error_code") in (None, "invalid_request"), answer

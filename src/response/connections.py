@@ -10,6 +10,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -126,7 +127,7 @@ class _Connection:
     def getresponse(self, *arguments: Any, **options: Any) -> Any:
         """As http.client's; an answer that is too long ends with an error."""
         answer = super().getresponse(*arguments, **options)  # type: ignore[misc]
-        answer.stream = _bounded(answer.stream)
+        answer.stream = _bounded(weakref.WeakMethod(answer.stream))  # or it would hold itself, and its connection open
         return answer
 
     def _consume_headers(self, received: Any) -> None:
@@ -156,10 +157,11 @@ class _Connection:
             handle.close()
 
 
-def _bounded(stream: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
+def _bounded(stream: weakref.WeakMethod[Callable[..., Iterator[bytes]]]) -> Callable[..., Iterator[bytes]]:
     def pieces(*arguments: Any, **options: Any) -> Iterator[bytes]:
         size = 0
-        for piece in stream(*arguments, **options):
+        whole = stream()
+        for piece in whole(*arguments, **options) if whole else ():
             size += len(piece)
             if size > _MOST_ANSWERED:
                 raise Refused(f"answers an upload with more than {_MOST_ANSWERED:,} bytes")
