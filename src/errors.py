@@ -19,50 +19,22 @@ Nothing here knows of torch or of a model.
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-# What must never leave the process: tokens of Hugging Face and RunPod, bearer tokens, passwords and signatures in URLs,
-# and long base64 (a picture).
-_SECRETS = (
-    re.compile(r"(?:hf|rpa)_[A-Za-z0-9]{8,}"),
-    re.compile(
-        r"(?<=[?&])(?:X-Amz-[\w-]+|[\w-]*(?:token|key|secret|signature|sig|password)[\w-]*)=[^&\s'\"]+", re.IGNORECASE
-    ),
-    re.compile(r"(?<=[Bb]earer )[^\s'\"]+"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    re.compile(r"[A-Za-z0-9+/=_-]{200,}"),
-)
+from src.redaction import cut, without_middle
+from src.redaction import redact as redact  # noqa: PLC0414 - whoever raises an error finds it here too
 
-
-_MOST_ERROR, _MOST_TRACEBACK, _MOST_FAULT = 8_000, 16_000, 2_000  # characters that an answer has for each
-_MOST_REDACTED = 100_000
+_MOST_OF_FIELD, _MOST_OF_FAULT = 200, 1_000  # characters that are told of one fault
+_MOST_FAULTS, _MOST_OF_FAULTS = 100, 50_000  # of a request, and the characters of all of them together
+_MOST_OF_MESSAGE, _MOST_OF_TRACEBACK = 19_000, 40_000  # characters
 
 # How libraries say in words that memory was short, and what they say of a machine that has no class for it.
 _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 _DEVICE_FAILED = "CUDA error"
 _NO_THREAD = "can't start new thread"
-
-
-def redact(text: str) -> str:
-    """`text` without tokens, credentials and pictures."""
-    for secret in _SECRETS:
-        text = secret.sub("[redacted]", text)
-    return text
-
-
-def _sent(text: str, most: int) -> str:
-    """`text` as an answer holds it: without secrets, in UTF-8, and of what is long the beginning and the end."""
-    return _cut(redact(_cut(text, _MOST_REDACTED)), most).encode(errors="replace").decode()
-
-
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most // 2]}\n[{len(text) - most:,} characters are left out]\n{text[-most // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +44,28 @@ class Fault:
     field: str
     message: str
 
+    def __post_init__(self) -> None:
+        """What was sent stands in both, and may be as long as a request."""
+        object.__setattr__(self, "field", cut(self.field, _MOST_OF_FIELD))
+        object.__setattr__(self, "message", cut(self.message, _MOST_OF_FAULT))
+
+    @property
+    def log_name(self) -> str:
+        """The field, as the log names it."""
+        return self.field or "event"
+
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message
+
+
+@dataclass(frozen=True)
+class UnknownField(Fault):
+    """A field whose name the client made up: a prompt, perhaps, and so none for the log."""
+
+    @property
+    def log_name(self) -> str:
+        """No word of the client's."""
+        return "an unknown field"
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,18 @@ class WorkerFault(Fault):
 class Refused(Exception):
     """Why something that was sent or set cannot be used: whoever catches it knows the field that it belongs to."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(cut(message, _MOST_OF_FAULT))
+
 
 class WorkerError(Exception):
     """A failure that a client is told of; `str()` of it is the sentence."""
 
     code: ClassVar[str]
     refresh_worker: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(cut(message, _MOST_OF_MESSAGE))
 
     @property
     def summary(self) -> str:
@@ -102,11 +100,12 @@ class WorkerError(Exception):
         """The contract's error; RunPod takes `error` out of it, so the code stands in its text too."""
         response: dict[str, Any] = {
             "status": "error",
-            "error": _sent(f"{self.code}: {self}", _MOST_ERROR),
+            "error": redact(f"{self.code}: {self}"),
             "error_code": self.code,
         }
         if include_traceback:
-            response["traceback"] = _sent("".join(traceback.format_exception(self)), _MOST_TRACEBACK)
+            text = redact("".join(traceback.format_exception(self)))
+            response["traceback"] = without_middle(text, _MOST_OF_TRACEBACK)
         if self.refresh_worker:
             response["refresh_worker"] = True
         return response
@@ -118,19 +117,29 @@ class InvalidRequest(WorkerError):
     code = "invalid_request"
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__("; ".join(map(str, faults)))
-        self.faults = tuple(faults)
+        self.faults = _at_most(faults)
+        super().__init__("; ".join(map(str, self.faults)))
 
     @property
     def summary(self) -> str:
         """Which fields were wrong."""
-        return redact(f"{self.code}: {', '.join(fault.field or 'event' for fault in self.faults)}")
+        return redact(f"{self.code}: {', '.join(dict.fromkeys(fault.log_name for fault in self.faults))}")
 
     def to_response(self, *, include_traceback: bool) -> dict[str, Any]:
         """With `errors`, one a field."""
         response = super().to_response(include_traceback=include_traceback)
-        errors = [{name: _sent(text, _MOST_FAULT) for name, text in asdict(fault).items()} for fault in self.faults]
+        errors = [{name: redact(text) for name, text in asdict(fault).items()} for fault in self.faults]
         return {**response, "errors": errors}
+
+
+def _at_most(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """As many as an answer may hold, and how many more there are."""
+    told, room = 0, _MOST_OF_FAULTS
+    while told < min(len(faults), _MOST_FAULTS) and room > 0:
+        room -= len(str(faults[told]))
+        told += 1
+    more = len(faults) - told
+    return (*faults[:told], *([Fault("input", f"has {more:,} more faults")] if more else []))
 
 
 def refusal(faults: Sequence[Fault]) -> WorkerError:

@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 
 from src.catalog import MEMORY_MODES, QUANTIZATIONS
 from src.errors import InvalidSettings
+from src.redaction import keep_secret, secrets_among
 
 MAX_PREFETCH = 32
 # pydantic's words -> an operator's
@@ -71,6 +72,12 @@ def _sizes(value: object) -> object:
     return tuple(tuple(size.split("x")) for size in value.lower().replace(" ", "").split(","))
 
 
+def _kept(value: SecretStr) -> SecretStr:
+    """What is secret leaves the process nowhere, and not as what is wrong of it either."""
+    keep_secret(value.get_secret_value())
+    return value
+
+
 def _sendable(value: SecretStr) -> SecretStr:
     """A token or a key, which travels in a header: https://www.rfc-editor.org/rfc/rfc9110#section-5.5."""
     text = value.get_secret_value()
@@ -83,7 +90,7 @@ def _sendable(value: SecretStr) -> SecretStr:
     return value
 
 
-Secret = Annotated[SecretStr, AfterValidator(_sendable)]
+Secret = Annotated[SecretStr, AfterValidator(_kept), AfterValidator(_sendable)]
 Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
 
 
@@ -212,6 +219,7 @@ class Settings(BaseModel):
         if environment is None:
             read_dotenv()
             environment = os.environ
+        keep_secret(*secrets_among(environment))
         values = {name: _plain(environment.get(name.upper(), "")) for name in cls.model_fields}
         try:
             return cls.model_validate({name: value for name, value in values.items() if value})
@@ -261,3 +269,4 @@ def _fault(details: ErrorDetails, values: Mapping[str, str]) -> str:
 
 with suppress(InvalidSettings):  # from_environment says it
     read_dotenv()
+keep_secret(*secrets_among(os.environ))

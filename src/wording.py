@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from src.redaction import ends_of, redact
 
 MAX_SHOWN = 60  # characters of a text that an answer repeats
 _MAX_CHARACTERS = 200  # of a list or an object
+_MAX_READ = 300  # characters of a text, from each end, that are looked at
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = MAX_SHOWN
-_repr.maxlevel = 3
+
+class _Short(reprlib.Repr):
+    """Looks at no more than it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = MAX_SHOWN
+        self.maxlevel = 3
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(ends_of(x, _MAX_READ)) if len(x) > MAX_SHOWN else x, level)
+
+    def repr_dict(self, x: Mapping[object, object], level: int) -> str:
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
+
+
+_short = _Short()
 
 
 def show(value: object) -> str:
-    """`value` in a few words: never a whole picture or prompt."""
-    if isinstance(value, str) and len(value) > MAX_SHOWN:
-        return f"{_repr.repr(value)} ({len(value):,} characters)"
+    """`value` in a few words: never a whole picture or prompt, nor a part of a secret."""
     try:
-        shown = _repr.repr(value)
+        shown = _short.repr(value)
     except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "an integer of thousands of digits"
-    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}..."
+    if isinstance(value, str):
+        return f"{shown} ({len(value):,} characters)" if len(value) > MAX_SHOWN else shown
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{redact(shown)[:_MAX_CHARACTERS]}..."
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -55,7 +55,7 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
     )
     copy = tmp_path / "project"
     (copy / "src").mkdir(parents=True)
-    for name in ("__init__.py", "settings.py", "errors.py", "catalog.py"):
+    for name in ("__init__.py", "settings.py", "errors.py", "redaction.py", "catalog.py"):
         (copy / "src" / name).write_text((ROOT / "src" / name).read_text())
     (copy / ".env").write_text("MODEL_NAME=flux-shapes\nBATCH_SIZE=3\nHF_HOME=\n")
     environment = {"PATH": os.environ["PATH"], "BATCH_SIZE": "2"}
