@@ -67,7 +67,7 @@ class Job:
     def of(cls, event: object, **options: Any) -> Job:
         """The job of an event, which may be anything; `options` are those of Job."""
         id = event.get("id") if isinstance(event, Mapping) else None
-        plain = isinstance(id, str) and id.isprintable() and len(id) < 100
+        plain = isinstance(id, str) and len(id) < 100 and id.isprintable()
         return cls("local" if id is None else str(id) if plain else show(id), **options)
 
     def report(self, progress: Progress) -> None:

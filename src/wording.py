@@ -11,7 +11,7 @@ from src.redaction import ends_of, redact
 
 MAX_SHOWN = 60  # characters of a text that an answer repeats
 _MAX_CHARACTERS = 200  # of a list or an object
-_MAX_READ = 300  # characters of a text, from each end, that are looked at
+_MAX_READ = 90  # characters of a text, from each end, that are looked at; together fewer than make a picture
 
 
 class _Short(reprlib.Repr):

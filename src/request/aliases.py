@@ -5,6 +5,7 @@ A name that is missing here is a row away.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -92,6 +93,10 @@ _MORE_IMAGES = tuple(f"input_image_{i}" for i in range(2, 11))  # Black Forest L
 _MORE_LORAS = (("extra_lora", "extra_lora_scale"), ("extra_lora_weights", "extra_lora_scale"))  # Replicate's second
 _BORDERS = ("left", "right", "top", "bottom")  # Black Forest Labs' expand
 _LORA_SCALES = "lora_scales"  # Replicate's, one for each of hf_loras
+
+
+_LONGEST_PATH = 2_000  # characters of an adapter's address; in a longer one nothing is looked for
+_MOST_KEYS = 100  # of an entry of loras, and entries: more than that is refused as it is
 
 
 def _each(value: str, *names: str) -> dict[str, str]:
@@ -230,6 +235,14 @@ LORA_KEYS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Every name that means something here.
+NAMES = frozenset(
+    {
+        "parameters", *ALIASES, *_SIZES, *_MORE_IMAGES, *itertools.chain(*_MORE_LORAS), *_BORDERS, _LORA_SCALES,
+        *WITHOUT_EFFECT, *INSTEAD, *OTHER_PROGRAMS,
+    }
+)  # fmt: skip
+
 _PIXELS = re.compile(r"(\d{1,5})\s*[xX*]\s*(\d{1,5})")
 _ON_THE_HUB = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
 
@@ -276,8 +289,7 @@ def own_names(received: Mapping[str, Any]) -> Translation:
 
 
 def _translated(received: Mapping[str, Any]) -> Translation:
-    second = {name for pair in _MORE_LORAS for name in pair}
-    others = {*ALIASES, *_SIZES, *_MORE_IMAGES, *second, *_BORDERS, _LORA_SCALES, *WITHOUT_EFFECT, *INSTEAD}
+    others = NAMES - {"parameters"} - OTHER_PROGRAMS.keys()
     fields = {name: value for name, value in received.items() if name not in others}
     said = {name: value for name, value in received.items() if name in others and _says(value)}
     faults = [Fault(name, INSTEAD[name]) for name, value in said.items() if name in INSTEAD and value]
@@ -359,7 +371,7 @@ def _take_loras(fields: dict[str, Any], said: Mapping[str, Any], warnings: list[
     if isinstance(fields.get("lora_path"), str):
         fields["lora_path"] = _hub_id(fields["lora_path"])
     loras, scales, several = fields.get("loras"), said.get(_LORA_SCALES), False
-    if isinstance(loras, (list, tuple)):
+    if isinstance(loras, (list, tuple)) and len(loras) <= _MOST_KEYS:
         several = isinstance(scales, (list, tuple)) and len(scales) == len(loras)
         loras = [_lora(entry) for entry in loras]
         if several:
@@ -384,7 +396,7 @@ def _lora(entry: object) -> object:
     """An entry of loras under its own keys; text is its path."""
     if isinstance(entry, str):
         return {"path": _hub_id(entry)}
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, Mapping) or len(entry) > _MOST_KEYS:
         return entry
     own: dict[Any, Any] = {}
     for key, value in entry.items():
@@ -398,7 +410,8 @@ def _lora(entry: object) -> object:
 
 def _hub_id(path: Any) -> Any:
     """owner/name where `path` is a repo's page on the hub."""
-    page = _ON_THE_HUB.fullmatch(path.strip()) if isinstance(path, str) else None
+    short = isinstance(path, str) and len(path) <= _LONGEST_PATH
+    page = _ON_THE_HUB.fullmatch(path.strip()) if short else None
     return page[1] if page else path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +21,13 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
+from pydantic.annotated_handlers import GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from src.catalog import FORMATS, SPEEDS
 
@@ -34,6 +39,7 @@ PICTURES: Mapping[str, str] = MappingProxyType(
     {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
 )
 MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
+MAX_UNKNOWN = 20  # names of an object that nobody knows and that are looked at
 # A field that holds one entry, by the list of such entries that `Request.as_lists` puts it into.
 SINGLES: Mapping[str, str] = MappingProxyType(
     {"init_images": "init_image", "controls": "control_image", "loras": "lora_path"}
@@ -48,6 +54,7 @@ CONTROL_OPTIONS: Mapping[str, str] = MappingProxyType(
         "preprocess": "preprocess",
     }
 )
+_MEGAPIXELS = r"([0-9]{1,2}(?:\.[0-9]{1,6})?)(?: ?MP)?"
 _AROUND = " \t\r\n\f\v\u00a0\u200b\ufeff\\\"'`\u2018\u2019\u201c\u201d"
 
 
@@ -79,6 +86,16 @@ def _at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+class _Also:
+    """Says in the JSON Schema what else is taken."""
+
+    def __init__(self, schema: JsonSchemaValue) -> None:
+        self._schema = schema
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [*_kinds(handler(core_schema)), self._schema]}
+
+
 def _one_or_several(value: object) -> object:
     return value if isinstance(value, (list, tuple)) else [value]
 
@@ -95,7 +112,7 @@ def _picked(value: object) -> object:
 
 def _number(value: object) -> object:
     """Replicate's megapixels come as text: 0.25, or 1 MP."""
-    number = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?)(?: ?MP)?", value) if isinstance(value, str) else None
+    number = re.fullmatch(_MEGAPIXELS, value) if isinstance(value, str) else None
     return float(number[1]) if number else value
 
 
@@ -126,7 +143,17 @@ _check_speed, _SPEED_SCHEMA = _row_of(SPEEDS)
 
 Whole = Annotated[StrictInt, BeforeValidator(_whole)]
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)]
-Text = Annotated[StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean)]
+# As JSON Schema says what `_clean` and `_not_blank` say.
+_TEXT_SCHEMA: dict[str, Any] = {
+    "type": "string",
+    "maxLength": MAX_PROMPT_CHARACTERS,
+    "not": {"pattern": r"[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]"},
+}
+_PROMPT_SCHEMA = _TEXT_SCHEMA | {"minLength": 1, "pattern": r"\S|\ufeff"}  # which is blank to JavaScript alone
+Text = Annotated[
+    StrictStr, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean), WithJsonSchema(_TEXT_SCHEMA)
+]
+Name = Annotated[StrictStr, Field(max_length=1_000)]
 Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
 Source = Annotated[StrictStr, AfterValidator(unquoted)]
 Picture = Source | None
@@ -135,18 +162,53 @@ _SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
 _TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
 ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 _PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
-_PROMPT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS}
+
+
+def _kinds(schema: JsonSchemaValue) -> list[JsonSchemaValue]:
+    return list(schema.get("anyOf", [schema]))
+
+
+def _takes_empty(schema: JsonSchemaValue) -> bool:
+    return schema.get("type") == "string" and not {"minLength", "pattern", "enum"} & set(schema)
+
+
+# pydantic's words for limits that stand around a validator of ours, and JSON Schema's
+_LIMITS = {"ge": "minimum", "le": "maximum", "multiple_of": "multipleOf"}
 
 
 class _Fields(BaseModel):
+    @classmethod
+    def _optional(cls) -> set[str]:
+        return {name for name, field in cls.model_fields.items() if field.default in (None, ())}
+
     @model_validator(mode="before")
     @classmethod
-    def _without_empty(cls, received: Any) -> Any:
-        """Forms send what was not filled in as empty text: where a field may be left open, it says nothing."""
+    def _known(cls, received: Any, info: ValidationInfo) -> Any:
+        """What says something: forms send what was not filled in as empty text, where a field may be left open.
+
+        Of names that nobody knows the first few are looked at, and the others counted, in the list that is the context.
+        """
         if not isinstance(received, Mapping):
             return received
-        optional = {name for name, field in cls.model_fields.items() if field.default in (None, ())}
-        return {name: value for name, value in received.items() if value != "" or name not in optional}
+        optional = cls._optional()
+        known = [name for name in cls.model_fields if name in received]
+        unknown = itertools.islice((name for name in received if name not in cls.model_fields), MAX_UNKNOWN)
+        if info.context is not None:
+            info.context.append(max(0, len(received) - len(known) - MAX_UNKNOWN))
+        said = {name: received[name] for name in known if name not in optional or received[name] != ""}
+        return said | {name: received[name] for name in unknown}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With the limits under JSON Schema's names, and the empty text where it says nothing."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, whole in schema["properties"].items():
+            about = {word: whole.pop(word) for word in ("title", "description", "default") if word in whole}
+            kinds = [{_LIMITS.get(word, word): limit for word, limit in kind.items()} for kind in _kinds(whole)]
+            if name in cls._optional() and not any(_takes_empty(kind) for kind in kinds):
+                kinds.append({"const": ""})
+            schema["properties"][name] = {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), **about}
+        return schema
 
 
 class Lora(_Fields):
@@ -156,8 +218,8 @@ class Lora(_Fields):
 
     path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)]
     scale: Annotated[Number, Field(ge=-4, le=4)] = 0.7
-    weight_name: StrictStr | None = None
-    revision: StrictStr | None = None
+    weight_name: Name | None = None
+    revision: Name | None = None
 
 
 class Control(_Fields):
@@ -166,7 +228,7 @@ class Control(_Fields):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     image: Source
-    type: StrictStr | None = None
+    type: Name | None = None
     scale: Annotated[Number, Field(ge=0, le=2)] | None = None
     start: Annotated[Number, Field(ge=0, le=1)] = 0.0
     end: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -176,10 +238,19 @@ class Control(_Fields):
 Border = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
 
 
-class Borders(BaseModel):
+class Borders(_Fields):
     """Pixels to draw anew on each side of a picture."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {side: {"minimum": 1}}, "required": [side]}
+                for side in ("left", "right", "top", "bottom")
+            ]
+        },
+    )
 
     left: Border = 0
     right: Border = 0
@@ -196,7 +267,17 @@ class Borders(BaseModel):
 class Request(_Fields):
     """One valid request; None means the model's own default. Descriptions say what is allowed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        json_schema_extra={
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "anyOf": [
+                {"required": ["prompt"]},
+                {"properties": {"describe": {"const": True}}, "required": ["describe"]},
+            ],
+        },
+    )
 
     # In the order in which a picture's file repeats them.
     prompt: Annotated[
@@ -204,16 +285,20 @@ class Request(_Fields):
         BeforeValidator(_one_or_several),
         _at_most(4),
         Field(min_length=1),
-        WithJsonSchema({"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "maxItems": 4}]}),
+        WithJsonSchema(
+            {"anyOf": [_PROMPT_SCHEMA, {"type": "array", "items": _PROMPT_SCHEMA, "minItems": 1, "maxItems": 4}]}
+        ),
     ] = Field(description=f"{_PROMPT}; or a list of 1 to 4, one per picture")
     width: Side | None = Field(None, description=_SIDE)
     height: Side | None = Field(None, description=_SIDE)
-    aspect_ratio: Annotated[StrictStr, Field(pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")] | None = Field(
+    aspect_ratio: Annotated[StrictStr, Field(pattern=r"^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$")] | None = Field(
         None, description="width to height as two whole numbers, 16:9 say; instead of width and height"
     )
-    megapixels: Annotated[Annotated[Number, Field(ge=0.01, le=4.2)] | None, BeforeValidator(_number)] = Field(
-        None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone"
-    )
+    megapixels: Annotated[
+        Annotated[Number, Field(ge=0.01, le=4.2)] | None,
+        BeforeValidator(_number),
+        _Also({"type": "string", "pattern": f"^{_MEGAPIXELS}$"}),
+    ] = Field(None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone")
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
         None, description="an integer from 1 to 100"
     )
@@ -224,9 +309,9 @@ class Request(_Fields):
         None, description="an integer from 1 to the model's limit"
     )
     num_images: Annotated[Whole, Field(ge=1, le=4)] = Field(1, description="an integer from 1 to 4")
-    seed: Annotated[Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked)] = Field(
-        None, description="an integer from 0 to 2^63-1; null or -1 picks one"
-    )
+    seed: Annotated[
+        Annotated[Whole, Field(ge=0, le=MAX_SEED)] | None, BeforeValidator(_picked), _Also({"const": -1})
+    ] = Field(None, description="an integer from 0 to 2^63-1; null or -1 picks one")
     output_format: Annotated[StrictStr, BeforeValidator(_format), AfterValidator(_check_format), _FORMAT_SCHEMA] = (
         Field("PNG", description=_either(FORMATS))
     )
@@ -235,10 +320,11 @@ class Request(_Fields):
     negative_prompt: Text | None = Field(None, description=f"{_TEXT}, with true_cfg_scale above 1")
     true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
     prompt_2: Text | None = Field(None, description=f"{_TEXT} for T5, where prompt is for CLIP alone")
-    scheduler: StrictStr | None = Field(None, description="the name of a scheduler")
-    sigmas: Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], _at_most(100), Field(min_length=1)] | None = (
-        Field(None, description="1 to 100 falling numbers, each above 0 and at most 1, one per step; for experts")
-    )
+    scheduler: Name | None = Field(None, description="the name of a scheduler")
+    sigmas: (
+        Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100), _at_most(100)]
+        | None
+    ) = Field(None, description="1 to 100 falling numbers, each above 0 and at most 1, one per step; for experts")
     shift: Annotated[Number, Field(ge=0.1, le=20)] | None = Field(
         None,
         description="a number from 0.1 to 20: above 1, more steps are spent at high noise; for experts",
@@ -252,7 +338,7 @@ class Request(_Fields):
 
     lora_path: Annotated[StrictStr, Field(min_length=1, max_length=2_000)] | None = Field(None, description=ADAPTER)
     lora_scale: Annotated[Number, Field(ge=-4, le=4)] = Field(0.7, description="a number from -4 to 4, with lora_path")
-    loras: Annotated[tuple[Lora, ...], _at_most(4)] = Field(
+    loras: Annotated[tuple[Lora, ...], Field(max_length=4), _at_most(4)] = Field(
         (), description=f"a list of at most 4 objects {{path, scale, weight_name, revision}}; path is {ADAPTER}"
     )
 
@@ -265,12 +351,12 @@ class Request(_Fields):
     init_image: Picture = Field(None, description=_PICTURE)
     mask_image: Picture = Field(None, description=f"{_PICTURE}; white is drawn anew, black is kept")
     image_prompt: Picture = Field(None, description=f"{_PICTURE}: what the model reads beside the prompt (Redux)")
-    init_images: Annotated[tuple[Source, ...], _at_most(MAX_PICTURES)] = Field(
+    init_images: Annotated[tuple[Source, ...], Field(max_length=MAX_PICTURES), _at_most(MAX_PICTURES)] = Field(
         (),
         description=f"a list of at most {MAX_PICTURES} pictures, each as init_image, for models that take several",
     )
     control_image: Picture = Field(None, description=f"{_PICTURE}, which says where things are")
-    control_type: StrictStr | None = Field(None, description="what control_image is: canny, depth, pose ...")
+    control_type: Name | None = Field(None, description="what control_image is: canny, depth, pose ...")
     controlnet_conditioning_scale: Annotated[Number, Field(ge=0, le=2)] | None = Field(
         None, description="a number from 0 to 2: how much control_image counts"
     )
@@ -283,7 +369,7 @@ class Request(_Fields):
     preprocess: StrictBool = Field(
         False, description="true or false: true makes canny edges from control_image, which is then a plain picture"
     )
-    controls: Annotated[tuple[Control, ...], _at_most(4)] = Field(
+    controls: Annotated[tuple[Control, ...], Field(max_length=4), _at_most(4)] = Field(
         (),
         description="a list of at most 4 objects {image, type, scale, start, end, preprocess}, image as control_image",
     )

@@ -6,6 +6,7 @@ Knows nothing of the device; answering takes none of its time.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from src import __version__
 from src.catalog import FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, controlnets_for
 from src.outputs import Loaded
 from src.plan.plan import Plan
+from src.redaction import hide_known_in
 from src.request.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
 from src.request.schema import MAX_SIDE, Request
 from src.settings import Settings
@@ -22,7 +24,7 @@ _MOST_FILES = 200  # of LORA_DIR; an answer must stay small
 
 def describe(model: Model, revision: str | None, settings: Settings, loaded: Loaded) -> dict[str, Any]:
     """The model, its modes, defaults and limits, what is loaded where, and the JSON Schema of a request."""
-    return {
+    told: dict[str, Any] = {
         "status": "success",
         "describe": {
             "worker_version": __version__,
@@ -52,7 +54,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             "schedulers": {name: {"starts_from_a_picture": row.starts_midway} for name, row in SCHEDULERS.items()},
             "adapters": {
                 "lora_dir": [str(file.relative_to(settings.lora_dir)) for file in _adapters(settings)],
-                "in_memory": list(loaded.adapters),
+                **_in_memory(settings, loaded.adapters),
             },
             "controlnets": {
                 net.name: {
@@ -74,10 +76,26 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             "schema": Request.model_json_schema(),
         },
     }
+    return hide_known_in(told)
 
 
 def _adapters(settings: Settings) -> list[Path]:
     return sorted(itertools.islice(settings.lora_dir.rglob("*.safetensors"), _MOST_FILES))
+
+
+def _in_memory(settings: Settings, adapters: Sequence[str]) -> dict[str, Any]:
+    """The adapters in memory that lie in LORA_DIR; of the others, which clients named, how many there are."""
+    own = [name for path in adapters if (name := _name_in(settings.lora_dir.resolve(), path))]
+    return {"in_memory": own, "others_in_memory": len(adapters) - len(own)}
+
+
+def _name_in(root: Path, path: str) -> str:
+    """The file that `path` names below `root`, by its own name, however a client wrote it; empty for any other."""
+    try:
+        file = (root / path).resolve()
+        return str(file.relative_to(root)) if file.is_relative_to(root) and file.is_file() else ""
+    except (OSError, ValueError):  # too long for a name, or no name at all
+        return ""
 
 
 def show_plan(plan: Plan) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def show_plan(plan: Plan) -> dict[str, Any]:
         }
         for control in plan.controls
     ]
-    return {
+    told: dict[str, Any] = {
         "status": "success",
         "plan": {
             "mode": plan.mode,
@@ -111,3 +129,4 @@ def show_plan(plan: Plan) -> dict[str, Any]:
             "warnings": list(plan.warnings),
         },
     }
+    return hide_known_in(told)
