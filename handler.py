@@ -24,7 +24,7 @@ from src.request.reading import Reading, read_request
 from src.response.delivery import deliver, encodable
 from src.response.describe import describe, show_plan
 from src.response.storage import BroughtBucket, Bucket, read_bucket
-from src.serving.logs import job_ended, log
+from src.serving.logs import job_ended, keep_secrets_out, log
 from src.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _loading = threading.Lock()
 @cache
 def get_settings() -> Settings:
     """The settings of this process."""
+    keep_secrets_out()
     return Settings.from_environment()
 
 

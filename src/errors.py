@@ -134,12 +134,12 @@ class InvalidRequest(WorkerError):
 
 def _at_most(faults: Sequence[Fault]) -> tuple[Fault, ...]:
     """As many as an answer may hold, and how many more there are."""
-    told, room = 0, _MOST_OF_FAULTS
-    while told < min(len(faults), _MOST_FAULTS) and room > 0:
-        room -= len(str(faults[told]))
-        told += 1
-    more = len(faults) - told
-    return (*faults[:told], *([Fault("input", f"has {more:,} more faults")] if more else []))
+    count, room = 0, _MOST_OF_FAULTS
+    while count < min(len(faults), _MOST_FAULTS) and room > 0:
+        room -= len(str(faults[count]))
+        count += 1
+    more = len(faults) - count
+    return (*faults[:count], *([Fault("input", f"has {more:,} more faults")] if more else []))
 
 
 def refusal(faults: Sequence[Fault]) -> WorkerError:

@@ -95,7 +95,8 @@ _BORDERS = ("left", "right", "top", "bottom")  # Black Forest Labs' expand
 _LORA_SCALES = "lora_scales"  # Replicate's, one for each of hf_loras
 
 
-_LONGEST_PATH = 2_000  # characters of an adapter's address; in a longer one nothing is looked for
+# Characters of an adapter's address and of a size; in longer ones nothing is looked for
+_LONGEST_PATH, _LONGEST_SIZE = 2_000, 100
 _MOST_KEYS = 100  # of an entry of loras, and entries: more than that is refused as it is
 
 
@@ -453,6 +454,6 @@ def _size(value: object) -> Sequence[Any] | None:
     if isinstance(value, str):
         if named := NAMED_SIZES.get(value.lower()):
             return named
-        if pixels := _PIXELS.fullmatch(value.strip()):
+        if len(value) <= _LONGEST_SIZE and (pixels := _PIXELS.fullmatch(value.strip())):
             return int(pixels[1]), int(pixels[2])
     return None

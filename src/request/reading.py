@@ -90,8 +90,8 @@ def read_request(event: object) -> Reading:
 def _without_flood(received: Mapping[Any, Any]) -> tuple[dict[Any, Any], int]:
     """What means something, the first of the names that nobody knows and that hold something, and how many more."""
     unknown = [name for name, value in received.items() if name not in _KNOWN and value is not None]
-    told = {*_KNOWN, *unknown[:MAX_UNKNOWN]}
-    return {name: value for name, value in received.items() if name in told}, len(unknown[MAX_UNKNOWN:])
+    kept = {*_KNOWN, *unknown[:MAX_UNKNOWN]}
+    return {name: value for name, value in received.items() if name in kept}, len(unknown[MAX_UNKNOWN:])
 
 
 def _values(fields: dict[str, Any]) -> tuple[Request, list[Fault]]:

@@ -39,6 +39,7 @@ PICTURES: Mapping[str, str] = MappingProxyType(
     {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
 )
 MAX_PICTURES = 10  # of one kind: what FLUX.2 takes
+MAX_ADDRESS = 8_192  # characters: more than servers take
 MAX_UNKNOWN = 20  # names of an object that nobody knows and that are looked at
 # A field that holds one entry, by the list of such entries that `Request.as_lists` puts it into.
 SINGLES: Mapping[str, str] = MappingProxyType(
@@ -55,6 +56,7 @@ CONTROL_OPTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 _MEGAPIXELS = r"([0-9]{1,2}(?:\.[0-9]{1,6})?)(?: ?MP)?"
+_MOST_AROUND = 10_000  # characters of it, on each side
 _AROUND = " \t\r\n\f\v\u00a0\u200b\ufeff\\\"'`\u2018\u2019\u201c\u201d"
 
 
@@ -102,8 +104,19 @@ def _one_or_several(value: object) -> object:
 
 def unquoted(text: str) -> str:
     """`text` without the blanks and quotes that shells, spreadsheets and Python's repr leave around it."""
-    text = text.strip(_AROUND)
-    return text[1:].strip(_AROUND) if text[:2] in ("b'", 'b"') else text
+    text = _stripped(text)
+    return _stripped(text[1:]) if text[:2] in ("b'", 'b"') else text
+
+
+def _stripped(text: str) -> str:
+    begin, end = text[:_MOST_AROUND], text[-_MOST_AROUND:]
+    return text[len(begin) - len(begin.lstrip(_AROUND)) : len(text) - len(end) + len(end.rstrip(_AROUND))]
+
+
+def _short_address(text: str) -> str:
+    if "://" in text[:20] and len(text) > MAX_ADDRESS:
+        raise ValueError(f"must have at most {MAX_ADDRESS:,} characters where it is an address")
+    return text
 
 
 def _picked(value: object) -> object:
@@ -155,7 +168,7 @@ Text = Annotated[
 ]
 Name = Annotated[StrictStr, Field(max_length=1_000)]
 Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
-Source = Annotated[StrictStr, AfterValidator(unquoted)]
+Source = Annotated[StrictStr, AfterValidator(unquoted), AfterValidator(_short_address)]
 Picture = Source | None
 _PICTURE = "a picture as base64, data URI or https URL"
 _SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"

@@ -23,6 +23,7 @@ from src.errors import ResponseTooLarge, WorkerError, WorkerUnavailable, redact
 from src.job import Job, Progress
 from src.outputs import Generation
 from src.plan.plan import Plan
+from src.redaction import hide_known_in
 from src.response.encode import can_carry, encode_image
 from src.response.storage import UPLOAD_SECONDS, Bucket
 
@@ -89,7 +90,7 @@ def deliver(
     nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
-    parameters = [{"input": plan.parameters(i), **made_by, **nets} for i in range(len(plan.seeds))]
+    parameters = hide_known_in([{"input": plan.parameters(i), **made_by, **nets} for i in range(len(plan.seeds))])
 
     # 2. Files, as they were asked for
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
@@ -117,7 +118,7 @@ def deliver(
         carried = {i: file for i, file in carried.items() if i not in urls}
 
     # 4. Into the response, smaller where it would be too large
-    metadata = {**made_by, "worker_version": __version__, **_metadata(generation, plan)}
+    metadata = hide_known_in({**made_by, "worker_version": __version__, **_metadata(generation, plan)})
     response: dict[str, Any] = {"status": "success", "metadata": metadata}
     if urls:
         response["image_urls"] = [urls.get(i) for i in range(len(plan.seeds))]
@@ -148,7 +149,7 @@ def deliver(
         response["images"] = [texts.get(i) for i in range(len(plan.seeds))]
     timings["total"] = sum(timings.values())
     metadata["timings"] = {phase: round(seconds, 4) for phase, seconds in timings.items()}
-    metadata["warnings"] = warnings
+    metadata["warnings"] = hide_known_in(warnings)
     return response
 
 

@@ -24,7 +24,7 @@ _MOST_FILES = 200  # of LORA_DIR; an answer must stay small
 
 def describe(model: Model, revision: str | None, settings: Settings, loaded: Loaded) -> dict[str, Any]:
     """The model, its modes, defaults and limits, what is loaded where, and the JSON Schema of a request."""
-    told: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "status": "success",
         "describe": {
             "worker_version": __version__,
@@ -76,7 +76,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             "schema": Request.model_json_schema(),
         },
     }
-    return hide_known_in(told)
+    return hide_known_in(answer)
 
 
 def _adapters(settings: Settings) -> list[Path]:
@@ -111,7 +111,7 @@ def show_plan(plan: Plan) -> dict[str, Any]:
         }
         for control in plan.controls
     ]
-    told: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "status": "success",
         "plan": {
             "mode": plan.mode,
@@ -129,4 +129,4 @@ def show_plan(plan: Plan) -> dict[str, Any]:
             "warnings": list(plan.warnings),
         },
     }
-    return hide_known_in(told)
+    return hide_known_in(answer)

@@ -1,13 +1,17 @@
 """What the worker writes to its log: one line a job, in words on a laptop, in JSON on RunPod.
 
-Never a prompt, a picture or a token.
+Never a prompt, a picture or a token, whoever writes: other libraries and the SDK too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
+import threading
+import traceback
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 from src.errors import redact
@@ -25,19 +29,69 @@ class _Json(logging.Formatter):
     """The SDK's own keys, which RunPod's console reads, and the job's facts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: dict[str, Any] = getattr(record, "facts", {})
+        facts = {
+            name: redact(value) if isinstance(value, str) else value
+            for name, value in getattr(record, "facts", {}).items()
+        }
         line = {
             "requestId": facts.get("job"),
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
-            "message": record.getMessage(),
+            "message": "\n".join(filter(None, (record.getMessage(), record.exc_text))),
             **facts,
         }
         return json.dumps(line, ensure_ascii=False)
 
 
+_plain_record = logging.getLogRecordFactory()
+
+
+def _record(*arguments: Any, **options: Any) -> logging.LogRecord:
+    """A record without secrets, for whatever handler of whatever logger."""
+    record = _plain_record(*arguments, **options)
+    try:
+        message = record.getMessage()
+    except Exception:  # noqa: BLE001 - arguments that do not fit, which whoever formats it would be told of
+        message, record.args = str(record.msg), None
+    if (clean := redact(message)) != message and isinstance(record.args, tuple):
+        record.args = tuple(redact(value) if isinstance(value, str) else value for value in record.args)
+    if record.getMessage() != clean:
+        record.msg, record.args = clean, None
+    if record.exc_info and record.exc_info[1]:
+        record.exc_text = redact("".join(traceback.format_exception(record.exc_info[1]))).rstrip()
+        record.exc_info = None  # the text alone is printed
+    return record
+
+
+def keep_secrets_out() -> None:
+    """From now on no logger of this process writes a secret."""
+    logging.setLogRecordFactory(_record)
+
+
+def _keep_secrets_out_of_the_rest() -> None:
+    """What prints by itself: the SDK's logger, and Python where nobody catches an exception."""
+    from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where nothing is served
+
+    sdk = RunPodLogger()  # one for all of its modules
+
+    def write(message: object, message_level: str = "INFO", job_id: object = None) -> None:
+        RunPodLogger.log(sdk, redact(str(message)), message_level, job_id and redact(str(job_id)))
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        log.critical("nobody caught a %s", kind.__name__, exc_info=(kind, error, trace))
+
+    def uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_value is not None:
+            uncaught(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+
+    sdk.log = write
+    sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
+
+
 def configure(settings: Settings) -> None:
     """Send this worker's log to stderr."""
+    keep_secrets_out()
+    _keep_secrets_out_of_the_rest()
     handler = logging.StreamHandler()
     handler.setFormatter(
         _Json() if settings.runpod_endpoint_id else logging.Formatter("%(levelname)s %(name)s: %(message)s")
