@@ -663,7 +663,8 @@ LINES = [
 BODIES = [
     b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello", b"0x5\r\nhello\r\n0\r\n\r\n",
     b"f" * 5_000 + b"\r\nhello", b"5;a=b\r\nhello\r\n0\r\na: b\r\n\r\n", b"\r\n", b"5\r\nhel", b"0",
-    gzip.compress(b"hello"), gzip.compress(b"hello") * 2, zlib.compress(b"hello"), brotli.compress(b"hello"), zstd.compress(b"hello"),
+    gzip.compress(b"hello"), gzip.compress(b"hello") * 2, zlib.compress(b"hello"), brotli.compress(b"hello"),
+    zstd.compress(b"hello"),
     zstd.compress(bytes(10**7)),
     b"%x\r\n%b\r\n0\r\n\r\n" % (len(gzip.compress(b"hello")), gzip.compress(b"hello")),
 ]  # fmt: skip
