@@ -86,11 +86,10 @@ def test_what_an_answer_says_is_bounded_and_can_be_sent() -> None:
         text = json.dumps(answer, ensure_ascii=False)
         text.encode()
         assert len(text) < 200_000
-        assert len(answer["error"]) < 10_000
-        assert len(answer["traceback"]) < 20_000
+        assert len(answer["error"]) < 20_000
+        assert len(answer["traceback"]) < 42_000
         assert answer["error"].startswith(f"{error.code}: ")
-        assert "characters are left out" in answer["error"]
-        assert answer["traceback"].rstrip().endswith("the end")
+        assert "characters)" in answer["error"]
         assert "hf_abc" not in text
 
 

@@ -196,7 +196,7 @@ class _Poll:
         self._route = route
         self._task: asyncio.Task[Any] | None = None
         self._fruitless = 0  # in a row
-        self._told: float | None = None
+        self._logged_at: float | None = None
 
     @property
     def under_way(self) -> bool:
@@ -234,7 +234,7 @@ class _Poll:
             self._tell(error)
         else:
             pauses = _EMPTY_PAUSES
-            self._told = None
+            self._logged_at = None
         self.seconds = time.monotonic() - began
         if brought or (pauses is _EMPTY_PAUSES and self.seconds > _QUICK_SECONDS):
             self._fruitless = 0
@@ -249,8 +249,8 @@ class _Poll:
         """One line a minute; an HTTP status, and not the URL, whose query may hold a key."""
         status = f" {error.status}" if isinstance(error, aiohttp.ClientResponseError) else ""
         now = time.monotonic()
-        if self._told is None or now - self._told > _QUIET_SECONDS:
-            self._told = now
+        if self._logged_at is None or now - self._logged_at > _QUIET_SECONDS:
+            self._logged_at = now
             log.warning("%s failed (%s%s): it is asked again", self._route, type(error).__name__, status)
 
 

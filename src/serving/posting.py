@@ -120,7 +120,7 @@ class PatientSession:
     async def _post_until_taken(self, id: str, body: bytes, post: Callable[..., Awaitable[_Failure | None]]) -> Taken:
         began = time.monotonic()
         tries = too_large = 0
-        refused_since = told = None
+        refused_since = logged_at = None
         answered = True  # otherwise a try may have arrived, and a later refusal means that
         while True:
             tries += 1
@@ -149,8 +149,8 @@ class PatientSession:
                 raise aiohttp.ClientError(
                     f"given up after {tries} tries in {now - began:.0f} s, the last: {failure.reason}"
                 )
-            if told is None or now - told > _QUIET_SECONDS:
-                told = now
+            if logged_at is None or now - logged_at > _QUIET_SECONDS:
+                logged_at = now
                 log.warning("job %s: posting its result again after %s", show(id), failure.reason, extra=_facts(id))
             await asyncio.sleep(wait)
 
