@@ -38,7 +38,7 @@ class DoesNotFit(Exception):
 
 
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
-_MODULATION = re.compile(r"(^|\.)(norm\w*|\w*modulation\w*)\.linear$")
+_MODULATION = re.compile(r"(?:^|\.)(?:norm\w*+|(?=\w*?modulation)\w++)\.linear$")
 
 
 def block_of(tensor: str) -> str | None:
