@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ def coded(coding: str) -> bytes:
 
 def hear(line: socket.socket) -> None:
     """The question, as far as its headers."""
-    heard = b""
-    while b"\r\n\r\n" not in heard and (piece := line.recv(65_536)):
-        heard += piece
+    question = b""
+    while b"\r\n\r\n" not in question and (piece := line.recv(65_536)):
+        question += piece
 
 
 def answers(data: bytes) -> Behaviour:
@@ -214,25 +215,37 @@ def drips_a_handshake(line: socket.socket) -> None:
         time.sleep(0.05)
 
 
-def drips_records(context: ssl.SSLContext) -> Behaviour:
-    """A good handshake; then what is within TLS comes in one record, byte by byte."""
+def by_hand(context: ssl.SSLContext, send: Callable[[socket.socket, bytes], None], answer: bytes) -> Behaviour:
+    """A server whose TLS is made in memory: `send` has what it says, in the handshake (at once) and after it."""
 
     def behave(line: socket.socket) -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_side=True)
-        for work in (tls.do_handshake, tls.read):
-            while True:
-                with suppress(ssl.SSLWantReadError):
-                    work()
-                    break
-                line.sendall(outgoing.read())
-                incoming.write(line.recv(65_536))
-        tls.write(OK + bytes(10_000))
-        for byte in outgoing.read():
-            line.sendall(bytes([byte]))
-            time.sleep(0.05)
+        works: list[Callable[[], object]] = [tls.do_handshake, tls.read, partial(tls.write, answer)]
+        while works:
+            try:
+                works[0]()
+                works.pop(0)
+            except ssl.SSLWantReadError:
+                send(line, outgoing.read())
+                if not (data := line.recv(65_536)):
+                    return
+                incoming.write(data)
+        send(line, outgoing.read())
 
     return behave
+
+
+def drips_records(context: ssl.SSLContext) -> Behaviour:
+    """A good handshake; then what is within TLS comes in one record, byte by byte."""
+
+    def send(line: socket.socket, data: bytes) -> None:
+        step = len(data) if len(data) < 10_000 else 1
+        for i in range(0, len(data), max(1, step)):
+            line.sendall(data[i : i + step])
+            time.sleep(0.05)
+
+    return by_hand(context, send, OK + bytes(10_000))
 
 
 def drips_blanks(line: socket.socket) -> None:
@@ -480,13 +493,14 @@ SPELLINGS = [
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
-    """What names resolve to, one after the other; what is not in it is resolved here."""
+    """What names resolve to, one after the other; of others only numbers are read."""
     found: dict[str, list[list[str]]] = {}
     resolve = socket.getaddrinfo
 
     def local(host: Any, *rest: Any, **options: Any) -> Any:
         there = found.get(host, [[host]])
         addresses = there.pop(0) if len(there) > 1 else there[0]
+        options["flags"] = socket.AI_NUMERICHOST
         return [info for address in addresses for info in resolve(address, *rest, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", local)
@@ -528,13 +542,38 @@ def test_private_addresses_are_refused_by_number_and_by_name(
 
 
 @pytest.mark.parametrize("host", SPELLINGS)
-def test_no_spelling_leads_to_a_private_address(host: str, never_connects: list[tuple[str, int]]) -> None:
+def test_no_spelling_leads_to_a_private_address(
+    host: str, names: dict[str, list[list[str]]], never_connects: list[tuple[str, int]]
+) -> None:
+    names.update(dict.fromkeys(("localhost", "localhost.", "a.localhost"), [["127.0.0.1"]]))
     started = time.monotonic()
     with pytest.raises(Refused) as caught:
         get_within(5, f"https://{host}/x")
     assert time.monotonic() - started < 2
     assert len(str(caught.value)) < 500
     assert all(address == "1.1.1.1" for address, _ in never_connects)
+
+
+def test_any_text_is_a_public_address_or_refused(
+    names: dict[str, list[list[str]]], never_connects: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.request.connection.Clock.pause", lambda *_: None)
+    names["localhost"] = [["127.0.0.1"]]
+    chance = random.Random(13)
+    parts = [
+        "https://", "127.0.0.1", "1.1.1.1", "[::1]", "@", ":", "/", "?", "#", "\\", "%", "[", "]", ".", "0x7f", "443",
+        "user", "\u00fc", "\u3002", "\ud800", "\0", " ", "\t", "\r\n", "localhost", "xn--", "-", "a" * 70,
+    ]  # fmt: skip
+    for _ in range(2_000):
+        url, said = "https://" + "".join(chance.choices(parts, k=chance.randrange(1, 9))), ""
+        try:
+            list(open_url(url, 10, 20, lambda: None))
+        except Refused as error:
+            said = str(error)
+        except Exception as error:
+            raise AssertionError(ascii(url)) from error
+        assert 0 < len(said) < 500, ascii(url)
+    assert {address for address, _ in never_connects} == {"1.1.1.1"}
 
 
 @pytest.mark.parametrize("address", PUBLIC)
@@ -602,17 +641,17 @@ def test_redirects_within_https_are_followed(web: Web) -> None:
 
 
 def test_a_token_is_for_the_port_that_is_asked_alone(web: Web) -> None:
-    heard: list[bytes] = []
+    question: list[bytes] = []
 
     def behave(line: socket.socket) -> None:
-        heard.append(line.recv(65_536))
+        question.append(line.recv(65_536))
         line.sendall(OK + b"\r\nhello")
 
     there = web.behave("files.test/x", behave)
     url = web.put("files.test/x", Page(status=302, headers={"Location": there}))
     assert get(url, headers=Headers({"Authorization": "Bearer secret", "If-None-Match": '"1"'})) == b"hello"
-    assert b"secret" not in heard[0]
-    assert b'If-None-Match: "1"' in heard[0]
+    assert b"secret" not in question[0]
+    assert b'If-None-Match: "1"' in question[0]
 
 
 def test_a_name_and_password_in_an_address_are_for_its_host_alone(web: Web) -> None:
@@ -664,8 +703,7 @@ BODIES = [
     b"", b"hello", b"5\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello", b"0x5\r\nhello\r\n0\r\n\r\n",
     b"f" * 5_000 + b"\r\nhello", b"5;a=b\r\nhello\r\n0\r\na: b\r\n\r\n", b"\r\n", b"5\r\nhel", b"0",
     gzip.compress(b"hello"), gzip.compress(b"hello") * 2, zlib.compress(b"hello"), brotli.compress(b"hello"),
-    zstd.compress(b"hello"),
-    zstd.compress(bytes(10**7)),
+    zstd.compress(b"hello"), zstd.compress(bytes(10**7)),
     b"%x\r\n%b\r\n0\r\n\r\n" % (len(gzip.compress(b"hello")), gzip.compress(b"hello")),
 ]  # fmt: skip
 
@@ -682,6 +720,30 @@ def any_answer(chance: random.Random) -> bytes:
     return data
 
 
+def test_any_bytes_within_tls_are_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a good server says in its handshake and after it, with a few bytes changed."""
+    monkeypatch.setattr("src.request.connection.Clock.pause", lambda *_: None)
+    chance, ends = random.Random(13), set[str]()
+
+    def mutated(data: bytes) -> bytes:
+        if not data or chance.random() < 0.5:
+            return data
+        at = chance.randrange(len(data))
+        return data[:at] + chance.choice((b"", chance.randbytes(1), chance.randbytes(9))) + data[at + 1 :]
+
+    def send(line: socket.socket, data: bytes) -> None:
+        line.settimeout(0.1)
+        line.sendall(mutated(data))
+
+    url = web.behave("files.test/x", by_hand(web.context, send, OK + b"Content-Length: 5\r\n\r\nhello"), tls=False)
+    for _ in range(150):
+        try:
+            assert get_within(2, url) == b"hello"
+        except Refused as error:
+            ends.add(type(error).__name__)
+    assert ends == {"Refused", "Unreachable"}
+
+
 def test_any_bytes_are_an_answer_or_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.request.connection.Clock.pause", lambda *_: None)
     data = b""
@@ -692,7 +754,7 @@ def test_any_bytes_are_an_answer_or_refused(web: Web, monkeypatch: pytest.Monkey
 
     url = web.behave("files.test/x", behave, tls=False).replace("https", "http")
     chance, ends = random.Random(13), set[str]()
-    for i in range(1_500):
+    for i in range(1_000):
         data = any_answer(chance)
         started, headers, said = time.monotonic(), Headers(), ""
         try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 65_536  # bytes
 _LONGEST_ADDRESS = 16_384  # characters
-_MOST_TOLD = 300  # characters of what a library or a server says
+_LONGEST_TEXT = 300  # characters of what a library or a server says
 _BUSY = (429, 500, 502, 503, 504)  # asked once more
 _PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds before that: where the server names none, and the most that it may name
 _REDIRECTED, _REDIRECTS = (301, 302, 303, 307, 308), 5
@@ -236,7 +236,7 @@ def _headers(answer: http.client.HTTPResponse) -> Mapping[str, str]:
 
 
 def _cut(error: Exception) -> str:
-    return str(error)[:_MOST_TOLD]
+    return str(error)[:_LONGEST_TEXT]
 
 
 @contextlib.contextmanager
@@ -276,7 +276,7 @@ def _refused(answer: http.client.HTTPResponse) -> Refused:
 
 def _retry_after(value: str) -> float:
     """Seconds that `value`, seconds or a date, asks to wait."""
-    value = value[:_MOST_TOLD].strip()
+    value = value[:_LONGEST_TEXT].strip()
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)
     try:
