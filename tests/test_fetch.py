@@ -545,7 +545,7 @@ def test_private_addresses_are_refused_by_number_and_by_name(
 def test_no_spelling_leads_to_a_private_address(
     host: str, names: dict[str, list[list[str]]], never_connects: list[tuple[str, int]]
 ) -> None:
-    names.update(dict.fromkeys(("localhost", "localhost.", "a.localhost"), [["127.0.0.1"]]))
+    names.update({name: [["127.0.0.1"]] for name in ("localhost", "localhost.", "a.localhost")})
     started = time.monotonic()
     with pytest.raises(Refused) as caught:
         get_within(5, f"https://{host}/x")
