@@ -63,6 +63,12 @@ def _names(value: object) -> object:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
 
+def _repos(names: tuple[str, ...]) -> tuple[str, ...]:
+    if odd := [name for name in names if not re.fullmatch(r"public|\*|[\w.-]+/(\*|[\w.-]+)", name)]:
+        raise ValueError(f"must be a list of public, owner/name, owner/* or *, got {odd[0]!r}")
+    return names
+
+
 def _sizes(value: object) -> object:
     """Read "512x512,1024x768" as numbers, and "none" as no size at all."""
     if not isinstance(value, str):
@@ -116,6 +122,13 @@ class Settings(BaseModel):
     lora_cache_dir: Path = Field(Path("/tmp/loras"), description="where downloaded adapters are kept")  # noqa: S108
     lora_cache_gb: float = Field(20, gt=0, description="of LORA_CACHE_DIR; the least recently used goes first")
     max_loras: int = Field(8, ge=4, le=64, description="adapters held in memory; the least recently used goes first")
+    max_lora_rank: int = Field(512, ge=1, description="the highest rank of an adapter's layers")
+    max_lora_gb: float = Field(8, gt=0, description="gigabytes (10^9) of one adapter, in its file or read in float32")
+    lora_hub_allow: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_repos)] = Field(
+        (),
+        description="repos of the hub whose adapters may be used: a list of owner/name, owner/*, public for those that "
+        "are not private, or * for all that HF_TOKEN sees; public by default",
+    )
     runpod_model_cache: Path = Field(
         Path("/runpod-volume/huggingface-cache/hub"),
         description="where RunPod keeps cached models, in the hub's layout",

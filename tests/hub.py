@@ -16,10 +16,17 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(frozen=True)
 class Repo:
-    """`gate` maps a token (None: no token) to the status and error code that its bearer gets for files."""
+    """`gate` maps a token (None: no token) to the status and error code that its bearer gets for files.
+
+    A `private` one is there for those that have a token. `more` bytes come behind what was announced for a file, and
+    `elsewhere` is where files are fetched from.
+    """
 
     folder: Path
     gate: dict[str | None, tuple[int, str]] = field(default_factory=dict)
+    private: bool = False
+    more: int = 0
+    elsewhere: str = ""
 
 
 def download_into(folder: Path) -> Callable[..., str]:
@@ -34,20 +41,26 @@ def download_into(folder: Path) -> Callable[..., str]:
 
 
 class Hub:
-    """Serves `repos` by name until closed; `requests` counts what was asked."""
+    """Serves `repos` by name until closed; `requests` counts what was asked, `asked` has each with its token."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.down = False
         self.requests = 0
+        self.asked: list[tuple[str, str | None]] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub.requests += 1
+                hub.asked.append((self.path, self.headers.get("Authorization")))
                 status, headers, body = hub.answer(self.path.partition("?")[0], self.headers.get("Authorization"))
+                if self.command == "HEAD" or "Content-Length" not in headers:
+                    headers = {"Content-Length": str(len(body)), **headers}
+                else:
+                    del headers["Content-Length"]  # it comes until the connection ends
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command == "GET":
@@ -78,16 +91,21 @@ class Hub:
         if name == "someone/forbidden":
             return 403, {}, b""
         repo = self.repos.get(name)
-        if repo is None:
+        if repo is None or (repo.private and token is None):
             return 401 if token is None else 404, {"X-Error-Code": "RepoNotFound"}, b""
-        if len(rest) < 2 or rest[1] not in ("main", REVISION):
+        if (not api or rest) and (len(rest) < 2 or rest[1] not in ("main", REVISION)):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         files = {str(file.relative_to(repo.folder)): file for file in repo.folder.rglob("*") if file.is_file()}
-        if api and rest[0] == "tree":
+        if rest[:1] == ["tree"]:
             tree = [{"type": "file", "path": p, "size": f.stat().st_size, "oid": _oid(f)} for p, f in files.items()]
             return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
         if api:
-            body = {"id": name, "sha": REVISION, "siblings": [{"rfilename": path} for path in files]}
+            body = {
+                "id": name,
+                "sha": REVISION,
+                "private": repo.private,
+                "siblings": [{"rfilename": path} for path in files],
+            }
             return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
         if token in repo.gate:
             status, code = repo.gate[token]
@@ -95,7 +113,12 @@ class Hub:
         file = files.get("/".join(rest[2:]))
         if file is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        return 200, {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": REVISION}, file.read_bytes()
+        headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": REVISION}
+        if repo.elsewhere:
+            size = {"X-Linked-Size": str(file.stat().st_size), "Location": f"{repo.elsewhere}{path}"}
+            return 302, {**headers, **size}, b""
+        length = {"Content-Length": str(file.stat().st_size)} if repo.more else {}
+        return 200, {**headers, **length}, file.read_bytes() + bytes(repo.more)
 
 
 def _oid(file: Path) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from handler import respond
 from src.engine import Engine, load_engine
-from src.engine.lora import Networks, read_adapter
+from src.engine.lora import AdapterFile, Networks
 from src.errors import Refused
 from src.job import Job
 from src.settings import Settings
@@ -631,7 +631,7 @@ def test_no_tensor_is_lost(name: str, engines: Mapping[str, Engine], tmp_path: P
         file = tmp_path / "adapter.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, made.metadata)
         try:
-            weights = read_adapter(file, networks)
+            weights = AdapterFile(file, networks).read()
         except Refused as error:
             return str(error)
         parts = {key: total(tensor) for key, tensor in weights.lora.items()}

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from src.errors import AdapterUnavailable, Cancelled, Fault, InvalidRequest, WorkerFault, refusal
 from src.job import Job
-from src.request import adapters as module
+from src.request import adapter_cache, adapters
 from src.request.adapters import AdapterStore, LoadedAdapters
 from src.request.schema import Lora, Request
 from src.settings import Settings
@@ -198,8 +198,8 @@ def test_jobs_that_want_the_same_at_once_fetch_it_once(web: Web, tmp_path: Path)
 def test_a_job_that_waits_for_anothers_file_can_be_cancelled(tmp_path: Path) -> None:
     job = Job()
     job.cancel()
-    with module._turn("x", Job()), pytest.raises(Cancelled):
-        module._turn("x", job).__enter__()
+    with adapter_cache._turn("x", Job()), pytest.raises(Cancelled):
+        adapter_cache._turn("x", job).__enter__()
 
 
 # Whose trouble it is
@@ -229,7 +229,7 @@ def test_other_troubles_on_the_way_to_the_hub(
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
 
-    monkeypatch.setattr(module, "model_info", unreachable)
+    monkeypatch.setattr(adapters, "model_info", unreachable)
     (fault,) = load(tmp_path, "someone/style").faults
     assert isinstance(fault, WorkerFault)
     assert "cannot be reached (ConnectionRefusedError)" in fault.message
@@ -296,7 +296,7 @@ class FullDisk:
         check_whole(file)
 
 
-check_whole = module._check_whole
+check_whole = adapter_cache.check_whole
 
 
 def test_on_a_full_disk_what_was_used_least_makes_room(
@@ -308,7 +308,7 @@ def test_on_a_full_disk_what_was_used_least_makes_room(
     for url in urls[:3]:
         load(tmp_path, url)
     held = load(tmp_path, urls[0])
-    monkeypatch.setattr(module, "_check_whole", FullDisk(tmp_path / "cache", 3 * size))
+    monkeypatch.setattr(adapter_cache, "check_whole", FullDisk(tmp_path / "cache", 3 * size))
     assert load(tmp_path, urls[3]).faults == ()
     assert len(kept(tmp_path)) == 3
     assert content(held)
@@ -322,7 +322,7 @@ def test_on_a_full_disk_what_was_used_least_makes_room(
 def test_a_disk_that_is_full_of_other_things_is_the_workers_trouble(
     web: Web, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_check_whole", FullDisk(tmp_path / "cache", 0))
+    monkeypatch.setattr(adapter_cache, "check_whole", FullDisk(tmp_path / "cache", 0))
     for path in (web.put(ADDRESS, ONE), "someone/style"):
         (fault,) = load(tmp_path, path).faults
         assert isinstance(fault, WorkerFault)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from src.engine.lora import Networks, read_adapter
+from src.engine.lora import AdapterFile, AdapterWeights, Networks
 from src.engine.memory import free_memory, is_out_of_memory
-from src.errors import Fault, GenerationFailed, OutOfMemory, Refused, redact
+from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault, redact
 from src.request.adapters import Adapter
+from src.settings import Settings
+
+_REMEMBERED = 1_000  # files whose warnings are known
+_HANDED_OVER = 2_000_000_000  # bytes of weights that may wait in the host's memory until their pictures are drawn
 
 
 class Adapters:
-    """Holds at most `limit` adapters in memory; the least recently used goes first."""
+    """Holds at most MAX_LORAS adapters in memory; the least recently used goes first."""
 
-    def __init__(self, pipeline: Any, limit: int) -> None:
+    def __init__(self, pipeline: Any, settings: Settings) -> None:
         self._pipeline = pipeline
-        self._limit = limit
+        self._limit = settings.max_loras
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
-        self._fitting: dict[str, tuple[str, ...]] = {}  # names of files that were checked, and their warnings
+        self._used: tuple[str, ...] = ()  # names that count for the picture
+        self._fitting: OrderedDict[str, tuple[str, ...]] = OrderedDict()  # names of files that were checked: warnings
+        self._read: WeakKeyDictionary[Adapter, AdapterWeights] = WeakKeyDictionary()  # for as long as their request
+        self._reading = 0  # bytes of weights on their way there
+        self._one_at_a_time = threading.Lock()  # for the three above
         self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
-        self._networks = Networks(pipeline)
+        self._networks = Networks(pipeline, settings)
         self._parts = [getattr(pipeline, name) for name in self._networks.adaptable]
 
     @property
@@ -34,23 +44,31 @@ class Adapters:
         return tuple(map(redact, list(self._loaded.values())))  # the list at one stroke: the device may be changing it
 
     def check(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
-        """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device."""
-        faults, warnings = [], []
+        """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device.
+
+        What the device does not hold yet is read here, and handed over. Raises OutOfMemory.
+        """
+        faults, warnings = list[Fault](), list[str]()
         for adapter in adapters:
             try:
-                if adapter.name not in self._fitting:
-                    self._fitting[adapter.name] = read_adapter(adapter.file, self._networks).warnings
-                warnings += [f"{adapter.field}: {warning}" for warning in self._fitting[adapter.name]]
+                warnings += [f"{adapter.field}: {warning}" for warning in self._check(adapter)]
             except Refused as error:
                 faults.append(Fault(adapter.field, str(error)))
+            except OSError as error:
+                faults.append(WorkerFault(adapter.field, _unreadable(error)))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(f"there is no room in the host's memory to read {adapter.field}") from error
         return faults, warnings
 
     def use(self, adapters: Sequence[Adapter]) -> None:
         """Let exactly these count; whatever was set before does not matter.
 
-        Raises OutOfMemory or GenerationFailed where one of them cannot be loaded.
+        Raises OutOfMemory, AdapterUnavailable or GenerationFailed where one of them cannot be loaded.
         """
         wanted = {adapter.name: adapter for adapter in adapters if adapter.asked.scale}  # a DoRA counts even at 0
+        self._used = tuple(wanted)
         if not wanted:
             self._set_aside()
             return
@@ -66,7 +84,48 @@ class Adapters:
                     free_memory(error)
                     self._make_room(0, keep=set(wanted))
                     self._load(adapter)
-        self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
+        try:
+            self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.forget_used()
+            raise GenerationFailed(f"the adapters could not be set: {error}") from error
+
+    def forget_used(self) -> None:
+        """The picture failed: whatever of its adapters is in memory is not used again, but read anew."""
+        for name in self._used:
+            self._fitting.pop(name, None)
+            self._forget(name)
+        self._used = ()
+
+    def _check(self, adapter: Adapter) -> tuple[str, ...]:
+        """Warnings of what is not applied. Raises Refused and OSError."""
+        with self._one_at_a_time:
+            known = self._fitting.get(adapter.name)
+        if known is not None and adapter.name in self._loaded:
+            return known
+        file = AdapterFile(adapter.file, self._networks)
+        with self._one_at_a_time:
+            waiting = self._reading + sum(weights.size for weights in self._read.values())
+            handed_over = file.size if waiting + file.size <= _HANDED_OVER else 0
+            self._reading += handed_over
+        try:
+            if handed_over:
+                weights = file.read()
+                with self._one_at_a_time:
+                    self._read[adapter] = weights
+            elif known is None:
+                file.check()
+        finally:
+            with self._one_at_a_time:
+                self._reading -= handed_over
+        with self._one_at_a_time:
+            self._fitting[adapter.name] = file.warnings
+            self._fitting.move_to_end(adapter.name)
+            if len(self._fitting) > _REMEMBERED:
+                self._fitting.popitem(last=False)
+        return file.warnings
 
     def _set_aside(self) -> None:
         """Leave the model as if no adapter had ever been loaded: the same layers, the same compiled code."""
@@ -84,22 +143,28 @@ class Adapters:
 
     def _load(self, adapter: Adapter) -> None:
         path = adapter.summary()["path"]
+        before = _Parameters(self._parts)
         try:
             with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
-                weights = read_adapter(adapter.file, self._networks)
+                weights = self._read.get(adapter) or AdapterFile(adapter.file, self._networks).read()
                 self._pipeline.load_lora_weights(dict(weights.lora), adapter_name=adapter.name)
                 for name, (delta, target) in weights.lokr.items():
                     network, _, layer = name.partition(".")
                     delta.put_into(getattr(self._pipeline, network).get_submodule(layer), adapter.name, target)
+            before.check()
         except Exception as error:
             self._forget(adapter.name)
+            before.restore()
             if is_out_of_memory(error):
                 raise OutOfMemory(
                     f"there is no room for the adapter {path} beside the model: a lower MEMORY_LIMIT_GB on the worker "
                     "leaves some"
                 ) from error
+            if isinstance(error, OSError):
+                raise AdapterUnavailable(f"{adapter.field}: {_unreadable(error)}") from error
             raise GenerationFailed(f"the adapter {path} could not be loaded: {error}") from error
         self._loaded[adapter.name] = path
+        self._read.pop(adapter, None)
 
     def _make_room(self, most: int, keep: set[str]) -> None:
         """Forget the least recently used, but for `keep`, until `most` are left."""
@@ -109,4 +174,49 @@ class Adapters:
 
     def _forget(self, name: str) -> None:
         self._loaded.pop(name, None)
+        self._put_back()
         self._pipeline.delete_adapters(name)
+
+
+class _Parameters:
+    """The parameters that networks have now, and the modules that they are of: loading an adapter adds to them."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self._networks = networks
+        modules = [module for network in networks for module in network.modules()]
+        self._children = [(module, name, child) for module in modules for name, child in module.named_children()]
+        self._found = [
+            (module, name, parameter, _kind(parameter))
+            for module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+
+    def check(self) -> None:
+        """Raise RuntimeError where one of them is another by now, or one that was added is none to compute with."""
+        added = {id(parameter) for network in self._networks for parameter in network.parameters()}
+        for module, name, parameter, kind in self._found:
+            now = getattr(module, name)
+            added.discard(id(now))
+            if _kind(now)[:2] != kind[:2] or _kind(now)[2] > kind[2]:
+                raise RuntimeError(f"it changed the model's own {name} of {tuple(parameter.shape)}")
+        for network in self._networks:
+            for name, parameter in network.named_parameters():
+                if id(parameter) in added and (parameter.is_meta or not parameter.is_floating_point()):
+                    raise RuntimeError(f"its {name} has no values to compute with")
+
+    def restore(self) -> None:
+        """Put back what is another by now."""
+        for parent, name, child in self._children:
+            if getattr(parent, name, None) is not child:
+                setattr(parent, name, child)
+        for module, name, parameter, kind in self._found:
+            if _kind(getattr(module, name)) != kind:
+                setattr(module, name, parameter.requires_grad_(kind[2]))
+
+
+def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, bool, bool]:
+    return parameter.dtype, parameter.is_meta, parameter.requires_grad
+
+
+def _unreadable(error: OSError) -> str:
+    return f"could not be read on this worker: {(error.strerror or type(error).__name__).lower()}"

@@ -25,10 +25,12 @@ from src.engine.prompts import Embeddings, Prompts
 from src.engine.redux import Redux
 from src.engine.schedulers import make_scheduler
 from src.errors import (
+    Cancelled,
     DeviceFailed,
     Fault,
     GenerationFailed,
     OutOfMemory,
+    TimedOut,
     WorkerError,
     first_line,
     let_go,
@@ -65,7 +67,7 @@ class Engine:
         self._placed_pipeline = placed_pipeline or PlacedPipeline(pipeline, None, pipeline.device)
         self._compiled = compiled
         self._alone = threading.Lock()
-        self._adapters = Adapters(pipeline, settings.max_loras)
+        self._adapters = Adapters(pipeline, settings)
         device = self._placed_pipeline.device
         self._controlnets = ControlNets(pipeline, model, files, device)
         self._redux = Redux(pipeline, settings.redux_model, files, device)
@@ -165,6 +167,8 @@ class Engine:
             yield
         except BaseException as error:
             let_go(error)
+            if not isinstance(error, (Cancelled, TimedOut)):
+                self._adapters.forget_used()
             self._pipeline.maybe_free_model_hooks()
             self._synchronize()
             raise

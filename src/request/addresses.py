@@ -19,6 +19,7 @@ from src.wording import show
 
 SUFFIX = ".safetensors"
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_LONGEST_NAME = 300  # characters of a file or a revision
 COMMIT = re.compile(r"[0-9a-f]{40}")  # what stays what it is
 
 _HUB = r"(?:huggingface\.co|hf\.co)"
@@ -171,6 +172,8 @@ def read_address(lora: Lora) -> HubFile | WebFile:
 
     Raises Refused with what to write instead.
     """
+    for name in ("path", "weight_name", "revision"):
+        _check_text(name, getattr(lora, name) or "")
     path = lora.path.strip()
     if air := _AIR.fullmatch(path):
         path = f"{_DOWNLOAD}{air[1]}"
@@ -192,6 +195,14 @@ def read_address(lora: Lora) -> HubFile | WebFile:
     if "://" in path:
         raise Refused(f"must be {ADAPTER}, got {show(path)}")
     return _hub_id(path, lora)
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise Refused where what is said of an adapter is no text that an address may hold."""
+    if name != "path" and len(text) > _LONGEST_NAME:
+        raise Refused(f"has a {name} of {len(text):,} characters, and at most {_LONGEST_NAME} are read")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refused(f"has a {name} with half of a character in it (a lone surrogate), got {show(text)}")
 
 
 def no_other_format(name: str) -> None:
@@ -260,6 +271,8 @@ def _on_the_hub(path: str, lora: Lora) -> HubFile:
         revision = _one("the revision", revision, named)
         rest = rest[1 + length :]
     revision = _one("the revision", revision, lora.revision)
+    if revision and (".." in revision or revision == "."):  # git has none such, and libraries leave them out of paths
+        raise Refused(f"names the revision {show(revision)}, which no repo can have")
     return _file(repo, revision, "/".join(rest), lora, is_file=is_file)
 
 

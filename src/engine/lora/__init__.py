@@ -4,6 +4,6 @@ names.py knows how trainers call a model's layers, tensors.py what stands in a f
 adds to the layer, and reading.py puts them together.
 """
 
-from src.engine.lora.reading import AdapterWeights, Networks, read_adapter
+from src.engine.lora.reading import AdapterFile, AdapterWeights, Networks
 
-__all__ = ["AdapterWeights", "Networks", "read_adapter"]
+__all__ = ["AdapterFile", "AdapterWeights", "Networks"]

@@ -13,6 +13,8 @@ from src.engine.lora.names import Target
 from src.engine.lora.tensors import LayerTensors
 from src.errors import Refused
 
+_WIDEST = 8  # times a layer's features: trainers' factors make them once, or a little more
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -27,6 +29,11 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         """Features that go out and in."""
         return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it is made of."""
+        return tuple(each for each in (self.down, self.up, self.bias, self.magnitude) if each is not None)
 
     def of(self, target: Target) -> LowRank:
         """The part that is added to one of the layers that were one."""
@@ -48,6 +55,11 @@ class Kronecker:
 
     w1: torch.Tensor
     w2: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it is made of."""
+        return self.w1, self.w2
 
     def put_into(self, layer: Any, adapter_name: str, target: Target) -> None:
         """Let it stand for the two matrices that PEFT's LoRA `layer` holds under this name.
@@ -109,19 +121,20 @@ def kronecker(layer: LayerTensors) -> Kronecker:
     tensors = layer.only("lokr_")
     if extra := tensors.keys() & {"lora_magnitude_vector", "bias"}:
         raise Refused(f"is a LoKr with a {extra.pop()} in {layer.name}, which is not applied here")
-    pairs, factor = [], 1.0
+    factors, factor = [], 1.0
     for name in ("lokr_w1", "lokr_w2"):
         if name in tensors:
-            w = layer.matrix(name)
-            pairs.append((w, torch.eye(w.shape[1])))
+            factors.append(layer.matrix(name))
             continue
         a, b = layer.matrix(f"{name}_a"), layer.matrix(f"{name}_b")
         rank = _rank(layer, a.shape[1], b.shape[0])
         factor = layer.alpha / rank if layer.alpha is not None else 1.0
-        pairs.append((a, b))
-    (a1, b1), (a2, b2) = pairs
-    layer.check_shape(a1.shape[0] * a2.shape[0], b1.shape[1] * b2.shape[1])
-    return Kronecker(a1 @ b1 * factor, a2 @ b2)
+        factors.append(a @ b)
+    w1, w2 = factors
+    layer.check_shape(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1])
+    if w1.shape[1] * w2.shape[0] > _WIDEST * max(layer.shape):  # what KroneckerDown makes of each word
+        raise Refused(f"is a LoKr whose factors in {layer.name} are a row and a column: give it as a LoRA")
+    return Kronecker(w1 * factor, w2)
 
 
 class KroneckerDown(nn.Module):
@@ -153,4 +166,8 @@ class KroneckerUp(nn.Module):
 def _rank(layer: LayerTensors, *ranks: int) -> int:
     if len(set(ranks)) > 1:
         raise Refused(f"is not complete: {layer.name} has factors of ranks {', '.join(map(str, ranks))}")
+    if ranks[0] > layer.max_rank:
+        raise Refused(
+            f"has the rank {ranks[0]:,} in {layer.name}, and the worker's MAX_LORA_RANK allows at most {layer.max_rank}"
+        )
     return ranks[0]

@@ -36,6 +36,7 @@ _PREFIXES = {
     "t5xxl.": "text_encoder_2",
     "lora_t5xxl_": "text_encoder_2",
 }
+_MOST_PREFIXES = 8
 
 _QKV = ("transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "transformer_blocks.{}.attn.to_v")
 _ADDED_QKV = tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")
@@ -125,7 +126,10 @@ class AdaptedLayer:
 def split_prefix(name: str) -> tuple[str, str]:
     """The network that `name` begins with, "" where it names none, and the rest."""
     network = ""
-    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), ""):
+    for _ in range(_MOST_PREFIXES):
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+        if not prefix:
+            break
         network = network or _PREFIXES[prefix]
         name = name.removeprefix(prefix)
     return network, name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from src.engine.lora.deltas import Kronecker, LowRank, hadamard, kronecker, low_rank
@@ -17,15 +16,19 @@ from src.engine.lora.header import Header
 from src.engine.lora.names import AdaptedLayer, Target, flat, layers_by_name, split_prefix
 from src.engine.lora.tensors import LayerTensors, other_kind, split_name
 from src.errors import Refused
+from src.request.tensor_file import TensorFile
+from src.settings import Settings
 
 _NAMES_SHOWN, _LETTERS_SHOWN = 3, 100
 _CALLED = {"text_encoder_2": "T5 (text_encoder_2)"}
 
 
 class Networks:
-    """The networks of a pipeline that adapters may be of, and those of them that take adapters."""
+    """The networks of a pipeline that adapters may be of, those of them that take adapters, and how large ones."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, settings: Settings | None = None) -> None:
+        settings = settings or Settings()
+        self.max_rank, self.max_bytes = settings.max_lora_rank, int(settings.max_lora_gb * 1e9)
         found = {name: getattr(pipeline, name, None) for name in ("transformer", "text_encoder", "text_encoder_2")}
         networks = {name: network for name, network in found.items() if isinstance(network, nn.Module)}
         self.adaptable = tuple(name for name in getattr(pipeline, "_lora_loadable_modules", ()) if name in networks)
@@ -73,43 +76,73 @@ class AdapterWeights:
     lokr: Mapping[str, tuple[Kronecker, Target]]
     warnings: tuple[str, ...] = ()
 
-
-def read_adapter(file: Path, networks: Networks) -> AdapterWeights:
-    """All of `file`, in float32. Raises Refused where it is no adapter of these networks, and says why."""
-    try:
-        with safe_open(file, "pt") as opened:
-            header = Header(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise Refused(f"is no safetensors file that can be read ({type(error).__name__}: {error})"[:300]) from error
-    layers, not_applied = _by_layer(tensors, networks)
-    deltas: dict[str, LowRank] = {}
-    lokr: dict[str, tuple[Kronecker, Target]] = {}
-    for layer in layers.values():
-        delta = _delta(layer, networks, header)
-        for target in layer.adapted.targets:
-            name = f"{layer.network}.{target.layer}"
-            if name in lokr or (name in deltas and isinstance(delta, Kronecker)):
-                raise Refused(f"adapts the layer {name} twice, one time as a LoKr, which cannot be added up here")
-            if isinstance(delta, Kronecker):
-                lokr[name] = delta, target
-                part = LowRank(torch.zeros(1, layer.shape[1]), torch.zeros(target.out_features, 1))
-            else:
-                part = delta.of(target)
-            deltas[name] = deltas[name].plus(part) if name in deltas else part
-    return AdapterWeights(_state_dict(deltas), lokr, _warnings(not_applied))
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        tensors = [*self.lora.values(), *(tensor for delta, _ in self.lokr.values() for tensor in delta.tensors)]
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def _by_layer(
-    tensors: Mapping[str, torch.Tensor], networks: Networks
-) -> tuple[Mapping[tuple[str, str], LayerTensors], Mapping[str, Sequence[str]]]:
+class AdapterFile:
+    """A file that is an adapter of these networks as far as its header says; `size` is its bytes once it is read.
+
+    Raises Refused where it is none or larger than the settings allow, and OSError where it cannot be read.
+    """
+
+    def __init__(self, path: Path, networks: Networks) -> None:
+        self._file = TensorFile(path)
+        self._networks = networks
+        self._header = Header(self._file.metadata)
+        self._layers, not_applied = _by_layer(self._file, networks)
+        self.warnings = _warnings(not_applied)
+        with torch.device("meta"):  # shapes alone
+            self.size = self._weights(self._layers).size
+        if self.size > networks.max_bytes:
+            raise Refused(
+                f"has {self.size:,} bytes once it is read in float32, more than the {networks.max_bytes / 1e9:g} GB of "
+                "the worker's MAX_LORA_GB"
+            )
+
+    def read(self) -> AdapterWeights:
+        """All of it, in float32. Raises Refused where its values are no weights, and OSError."""
+        return self._weights(self._with_values())
+
+    def check(self) -> None:
+        """`read`, one layer at a time in memory."""
+        for layer in self._with_values():
+            _delta(layer, self._networks, self._header)
+
+    def _with_values(self) -> Iterator[LayerTensors]:
+        with self._file.opened() as opened:
+            for layer in self._layers:
+                yield layer.with_values(self._file, opened)
+
+    def _weights(self, layers: Iterable[LayerTensors]) -> AdapterWeights:
+        deltas: dict[str, LowRank] = {}
+        lokr: dict[str, tuple[Kronecker, Target]] = {}
+        for layer in layers:
+            delta = _delta(layer, self._networks, self._header)
+            for target in layer.adapted.targets:
+                name = f"{layer.network}.{target.layer}"
+                if name in lokr or (name in deltas and isinstance(delta, Kronecker)):
+                    raise Refused(f"adapts the layer {name} twice, one time as a LoKr, which cannot be added up here")
+                if isinstance(delta, Kronecker):
+                    lokr[name] = delta, target
+                    part = LowRank(torch.zeros(1, layer.shape[1]), torch.zeros(target.out_features, 1))
+                else:
+                    part = delta.of(target)
+                deltas[name] = deltas[name].plus(part) if name in deltas else part
+        return AdapterWeights(_state_dict(deltas), lokr, self.warnings)
+
+
+def _by_layer(file: TensorFile, networks: Networks) -> tuple[Sequence[LayerTensors], Mapping[str, Sequence[str]]]:
     """The tensors by the layers that a trainer saw, and the names of those whose network takes no adapters."""
     layers: dict[tuple[str, str], LayerTensors] = {}
     not_applied: dict[str, list[str]] = {}
     unknown = []
-    names = {key: split_name(key) for key in tensors}
+    names = {key: split_name(key) for key in file.tensors}
     if not any(parameter for _, parameter in names.values()):
-        kind = next((f": it is {kind}, which is not applied here" for key in tensors if (kind := other_kind(key))), "")
+        kind = next((f": it is {kind}, which is not applied here" for key in names if (kind := other_kind(key))), "")
         raise Refused(f"holds no LoRA layers{kind}")
     for key, (name, parameter) in names.items():
         network, flat_name, adapted = networks.find(name or key)
@@ -120,8 +153,10 @@ def _by_layer(
         elif adapted is None:
             raise Refused(f"was made for another model: this one has no layer {name[:_LETTERS_SHOWN]}")
         else:
-            layer = layers.setdefault((network, flat_name), LayerTensors(network, name[:_LETTERS_SHOWN], adapted))
-            layer.add(parameter, tensors[key])
+            layer = layers.setdefault(
+                (network, flat_name), LayerTensors(network, name[:_LETTERS_SHOWN], adapted, networks.max_rank)
+            )
+            layer.add(parameter, key, file)
     if unknown:
         kind = next((f" ({kind})" for key in unknown if (kind := other_kind(key))), "")
         raise Refused(
@@ -129,17 +164,22 @@ def _by_layer(
         )
     if not layers:
         raise Refused(f"holds layers of {' and '.join(not_applied)} alone, to which adapters are not applied here")
-    return layers, not_applied
+    return tuple(layers.values()), not_applied
 
 
 def _delta(layer: LayerTensors, networks: Networks, header: Header) -> LowRank | Kronecker:
     """What `layer` adds to its weight, of that weight's shape. Raises Refused."""
+    delta: LowRank | Kronecker
     if any(name.startswith("lokr_") for name in layer.tensors):
-        return kronecker(layer)
-    if any(name.startswith("hada_") for name in layer.tensors):
-        return hadamard(layer)
-    networks.widen(layer)
-    return low_rank(layer, partial(header.scale, layer.network, layer.adapted.targets[0].layer))
+        delta = kronecker(layer)
+    elif any(name.startswith("hada_") for name in layer.tensors):
+        delta = hadamard(layer)
+    else:
+        networks.widen(layer)
+        delta = low_rank(layer, partial(header.scale, layer.network, layer.adapted.targets[0].layer))
+    if not all(tensor.is_meta or tensor.isfinite().all() for tensor in delta.tensors):
+        raise Refused(f"holds values in {layer.name} that are not finite once they are multiplied: it is broken")
+    return delta
 
 
 def _state_dict(deltas: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:

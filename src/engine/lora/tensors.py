@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
 import torch
 
 from src.engine.lora.names import AdaptedLayer
 from src.errors import Refused
+from src.request.tensor_file import TensorFile
 
 # One row for each way in which somebody writes it.
 _PARAMETERS = {
@@ -41,15 +43,29 @@ _OTHER_KINDS = {
     "vera_lambda_b": "a VeRA", "vera_lambda_d": "a VeRA",
 }  # fmt: skip
 
+# The file's word for a type of numbers, and torch's.
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
 
 @dataclass
 class LayerTensors:
-    """The tensors of one layer that a trainer adapted, by what they are and in float32; `name` is the file's own."""
+    """The tensors of one layer that a trainer adapted, by what they are and in float32; `name` is the file's own.
+
+    They are torch's meta tensors, shapes alone, until `with_values`.
+    """
 
     network: str
     name: str
     adapted: AdaptedLayer
+    max_rank: int
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # the file's names of them
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,19 +75,34 @@ class LayerTensors:
     @property
     def alpha(self) -> float | None:
         """What the layer is scaled by, times its rank."""
-        return None if "alpha" not in self.tensors else self._of_size("alpha", 1).item()
+        if "alpha" not in self.tensors:
+            return None
+        alpha = self._of_size("alpha", 1)
+        return 1.0 if alpha.is_meta else alpha.item()
 
-    def add(self, parameter: str, tensor: torch.Tensor) -> None:
+    def add(self, parameter: str, key: str, file: TensorFile) -> None:
         """Raises Refused where there is such a one already, or where its values are no weights."""
         if parameter in self.tensors:
             raise Refused(f"holds two adapters: {self.name} has {parameter} twice")
-        if not tensor.is_floating_point() and parameter != "alpha":
-            raise Refused(
-                f"holds {str(tensor.dtype).removeprefix('torch.')} values in {self.name}, which are no weights"
-            )
-        self.tensors[parameter] = tensor.float()
-        if not self.tensors[parameter].isfinite().all():
-            raise Refused(f"holds values that are not finite (NaN or infinity) in {self.name}: it is broken")
+        info = file.tensors[key]
+        dtype = _TYPES.get(info.dtype)
+        if dtype is None or not (dtype.is_floating_point or parameter == "alpha"):
+            kind = str(dtype).removeprefix("torch.") if dtype else info.dtype
+            raise Refused(f"holds {kind} values in {self.name}, which are no weights")
+        self.tensors[parameter] = torch.empty(info.shape, dtype=torch.float32, device="meta")
+        self.keys[parameter] = key
+
+    def with_values(self, file: TensorFile, opened: BinaryIO) -> LayerTensors:
+        """The layer, whose tensors are read. Raises Refused where they are not finite, and OSError."""
+        read = {}
+        for parameter, key in self.keys.items():
+            info = file.tensors[key]
+            memory = torch.empty(info.size, dtype=torch.uint8)
+            file.read(key, opened, memory.numpy().data)
+            read[parameter] = memory.view(_TYPES[info.dtype]).reshape(info.shape).float()
+            if not read[parameter].isfinite().all():
+                raise Refused(f"holds values that are not finite (NaN or infinity) in {self.name}: it is broken")
+        return replace(self, tensors=read)
 
     def matrix(self, parameter: str) -> torch.Tensor:
         """Of [out, in], or of a convolution's [out, in, 1, 1], as some trainers keep linear layers. Raises Refused."""
