@@ -220,7 +220,7 @@ def left_over(worker: Held) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("seam", "kind"), ROWS)
-def test_a_fault_is_told_by_its_code_and_the_next_picture_is_right(
+def test_a_fault_has_its_code_and_the_next_picture_is_right(
     seam: str, kind: str, held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = SEAMS[seam]
@@ -440,7 +440,7 @@ def test_nothing_depends_on_the_clock_on_the_wall(held: Held, monkeypatch: pytes
     assert all(0 <= seconds < 60 for seconds in answer["metadata"]["timings"].values())
 
 
-def test_a_device_that_fails_while_memory_is_freed_is_told_as_that(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_while_memory_is_freed_is_named_as_that(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

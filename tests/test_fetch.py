@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import random
@@ -507,17 +508,20 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
     return found
 
 
+def refuses(code: int, asked: list[object]) -> type[socket.socket]:
+    """Sockets whose connections fail by errno `code`."""
+
+    def connect_ex(_: socket.socket, address: object) -> int:
+        asked.append(address)
+        return code
+
+    return type("Line", (socket.socket,), {"connect_ex": connect_ex})
+
+
 @pytest.fixture
 def never_connects(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     asked: list[object] = []
-
-    def connect_ex(line: socket.socket, address: object) -> int:
-        asked.append(address)
-        return 111  # connection refused
-
-    monkeypatch.setattr(
-        "src.request.connection.socket.socket", type("Line", (socket.socket,), {"connect_ex": connect_ex})
-    )
+    monkeypatch.setattr("src.request.connection.socket.socket", refuses(errno.ECONNREFUSED, asked))
     return asked
 
 
@@ -595,6 +599,25 @@ def test_a_name_that_changes_is_asked_where_it_was_looked_at(
     with pytest.raises(Refused, match="non-public"):
         get_within(5, "https://rebinds.test/x")
     assert never_connects == [("8.8.8.8", 443)]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENETUNREACH, "hung up (Network is unreachable)"), (errno.ECONNREFUSED, "(ConnectionError)")],
+)
+def test_a_worker_without_a_way_out_says_so(code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.request.connection.socket.socket", refuses(code, []))
+    with pytest.raises(Unreachable, match=re.escape(message)):
+        get_within(0.3, "https://1.1.1.1/x")
+
+
+def test_a_worker_without_a_resolver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(Unreachable, match=r"could not resolve host 'files\.test': .*Temporary failure"):
+        get_within(0.3, "https://files.test/x")
 
 
 # Redirects

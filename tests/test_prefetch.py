@@ -66,7 +66,7 @@ def test_a_poll_that_waited_for_a_job_does_not_count_as_the_way() -> None:
     assert prefetch.lead == lead
 
 
-def test_jobs_of_other_lengths_are_told_apart_by_their_work() -> None:
+def test_jobs_of_other_lengths_differ_by_their_work() -> None:
     prefetch = learned(4, work=100)
     assert prefetch.wanted([Held(queued(work=100))]) == 0
     assert prefetch.wanted([Held(queued(work=1))]) == 1, "a short one does not last"

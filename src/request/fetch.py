@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import itertools
 import math
+import os
 import re
 import ssl
 import time
@@ -259,10 +260,10 @@ def _explained() -> Iterator[None]:
     except TimeoutError as error:
         raise Unreachable(f"could not be fetched: the server said nothing for {SILENCE} seconds") from error
     except (http.client.HTTPException, OSError) as error:
-        kind = ConnectionError if isinstance(error, ConnectionError) else type(error)
-        raise Unreachable(
-            f"could not be fetched: the server cannot be reached, or hung up ({kind.__name__})"
-        ) from error
+        why = "ConnectionError" if isinstance(error, ConnectionError) else type(error).__name__
+        if type(error) is OSError and error.errno:
+            why = os.strerror(error.errno)
+        raise Unreachable(f"could not be fetched: the server cannot be reached, or hung up ({why})") from error
 
 
 def _refused(answer: http.client.HTTPResponse) -> Refused:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import aiohttp
 
 from src.serving import sdk
-from src.serving.incoming import read_jobs
+from src.serving.handed_out import read_jobs
 from src.serving.logs import cancelled_unbegun, refused_unread
 from src.serving.posting import PatientSession, Results
 from src.wording import show
@@ -164,16 +164,16 @@ class ControlPlane:
 
     def _read(self, body: bytes) -> list[dict[str, Any]]:
         """The jobs that came and are not here already."""
-        incoming = read_jobs(body)
-        for line in incoming.left_out:
+        handed_out = read_jobs(body)
+        for line in handed_out.left_out:
             log.warning("job-take brought %s: it is left out", line)
         jobs = []
-        for id, job in incoming.jobs.items():
+        for id, job in handed_out.jobs.items():
             if id in self._coming or id in self._begun:
                 log.warning("job-take brought job %s, which is in hand: it is left out", show(id))
             else:
                 jobs.append(job)
-                self._refused |= {id: incoming.refused[id]} if id in incoming.refused else {}
+                self._refused |= {id: handed_out.refused[id]} if id in handed_out.refused else {}
         return jobs
 
     async def _end(self) -> None:

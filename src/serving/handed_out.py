@@ -21,7 +21,7 @@ _ID = re.compile(r'\s*"id"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")\s*', re.DOTALL)
 
 
 @dataclass
-class Incoming:
+class HandedOut:
     """`jobs`, by id, have an id that can be written into an address, and an input, which may be anything.
 
     `refused` has what is wrong of those that cannot be run, by id; `left_out` a line for what nobody can be told of.
@@ -45,40 +45,40 @@ class Incoming:
             self.jobs[id] = {"input": None, **fields}
 
 
-def read_jobs(body: bytes) -> Incoming:
+def read_jobs(body: bytes) -> HandedOut:
     """The jobs of a body: one, or a list of them."""
-    incoming, text = Incoming(), body.decode(errors="replace")
+    handed_out, text = HandedOut(), body.decode(errors="replace")
     try:
         found = _read(text) if text.strip() else None
         for element in found if isinstance(found, list) else [found] if found else []:
-            incoming.add(element)
+            handed_out.add(element)
     except RecursionError:
-        _read_one_by_one(text, incoming)
+        _read_one_by_one(text, handed_out)
     except ValueError:
-        incoming.left_out.append(f"{len(body):,} bytes that are no JSON")
-    return incoming
+        handed_out.left_out.append(f"{len(body):,} bytes that are no JSON")
+    return handed_out
 
 
 def _read(text: str) -> Any:
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= _MOST_DIGITS else float(digits))
 
 
-def _read_one_by_one(text: str, incoming: Incoming) -> None:
+def _read_one_by_one(text: str, handed_out: HandedOut) -> None:
     """Of a body that is nested more deeply than Python reads: what can be read, and the ids of the rest."""
     elements = [text] if text.lstrip().startswith("{") else (text[start:end] for start, end in _items(text))
     for element in elements:
         try:
-            incoming.add(_read(element))
+            handed_out.add(_read(element))
         except RecursionError:
             names = (_ID.fullmatch(element, start, end) for start, end in _items(element))
             id = next((json.loads(name[1]) for name in names if name), None)
-            incoming.add({"id": id})
-            if id in incoming.jobs:
-                incoming.refused[id] = "is nested more deeply than can be read: no field of a request is"
+            handed_out.add({"id": id})
+            if id in handed_out.jobs:
+                handed_out.refused[id] = "is nested more deeply than can be read: no field of a request is"
         except ValueError:
-            incoming.left_out.append(f"{len(element):,} characters that are no JSON")
-    if not (incoming.jobs or incoming.left_out):
-        incoming.left_out.append(f"{len(text):,} characters that are no JSON")
+            handed_out.left_out.append(f"{len(element):,} characters that are no JSON")
+    if not (handed_out.jobs or handed_out.left_out):
+        handed_out.left_out.append(f"{len(text):,} characters that are no JSON")
 
 
 def _items(text: str) -> Iterator[tuple[int, int]]:
