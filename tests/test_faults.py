@@ -440,7 +440,7 @@ def test_nothing_depends_on_the_clock_on_the_wall(held: Held, monkeypatch: pytes
     assert all(0 <= seconds < 60 for seconds in answer["metadata"]["timings"].values())
 
 
-def test_a_device_that_fails_while_memory_is_freed_is_named_as_that(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_while_memory_is_freed_is_named(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
