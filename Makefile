@@ -1,12 +1,14 @@
 # make demo: a picture from the model that ships with this worker. make test: lint, types and the fast tests.
 # make test-all: those and all that compiles, soaks or sweeps, with coverage: what CI runs.
+# make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COVERAGE := --cov=handler --cov=src
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
+MINUTES ?= 30
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint fuzz clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
@@ -26,6 +28,9 @@ lint: $(VENV)/development
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint Dockerfile
 
+fuzz: $(VENV)/fuzz
+	$(BIN)/python -m fuzz $(TARGETS) --minutes $(MINUTES)
+
 clean:
 	rm -rf $(VENV) outputs
 
@@ -40,3 +45,7 @@ $(VENV)/runtime: requirements.txt | $(BIN)/pip
 $(VENV)/development: requirements.txt requirements-quantization.txt requirements-dev.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/runtime
+
+$(VENV)/fuzz: requirements-fuzz.txt $(VENV)/development
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
+	@touch $@
