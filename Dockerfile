@@ -21,8 +21,11 @@ ENV PATH=/opt/venv/bin:${PATH} \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 WORKDIR /app
-COPY requirements.txt requirements-quantization.txt ./
-RUN pip install --no-cache-dir -r requirements.txt -r requirements-quantization.txt
+# Each package is held against its hashes, and none is built here.
+COPY locked/torch.txt locked/cuda.txt locked/runtime.txt locked/quantization.txt locked/
+RUN pip install --no-cache-dir --no-deps --only-binary :all: --require-hashes \
+        -r locked/torch.txt -r locked/cuda.txt -r locked/runtime.txt -r locked/quantization.txt \
+    && pip check
 
 # BAKE_MODEL=true puts the weights into the image (a hub id as MODEL_NAME):
 #   docker build --build-arg BAKE_MODEL=true --secret id=HF_TOKEN,env=HF_TOKEN -t flux2-endpoint .

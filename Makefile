@@ -1,6 +1,8 @@
 # make demo: a picture from the model that ships with this worker. make test: lint, types and the fast tests.
 # make test-all: those and all that compiles, soaks or sweeps, with coverage: what CI runs.
 # make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
+# make lock: requirements*.txt into locked/; UPGRADE=--upgrade takes the newest of what they leave open.
+# make licences: LICENCES.md. make audit: known vulnerabilities of what is locked.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +10,7 @@ COVERAGE := --cov=handler --cov=src
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 MINUTES ?= 30
 
-.PHONY: demo test test-all lint fuzz clean
+.PHONY: demo test test-all lint fuzz lock licences audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
@@ -31,6 +33,17 @@ lint: $(VENV)/development
 fuzz: $(VENV)/fuzz
 	$(BIN)/python -m fuzz $(TARGETS) --minutes $(MINUTES)
 
+lock: $(VENV)/supply
+	$(BIN)/python -m scripts.lock $(UPGRADE)
+
+licences: | $(BIN)/pip
+	$(BIN)/python -m scripts.licences
+
+audit: $(VENV)/supply
+	for name in torch cuda runtime quantization; do \
+		$(BIN)/pip-audit --strict --disable-pip --require-hashes --no-deps --requirement locked/$$name.txt || exit 1; \
+	done
+
 clean:
 	rm -rf $(VENV) outputs
 
@@ -38,14 +51,21 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; PYTHON=python3.x picks one"; exit 1; }
 	sh scripts/venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/runtime: requirements.txt | $(BIN)/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+# A stamp for each file of locked/: what a machine has, held against its hashes.
+RUNTIME := locked/torch.txt locked/cuda.txt locked/runtime.txt
+
+$(VENV)/runtime: $(RUNTIME) scripts/install.sh | $(BIN)/pip
+	sh scripts/install.sh $(BIN) runtime
 	@touch $@
 
-$(VENV)/development: requirements.txt requirements-quantization.txt requirements-dev.txt | $(BIN)/pip
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/development: $(RUNTIME) locked/quantization.txt locked/development.txt scripts/install.sh | $(BIN)/pip
+	sh scripts/install.sh $(BIN) runtime quantization development
 	@touch $@ $(VENV)/runtime
 
-$(VENV)/fuzz: requirements-fuzz.txt $(VENV)/development
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-fuzz.txt
+$(VENV)/fuzz: locked/fuzz.txt $(VENV)/development
+	sh scripts/install.sh $(BIN) fuzz
+	@touch $@
+
+$(VENV)/supply: locked/supply.txt scripts/install.sh | $(BIN)/pip
+	sh scripts/install.sh $(BIN) supply
 	@touch $@

@@ -1,7 +1,7 @@
 """`python -m fuzz [TARGET ...] --minutes 30`: each target for as long, one after the other; 1 where one was broken.
 
 What breaks one lies in fuzz/crashes with its traceback, one input for each kind. What ends the process, or takes it
-longer than 20 s, is kept too, and a new process goes on from there.
+longer than a minute, is kept too, and a new process goes on from there.
 """
 
 from __future__ import annotations

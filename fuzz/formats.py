@@ -5,6 +5,7 @@ with lengths and sums that fit.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -28,18 +29,24 @@ def _fields(data: bytes) -> list[bytes]:
         return []
 
 
-def _chunks(data: bytes) -> list[bytes]:
-    """The type and the body of each chunk."""
-    found, at = [], len(_SIGNATURE)
-    while data.startswith(_SIGNATURE) and at + 12 <= len(data):
+def _parts(data: bytes) -> list[bytes]:
+    """A PNG's signature and chunks, each a type and a body; a JPEG's segments."""
+    if data.startswith(b"\xff\xd8"):
+        return re.split(rb"(?=\xff[\xc0-\xcf\xd8-\xfe])", data)[1:]
+    if not data.startswith(_SIGNATURE):
+        return []
+    found, at = [_SIGNATURE], len(_SIGNATURE)
+    while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
         found.append(data[at + 4 : at + 8 + length])
         at += 12 + length
     return found
 
 
-def _png(chunks: Sequence[bytes]) -> bytes:
-    whole = [struct.pack(">I", max(0, len(c) - 4)) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+def _picture(parts: Sequence[bytes]) -> bytes:
+    if parts[0] != _SIGNATURE:
+        return b"".join(parts)
+    whole = [struct.pack(">I", max(0, len(c) - 4)) + c + struct.pack(">I", zlib.crc32(c)) for c in parts[1:]]
     return _SIGNATURE + b"".join(whole)
 
 
@@ -55,5 +62,5 @@ def _safetensors(pieces: Sequence[bytes]) -> bytes:
 
 PLAIN = Format(lambda data: [data], b"".join)
 REQUEST = Format(_fields, lambda fields: b'{"input": {' + b", ".join(fields) + b"}}")
-PNG = Format(_chunks, _png)
+PICTURE = Format(_parts, _picture)
 SAFETENSORS = Format(_header_and_numbers, _safetensors)

@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["src", "PIL"]):
     TARGETS[sys.argv[1]].prepare()
 
 _AS_IT_IS = 0.25  # of all mutations: they care for no format
-_REPEATED = 0.02  # of all mutations: a few bytes over and over, which is what slow patterns are slow at
+_REPEATED = 0.02  # of all mutations: a few bytes over and over, which is what slow patterns are slow at, or one piece
 
 
 def main() -> None:
@@ -42,13 +42,17 @@ def main() -> None:
         if not pieces:
             return changed(data, longest, rng)
         i = rng.randrange(len(pieces))
+        if rng.random() < _REPEATED:
+            pieces[i : i + 1] = [pieces[i]] * rng.randint(2, longest // (len(pieces[i]) + 1) + 2)
+            return target.format.put_together(pieces)[:longest]
         pieces[i] = changed(pieces[i], max(1, longest - len(data) + len(pieces[i])), rng)
         return target.format.put_together(pieces)[:longest]
 
     options = {
         "max_total_time": seconds,
         "max_len": str(target.longest),
-        "timeout": "20",
+        "timeout": "60",
+        "report_slow_units": "3600",  # which counts what others do on the machine; `check` does not
         "rss_limit_mb": "6000",
         "artifact_prefix": f"{crashes}/",
         "dict": str(words),

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from fuzz import CORPUS
-from fuzz.formats import PNG, REQUEST, SAFETENSORS, Format
+from fuzz.formats import PICTURE, REQUEST, SAFETENSORS, Format
 from fuzz.targets import TARGETS, Target, TooLarge, TooSlow, check
 
 SECONDS = 5.0  # where a slow machine and the measuring of coverage count too
-FORMATS = {"requests": REQUEST, "pictures": PNG, "adapters": SAFETENSORS}
+FORMATS = {"requests": REQUEST, "pictures": PICTURE, "adapters": SAFETENSORS}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -69,7 +69,7 @@ def reaches_the_build(path: Path) -> bool:
 
 def test_what_the_image_copies_is_there_and_reaches_the_build() -> None:
     copied = sources((ROOT / "Dockerfile").read_text())
-    assert {"requirements.txt", "requirements-quantization.txt", "src", "handler.py"} <= set(copied)
+    assert {"locked/runtime.txt", "locked/quantization.txt", "src", "handler.py"} <= set(copied)
     for name in copied:
         assert (ROOT / name).exists(), name
         assert reaches_the_build(ROOT / name), f"{name}: .dockerignore does not let it through"
