@@ -17,7 +17,7 @@ case " $* " in *" runtime "*)
     if ! has_torch "m.version('torch').split('+')[0] == '${torch#torch==}'"; then
         folder=$(mktemp -d)
         trap 'rm -rf "$folder"' EXIT
-        "$bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$folder" "$torch"
+        "$bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$folder" "$torch"
         $install --no-index --find-links "$folder" -r locked/torch.txt
     fi
     if has_torch "any(r.startswith('nvidia') for r in m.requires('torch'))"; then
