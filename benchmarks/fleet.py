@@ -34,7 +34,7 @@ def _bursts() -> _Jobs:
 
 def _random(lengths: tuple[float, ...], load: float, seconds: float, workers: int = 3) -> _Jobs:
     """Arrivals that know nothing of each other, and keep so many workers busy for this share of the time."""
-    rng, at, jobs = random.Random(1), 0.0, _Jobs()  # noqa: S311 - the same in each run
+    rng, at, jobs = random.Random(1), 0.0, _Jobs()
     mean = sum(lengths) / len(lengths)
     while (at := at + rng.expovariate(workers * load / mean)) < seconds:
         jobs.append((at, rng.choice(lengths)))
@@ -42,7 +42,7 @@ def _random(lengths: tuple[float, ...], load: float, seconds: float, workers: in
 
 
 def _mixed() -> _Jobs:
-    rng = random.Random(2)  # noqa: S311 - the same in each run
+    rng = random.Random(2)
     return [(0.0, rng.choice((0.3, 1.0, 3.75))) for _ in range(40)]
 
 

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 T = TypeVar("T")
 
 REDACTED = "[redacted]"
-SHORTEST_SECRET = 6  # characters: what is shorter stands in ordinary words
+SHORTEST_SECRET = 8  # characters: what is shorter may be a word that messages are made of
 MAX_REDACTED = 200_000  # characters; of a longer text the middle is left out
 _LINE = 500  # characters
 

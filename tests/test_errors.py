@@ -14,6 +14,7 @@ from src.errors import (
     InternalError,
     InvalidRequest,
     OutOfMemory,
+    UnknownField,
     WorkerError,
     WorkerFault,
     let_go,
@@ -141,3 +142,11 @@ def test_an_errors_frames_let_go_of_what_they_hold() -> None:
     assert trace.tb_next is not None
     assert trace.tb_next.tb_frame.f_locals == {}
     assert "in fail" in caught.value.to_response(include_traceback=True)["traceback"]
+
+
+def test_the_log_names_no_field_that_a_client_made_up() -> None:
+    refused = InvalidRequest(
+        [UnknownField("a prompt", "is odd"), UnknownField("b", "is odd"), Fault("width", "is odd")]
+    )
+    assert refused.summary == "invalid_request: an unknown field, width"
+    assert refused.to_response(include_traceback=False)["errors"][0]["field"] == "a prompt"
