@@ -166,12 +166,14 @@ def _adapter(data: bytes) -> None:
     """A safetensors file, held against the layers of the shipped model."""
     import torch
 
-    from src.engine.lora import read_adapter
+    from src.engine.lora import AdapterFile
 
     _file().write_bytes(data)
     try:
         check_beginning(data[:512])
-        weights = read_adapter(_file(), _networks())
+        file = AdapterFile(_file(), _networks())
+        file.check()
+        weights = file.read()
     except Refused as error:
         assert len(str(error)) < 2_000
         return
