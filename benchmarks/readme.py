@@ -40,6 +40,38 @@ def serving(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fleet(results: dict[str, Any]) -> str:
+    """Several workers on one endpoint, by pattern."""
+    rows = {(row["pattern"], row["way"]): row for row in results["rows"]}
+    ways = list(dict.fromkeys(way for _, way in rows))
+    lines = [f"| jobs | {' | '.join(f'{way}: all done, 95 % within' for way in ways)} | its jobs by worker |"]
+    lines.append("| --- " * (len(ways) + 2) + "|")
+    for pattern in dict.fromkeys(pattern for pattern, _ in rows):
+        cells = [
+            f"{rows[pattern, way]['makespan_seconds']:.1f} s, {rows[pattern, way]['p95_seconds']:.1f} s" for way in ways
+        ]
+        ours = rows[pattern, ways[0]]
+        shares = ", ".join(map(str, ours["jobs_by_worker"]))
+        lines.append(f"| {pattern} ({ours['jobs']}) | {' | '.join(cells)} | {shares} |")
+    machine = results["machine"]
+    lines += [
+        "",
+        f"`python -m benchmarks.serving --workers {results['workers']}` on {machine['cores']} cores without a card,",
+        "all ways in one run; requests to RunPod take 50 ms each way.",
+    ]
+    return "\n".join(lines)
+
+
+def faults(results: dict[str, Any]) -> str:
+    """What becomes of jobs when requests fail."""
+    lines = ["| requests to RunPod that fail | jobs | one result each | lost | more than one |", "| --- " * 5 + "|"]
+    for row in results["rates"]:
+        jobs = row["jobs"] - row["with_a_killed_worker"]
+        counts = f"{jobs} | {row['one_result']} | {row['lost']} | {row['more_than_one']}"
+        lines.append(f"| {row['percent_of_requests']} % | {counts} |")
+    return "\n".join(lines)
+
+
 def encoding(results: dict[str, Any]) -> str:
     """Each library's fastest way to write a photograph, beside Pillow's default."""
     ways, kinds = results["ways"], ("photographs", "shapes")
@@ -145,6 +177,8 @@ def cpu(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
+    "fleet": fleet,
+    "faults": faults,
     "encoding": encoding,
     "gpu": gpu,
     "cpu": cpu,

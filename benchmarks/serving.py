@@ -3,10 +3,13 @@
 Both are processes with the real SDK under the stand-in of tests/. Measured: how busy the device is kept, jobs per
 second, how long a job is in hand, what is lost when requests fail, how fast four large pictures become a response, and
 how long a worker takes from its start to its first result. Writes results/serving.json and results/serving.png.
+
+With `--workers 3` instead how jobs are spread over so many workers of one endpoint: benchmarks/fleet.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import itertools
@@ -21,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks import fleet
 from benchmarks.machine import machine
 from benchmarks.photographs import photographs
 from src.catalog import get_model
@@ -39,6 +43,20 @@ STARTS = 3
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=1, help="above 1: how jobs are spread over them")
+    workers = parser.parse_args().workers
+    if workers > 1:
+        rows = fleet.fleet(workers)
+        results = {"machine": machine(), "workers": workers, "rows": rows}
+        (RESULTS / "fleet.json").write_text(json.dumps(results, indent=2) + "\n")
+        fleet.plot(rows).savefig(RESULTS / "fleet.png", dpi=80)
+    else:
+        measure()
+
+
+def measure() -> None:
+    """One worker."""
     results: dict[str, Any] = {
         "machine": machine(),
         "device": [{"seconds": s, "way": way, **loop(way, s, n)} for s, n in JOBS.items() for way in WAYS],

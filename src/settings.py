@@ -160,7 +160,10 @@ class Settings(BaseModel):
         None, gt=0, description="seconds from a job's arrival until it is given up; no limit by default"
     )
     prefetch_jobs: int | None = Field(
-        None, ge=1, le=MAX_PREFETCH, description="jobs held at once, the running one among them; adapts by default"
+        None,
+        ge=1,
+        le=MAX_PREFETCH,
+        description="jobs held at once, the running one among them; by default as many as keep the device busy",
     )
     progress_interval: float = Field(1.0, ge=0.1, description="seconds between two progress updates of a job")
     warmup_sizes: Sizes = Field(
