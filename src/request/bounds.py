@@ -18,7 +18,8 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, but for tho
 _SECONDS = 0.75  # of the processor that decoding the smallest picture may take
 _SLICE = 2**20  # bytes that are searched at once: the interpreter's lock is held meanwhile
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q"}  # types of a TIFF's tag
-_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"iref": 4}  # boxes of boxes, and the bytes before the first
+# Boxes of boxes in an AVIF or HEIC, and the bytes before the first.
+_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"iref": 4, b"iinf": 6}
 _MAX_EXIF = 262_144  # bytes: four segments of a JPEG
 
 # How many of its parts a file may hold.
@@ -30,8 +31,7 @@ MAX_COMPRESSED = 100  # of these, those that are to be unpacked
 MAX_DIRECTORIES = 1_000  # of a TIFF: its pages
 MAX_TAGS = 20_000  # of all pages of a TIFF
 MAX_STRIPS = 65_536  # of a TIFF, or tiles
-MAX_BOXES = 10_000  # of an AVIF or HEIC
-MAX_ITEMS = 2_000  # of these: the tiles of 64 megapixels are 250
+MAX_BOXES = 10_000  # of an AVIF or HEIC: one each for the 250 tiles of 64 megapixels
 
 
 Size = tuple[int, int]
@@ -74,8 +74,8 @@ def measure(file: bytes) -> Claim | None:
     for kind in _KINDS:
         if kind.begins.match(file):
             try:
-                return Claim(kind, *kind.measure(file))
-            except (struct.error, IndexError):
+                return Claim(kind, *(max(0, side) for side in kind.measure(file)))
+            except (struct.error, IndexError, OverflowError):
                 return Claim(kind, 0, 0)
     return None
 
@@ -106,7 +106,7 @@ def _jpeg(file: bytes) -> Size:
 
 def _markers(file: bytes) -> Iterator[tuple[int, int, int]]:
     """The segments of a JPEG: code, where its content starts, how long that is."""
-    at = 2
+    at, scanned = 2, False
     while at < len(file):
         found = _MARKER.search(file, at, at + _SLICE)
         if found is None:
@@ -114,8 +114,11 @@ def _markers(file: bytes) -> Iterator[tuple[int, int, int]]:
             continue
         at = found.end()
         code = found[0][1]
-        if code == 0xD9:  # the end; cameras put more pictures behind it
-            return
+        if code == 0xD9:  # the end, behind which cameras put more pictures
+            if scanned:
+                return
+            continue
+        scanned |= code == 0xDA
         length = int.from_bytes(file[at : at + 2])
         yield code, at + 2, length - 2
         at += max(2, length)
@@ -179,15 +182,19 @@ def _tiff(file: bytes) -> Size:
     while 0 < at <= len(file) - head and at not in seen:
         seen.add(at)
         (count,) = struct.unpack_from(order + counted, file, at)
-        tags += count
-        _at_most(len(seen), MAX_DIRECTORIES, "pages")
-        _at_most(tags, MAX_TAGS, "tags")
         at += head
         end = at + count * step
-        for place in range(at, min(end, len(file) - step + 1), step) if len(seen) == 1 else ():
+        entries = range(at, min(end, len(file) - step + 1), step)
+        tags += len(entries)
+        _at_most(len(seen), MAX_DIRECTORIES, "pages")
+        _at_most(tags, MAX_TAGS, "tags")
+        for place in entries if len(seen) == 1 else ():
             tag, kind, parts = struct.unpack_from(order + entry, file, place)
             if tag in (256, 257) and kind in _INTEGERS:  # width and height
-                (side,) = struct.unpack_from(order + _INTEGERS[kind], file, place + step - after)
+                value = place + step - after
+                if parts * struct.calcsize("=" + _INTEGERS[kind]) > after:  # it lies elsewhere, and the first counts
+                    (value,) = struct.unpack_from(order + pointer, file, value)
+                (side,) = struct.unpack_from(order + _INTEGERS[kind], file, value)
                 sides.setdefault(tag, side)
             if tag in (273, 324):  # where each strip or tile lies
                 _at_most(parts, MAX_STRIPS, "strips or tiles")
@@ -221,11 +228,9 @@ def _boxes(file: bytes) -> Size:
             if kind == b"ispe":
                 width, height = struct.unpack_from(">II", file, start + 4)
                 size = max(size, (width, height), key=lambda sides: sides[0] * sides[1])
-            if kind == b"iinf":
-                (items,) = struct.unpack_from(">I" if file[start] else ">H", file, start + 4)
-                _at_most(items, MAX_ITEMS, "items")
             if kind in _CONTAINERS:
-                parts.append((start + _CONTAINERS[kind], min(at + length, end)))
+                head = _CONTAINERS[kind] + 2 * (kind == b"iinf" and file[start] > 0)  # a count of 4 bytes, not of 2
+                parts.append((start + head, min(at + length, end)))
             at += max(8, length)
     return size
 

@@ -39,6 +39,8 @@ _ORIENTATION = 0x0112
 # Of the process: bytes of memory, and seconds on the clock for each of the processor, however busy that is.
 _MEMORY, _MEMORY_A_PIXEL = 200_000_000, 24
 _PATIENCE = 20
+_THREADS = 4
+_NO_MEMORY = 3  # its exit status
 _PAUSE = 0.1  # seconds between two looks whether the job is still wanted
 _TOO_SLOW = "takes longer to decode than a picture of its size may: save it anew"
 
@@ -198,9 +200,11 @@ def read_apart(
             process.wait()
         if process.returncode == -signal.SIGPROF:
             raise Unreadable(_TOO_SLOW)
-        if process.returncode in (1, -signal.SIGKILL):  # it did not start, or the system took its memory
-            raise MemoryError(f"the process that decodes it ended with {process.returncode}")
-        if process.returncode:
+        if process.returncode == _NO_MEMORY:
+            raise Unreadable("takes more memory to decode than a picture of its size may: save it anew")
+        if process.returncode > 0 or process.returncode == -signal.SIGKILL:  # by the system, which is short of memory
+            raise OSError(f"the process that decodes it ended with {process.returncode}")
+        if process.returncode < 0:
             raise Unreadable(f"is damaged: its decoder ended with signal {-process.returncode}")
         received.seek(0)
         answer = json.loads(received.readline())
@@ -229,14 +233,16 @@ def _main(order: str) -> None:
     """Read a file from the standard input; write one line of JSON and the pixels to the standard output."""
     # 1. Limits, before anything of the file is looked at
     (formats, pixels, seconds), mode, by_alpha = json.loads(order)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
     memory = _MEMORY + _MEMORY_A_PIXEL * pixels
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process
 
     # 2. The picture
     from PIL import AvifImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - or Pillow imports all that it has
 
+    AvifImagePlugin.DEFAULT_MAX_THREADS = _THREADS  # each has a stack
     if "HEIF" in formats:  # what phones send
         import pi_heif
 
@@ -251,8 +257,6 @@ def _main(order: str) -> None:
         answer = {"unknown": True}
     except Unreadable as error:
         answer = {"unreadable": str(error)}
-    except MemoryError:
-        answer = {"unreadable": "takes more memory to decode than a picture of its size may: save it anew"}
     out = sys.stdout.buffer
     out.write(json.dumps(answer).encode() + b"\n")
     for _, strip in _strips(picture) if picture else ():
@@ -261,4 +265,7 @@ def _main(order: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    try:
+        _main(sys.argv[1])
+    except MemoryError:
+        os._exit(_NO_MEMORY)

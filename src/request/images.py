@@ -47,7 +47,7 @@ _PATH = re.compile(
     r"(?:/(?!9j|w[o-r])|~|\.\.?[/\\]|[a-z]:[/\\]|\\).{0,260}|[^,:{<]{1,260}\.[a-z]\w{1,4}", re.IGNORECASE
 )
 _SHORTEST = 24  # characters of base64: what is shorter is a word such as null
-_PIECE = 2**20  # characters that are decoded at once: the interpreter's lock is held meanwhile
+_PIECE = 2**20  # characters, by four, that are decoded at once: the interpreter's lock is held meanwhile
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _BLANKS = bytes(code for code in range(128) if chr(code).isspace())
