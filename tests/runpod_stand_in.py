@@ -160,7 +160,7 @@ class StandIn:
         return str(self._call(self._add({"input": fields})).id)
 
     def submit_as(self, id: str, input: Any) -> str:
-        """A job of this id and input, whatever they are."""
+        """A job of this id, or one of its own, and input, whatever they are."""
         return str(self._call(self._add({"input": input}, id)).id)
 
     def cancel(self, id: str) -> None:

@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from src.errors import Fault, InvalidRequest
 from src.serving import sdk
 from src.serving.handed_out import read_jobs
 from src.serving.logs import cancelled_unbegun, refused_unread
@@ -144,7 +145,8 @@ class ControlPlane:
             return
         if refused:
             refused_unread(id, refused)
-            config = {**config, "handler": lambda _: {"error": f"invalid_request: input: {refused}"}}
+            answer = InvalidRequest([Fault("input", refused)]).to_response(include_traceback=False)
+            config = {**config, "handler": lambda _: answer}
         self._begun.add(id)
         try:
             await sdk.call("handle_job")(PatientSession(session, self._results), config, job)
