@@ -16,10 +16,12 @@ from src.catalog import FORMATS, get_model
 from src.engine import Engine, load_engine
 from src.errors import InvalidRequest
 from src.job import Job
+from src.outputs import Loaded
 from src.plan.plan import Plan, make_plan
 from src.request.aliases import ALIASES, NAMED_SIZES
 from src.request.reading import read_request
 from src.request.schema import Request
+from src.response.describe import describe
 from src.response.encode import encode_image
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
@@ -210,6 +212,23 @@ def test_describe_tells_what_is_held_and_what_could_be() -> None:
     assert before["placement"]["device"] == "the CPU"
     assert shown(prompt="a red circle", lora_path=outline, num_inference_steps=1)["status"] == "success"
     assert shown(describe=True)["describe"]["adapters"]["in_memory"] == [outline]
+
+
+def test_describe_tells_no_client_what_others_sent(tmp_path: Path) -> None:
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "styles" / "own.safetensors").write_bytes(b"")
+    settings = Settings(model_name="flux-shapes", lora_dir=tmp_path)
+    asked_for = (
+        "someone/private-style", "sha256:0123", "https://a.test/b.safetensors", "x/../styles/own.safetensors",
+        "../outside.safetensors", "styles", "", "y" * 5_000, "\0",
+    )  # fmt: skip
+    loaded = Loaded(asked_for, (), {})
+    shown = describe(MODEL, None, settings, loaded)["describe"]["adapters"]
+    assert shown == {
+        "lora_dir": ["styles/own.safetensors"],
+        "in_memory": ["styles/own.safetensors"],
+        "others_in_memory": 8,
+    }
 
 
 def test_a_dry_run_tells_the_plan() -> None:

@@ -24,11 +24,13 @@ MODEL = get_model("flux-shapes")
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    handlers, level, propagate = list(logs.log.handlers), logs.log.level, logs.log.propagate
+    level, propagate = logs.log.level, logs.log.propagate
     hooks = sys.excepthook, threading.excepthook
     yield
     sys.excepthook, threading.excepthook = hooks
-    logs.log.handlers[:], logs.log.propagate = handlers, propagate
+    for handler in [handler for handler in logs.log.handlers if type(handler) is logging.StreamHandler]:
+        logs.log.removeHandler(handler)  # and not pytest's own, which it takes off itself
+    logs.log.propagate = propagate
     logs.log.setLevel(level)
 
 
@@ -153,9 +155,10 @@ def test_the_sdks_logger_holds_no_secret(
     assert "job-1" in out
 
 
-def test_an_exception_that_nobody_caught_is_written_without_secrets(
-    capsys: pytest.CaptureFixture[str], configured: None
-) -> None:
+def test_an_exception_that_nobody_caught_is_written_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    keep_secret(SECRET)
+    logs.configure(Settings())
+
     def fail() -> None:
         raise ValueError(SECRET)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import time
+import tracemalloc
 from typing import Any
 
 import pytest
 
-from handler import handler
+from handler import get_engine, handler
 from src.request.reading import read_request
 from src.request.schema import MAX_PROMPT_CHARACTERS, Request
 from src.settings import ROOT
@@ -276,3 +279,98 @@ def test_a_flood_within_a_field_gets_a_short_answer_and_hides_nothing() -> None:
     assert set(named) >= {"prompt", "init_images", "width", "scheduler", "input"}
     assert "must hold at most 4 entries, not 100,000" in named["prompt"]
     assert "more faults" in named["input"]
+
+
+def nested(levels: int, kind: type) -> Any:
+    value: Any = 0
+    for _ in range(levels):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+MANY = {f"k{n}": n for n in range(200_000)}
+LONG = "x" * 5_000_000
+DEEP, DEEPER = nested(100_000, list), nested(100_000, dict)
+TEXTS = ("scheduler", "lora_path", "control_type", "aspect_ratio", "size", "speed", "output_format", "megapixels",
+         "quality", "image_size", "style", "prompt", "seed", "width", "init_image", "sampler", "hf_lora")  # fmt: skip
+# What a request may hold to keep a worker busy or to fill its memory, before any picture is drawn.
+HOSTILE: dict[str, dict[str, Any]] = {
+    "names in outpaint": {"outpaint": MANY},
+    "names in controls": {"controls": [{"image": "x", **MANY}] * 4},
+    "names in loras": {"loras": [{"path": "x", **MANY}] * 4},
+    "long names within": {"outpaint": {f"{'x' * 50}{n}": n for n in range(50_000)}, "loras": [{LONG: 1}]},
+    "names": {f"k{n}": n for n in range(500_000)},
+    "names that hold nothing": {"width": "x", **{f"k{n}": None for n in range(500_000)}},
+    "names in parameters": {"parameters": {f"k{n}": n for n in range(500_000)}},
+    "a long name": {LONG: LONG, "parameters": {LONG: LONG}},
+    "a long address": {"init_image": f"https://{LONG}", "lora_path": f"https://{LONG}"},
+    "a long address of words": {"init_image": "https:///?" + "sig" * 64_000},
+    "a long host": {"init_image": "https://" + "a." * 500_000},
+    "another scheme": {"init_image": f"http://{LONG}", "mask_image": f"ftp://{LONG}"},
+    "long texts": dict.fromkeys(TEXTS, LONG),
+    "blanks": {**dict.fromkeys(TEXTS, " " * 5_000_000), "size": f"1{' ' * 5_000_000}x"},
+    "quotes": dict.fromkeys(TEXTS, '"' * 5_000_000),
+    "digits": dict.fromkeys(TEXTS, "1" * 5_000_000),
+    "adapters": {"loras": ["https://hf.co/a/b"] * 500_000, "lora_scales": [1] * 500_000},
+    "long names of adapters": {"loras": [{"path": LONG, "weight_name": LONG, "revision": LONG}] * 4},
+    "prompts": {"prompt": ["a"] * 500_000, "negative_prompt": ["a"] * 500_000},
+    "pictures": {"init_images": [LONG] * 500_000, "images": ["x"] * 500_000, "controls": [{}] * 500_000},
+    "numbers": {"sigmas": [0.5] * 500_000, "seed": 10**4_000, "width": -(10**400_000), "steps": 10**400},
+    "no numbers": dict.fromkeys(("width", "seed", "steps", "guidance_scale", "strength", "prompt"), math.nan),
+    "lists in lists": dict.fromkeys(Request.model_fields, DEEP),
+    "objects in objects": dict.fromkeys((*Request.model_fields, "parameters", "image_size", "size"), DEEPER),
+    "twins in depth": {"image": nested(100_000, list), "input_image": nested(100_000, list)},
+    "lone surrogates": {**dict.fromkeys(TEXTS, "\ud800"), "\udfff": "\udfff", "outpaint": {"\ud800": 1}},
+    "control characters": {**dict.fromkeys(TEXTS, "\0\x1b[31m\n"), "\0": 1, "a\nb": 1, "outpaint": {"\x1b": 1}},
+}
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("where", ["input", "describe", "event", "id", "s3Config"])
+def test_no_request_takes_long_or_much_or_gets_a_long_answer(where: str, fields: dict[str, Any]) -> None:
+    events: dict[str, Any] = {
+        "input": {"input": {"prompt": "a cat", **fields}},
+        "describe": {"input": {"width": 5, **fields, "describe": True}},
+        "event": fields,
+        "id": {"id": list(fields.items()), "input": {}},
+        "s3Config": {"input": {}, "s3Config": {**fields, **dict.fromkeys(("endpointUrl", "accessId"), LONG)}},
+    }
+    get_engine()  # the model takes its time once
+    tracemalloc.start()
+    begun = time.process_time()
+    try:
+        response = refused(events[where])
+        seconds, (_, peak) = time.process_time() - begun, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seconds < 5  # tracing makes it several times slower
+    assert peak < 300e6
+    assert len(json.dumps(response)) < 200_000
+
+
+def test_names_are_counted_before_they_are_looked_at() -> None:
+    named = {
+        fault["field"]: fault["message"] for fault in refused({"input": {"prompt": "a", "outpaint": MANY}})["errors"]
+    }
+    assert named["outpaint.k0"].startswith("is unknown here")
+    assert named["input"] == "has 199,980 more faults"
+    both = refused({"input": {"prompt": "a", "x": 1, "parameters": MANY}})["errors"]
+    assert both[-1]["message"] == "holds 199,981 more unknown fields"
+
+
+def test_the_schema_says_every_limit() -> None:
+    schema = Request.model_json_schema()
+    fields = schema["properties"]
+    assert fields["width"]["anyOf"][0] == {"type": "integer", "minimum": 64, "maximum": 2048, "multipleOf": 8}
+    assert fields["num_images"]["maximum"] == 4
+    assert fields["sigmas"]["anyOf"][0] == {
+        "type": "array", "minItems": 1, "maxItems": 100,
+        "items": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    }  # fmt: skip
+    assert fields["loras"]["anyOf"][0]["maxItems"] == fields["controls"]["anyOf"][0]["maxItems"] == 4
+    assert fields["init_images"]["anyOf"][0]["maxItems"] == 10
+    assert fields["speed"]["enum"] == ["exact", "balanced", "fast"]
+    assert fields["aspect_ratio"]["anyOf"][0]["pattern"] == "^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$"
+    assert schema["additionalProperties"] is False
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+    assert not {"ge", "le", "gt", "lt", "multiple_of"} & set(re.findall(r'"(\w+)":', json.dumps(schema)))

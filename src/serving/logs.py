@@ -66,6 +66,7 @@ def _record(*arguments: Any, **options: Any) -> logging.LogRecord:
 def keep_secrets_out() -> None:
     """From now on no logger of this process writes a secret."""
     logging.setLogRecordFactory(_record)
+    logging.raiseExceptions = False  # what cannot be written would be printed as it is
 
 
 def _keep_secrets_out_of_the_rest() -> None:
