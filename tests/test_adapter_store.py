@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +22,11 @@ from safetensors.numpy import save
 
 from src.errors import AdapterUnavailable, Cancelled, Fault, InvalidRequest, WorkerFault, refusal
 from src.job import Job
+from src.job_queue import Ticket
 from src.request import adapter_cache, adapters
 from src.request.adapters import AdapterStore, LoadedAdapters
 from src.request.schema import Lora, Request
-from src.settings import Settings
+from src.settings import ROOT, Settings
 from tests.hub import REVISION, Hub, Repo
 from tests.web import Page, Web, open_web
 
@@ -328,6 +332,346 @@ def test_a_disk_that_is_full_of_other_things_is_the_workers_trouble(
         assert isinstance(fault, WorkerFault)
         assert f"LORA_CACHE_DIR={tmp_path / 'cache'}: no space left on device; give it more room" in fault.message
         assert kept(tmp_path) == [], "nothing half done stays"
+
+
+# The cache is within its size at any time
+
+
+def bytes_of(folder: Path) -> int:
+    """As they are now, while others change them."""
+    size = 0
+    for path, _, files in os.walk(folder):
+        for name in files:
+            try:
+                size += os.stat(os.path.join(path, name)).st_size
+            except OSError:
+                continue
+    return size
+
+
+class Watched:
+    """The most bytes that a folder had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most = folder, 0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._ends.is_set():
+            with adapter_cache._changing:  # or what is moved meanwhile would count twice
+                self.most = max(self.most, bytes_of(self.folder))
+
+    def __enter__(self) -> Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        self.most = max(self.most, bytes_of(self.folder))
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_many_downloads_at_once_stay_within_the_cache_and_wait_for_each_other(
+    web: Web, repo: Path, tmp_path: Path, announced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, size = 2_500_000, len(adapter(0, 250_000))
+    if not announced:
+        monkeypatch.setattr(adapters, "_length", lambda _: None)
+        monkeypatch.setattr(adapter_cache, "_PIECE", 100_000)
+        monkeypatch.setattr(adapter_cache, "_PATIENCE", 1)  # they may be in each other's way
+    urls = [web.put(f"files.test/{i}.safetensors", adapter(i, 250_000)) for i in range(8)]
+    (repo / "style.safetensors").write_bytes(adapter(9, 250_000))
+    found: list[bytes] = []
+
+    def job(path: str) -> None:
+        loaded = load(tmp_path, path, lora_cache_gb=limit / 1e9)
+        if loaded.faults:
+            assert not announced
+            assert "running jobs use all of LORA_CACHE_GB" in loaded.faults[0].message
+        else:
+            found.append(content(loaded))
+
+    with Watched(tmp_path / "cache") as watched:
+        threads = [threading.Thread(target=job, args=(path,)) for path in (*urls, "someone/style")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    whole = {adapter(i, 250_000) for i in (*range(8), 9)}
+    assert set(found) == whole if announced else set(found) <= whole
+    assert size < watched.most <= limit
+
+
+def test_what_running_jobs_use_stays_and_a_newcomer_waits_or_is_told(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (web.put(f"files.test/{i}.safetensors", adapter(i, 250_000)) for i in range(2))
+    monkeypatch.setattr(adapter_cache, "_PATIENCE", 0.3)
+    held = load(tmp_path, first, lora_cache_gb=0.0015)
+    (fault,) = load(tmp_path, second, lora_cache_gb=0.0015).faults
+    assert isinstance(fault, WorkerFault)
+    assert f"LORA_CACHE_DIR={tmp_path / 'cache'}: running jobs use all of LORA_CACHE_GB=0.0015" in fault.message
+    assert content(held) == adapter(0, 250_000)
+    monkeypatch.setattr(adapter_cache, "_PATIENCE", 60)
+    began, cancelled = time.monotonic(), Job()
+    threading.Timer(0.5, cancelled.cancel).start()
+    with pytest.raises(Cancelled):
+        load(tmp_path, second, job=cancelled, lora_cache_gb=0.0015)
+    loaded = load(tmp_path, first, second, lora_cache_gb=0.0015)
+    assert len(loaded.faults) == 1, "its own other adapter is in the way, and nobody waits for that"
+    assert time.monotonic() - began < 30
+    del held, loaded
+    assert content(load(tmp_path, second, lora_cache_gb=0.0015)) == adapter(1, 250_000)
+
+
+def test_a_cache_that_was_larger_once_is_trimmed_when_it_is_first_used(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [web.put(f"files.test/{i}.safetensors", adapter(i, 250_000)) for i in range(4)]
+    for url in urls:
+        load(tmp_path, url)
+    monkeypatch.setattr(adapter_cache, "_swept", set[Path]())
+    load(tmp_path, urls[3], lora_cache_gb=0.0022)
+    assert bytes_of(tmp_path / "cache") <= 2_200_000
+    assert len(web.asked) == 4
+
+
+@pytest.mark.parametrize("setting", ["lora_cache_gb", "max_lora_gb"])
+def test_a_file_that_is_too_large_is_refused_before_it_comes(
+    web: Web, repo: Path, tmp_path: Path, setting: str
+) -> None:
+    (repo / "style.safetensors").write_bytes(adapter(1, 250_000))
+    for path in (web.put(ADDRESS, adapter(1, 250_000)), "someone/style"):
+        (fault,) = load(tmp_path, path, **{setting: 0.0005}).faults
+        assert type(fault) is Fault
+        assert f"bytes, more than the 0.0005 GB of {setting.upper()}" in fault.message or "size cap" in fault.message
+        assert kept(tmp_path) == []
+
+
+def test_a_file_that_is_larger_than_announced_stops(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    hub.repos["someone/style"] = Repo(repo, more=50_000_000)
+    with Watched(tmp_path / "cache") as watched:
+        (fault,) = load(tmp_path, "someone/style").faults
+    assert isinstance(fault, WorkerFault)
+    assert "more came than the" in fault.message
+    assert watched.most < 100_000
+    assert kept(tmp_path) == []
+
+
+FETCHES = """
+import sys, time
+from pathlib import Path
+from src.job import Job
+from src.request.adapter_cache import Cache, Room
+from src.settings import Settings
+with Room(Cache(Settings(lora_cache_dir=Path(sys.argv[1]))), Job(), "0" * 32, None, set()) as room:
+    room.file.write_bytes(bytes(1000))
+    print("it comes", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_dead_process_left_goes_at_once_and_what_a_live_one_fetches_stays(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = web.put(ADDRESS, ONE)
+    load(tmp_path, url)
+    of_another_host = tmp_path / "cache" / f"{'1' * 32}.0123abcd-1.partial"
+    of_an_old_worker = tmp_path / "cache" / f"{'2' * 32}.123.partial"
+    for folder in (of_another_host, of_an_old_worker):
+        folder.mkdir()
+    command = [sys.executable, "-c", FETCHES, str(tmp_path / "cache")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "it comes\n"
+
+        def left() -> int:
+            monkeypatch.setattr(adapter_cache, "_swept", set[Path]())  # as in a process that begins
+            load(tmp_path, url)
+            return len(list((tmp_path / "cache").glob("*.partial")))
+
+        assert left() == 3
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert left() == 2, "nobody knows of processes elsewhere"
+    hours_ago = time.time() - 3600
+    os.utime(of_another_host, (hours_ago, hours_ago))
+    assert left() == 1
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(adapter_cache.fcntl, "flock", no_locks)
+    assert left() == 1
+    os.utime(of_an_old_worker, (hours_ago, hours_ago))
+    assert left() == 0
+    assert content(load(tmp_path, web.put("files.test/new", OTHER))) == OTHER
+
+
+def test_whoever_reads_files_has_left_the_line(
+    web: Web, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = web.put(ADDRESS, ONE)
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "x.safetensors").write_bytes(ONE)
+    seen = []
+    read = Path.open
+
+    def slow(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors":
+            seen.append(ticket.wait())  # the device waits for nobody here
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", slow)
+    for path in ("x.safetensors", url, "someone/style", url, "someone/style"):
+        ticket = Ticket()
+        content(load(tmp_path, path, job=Job(queue_up=lambda ticket=ticket: ticket)))  # type: ignore[misc]
+    assert len(seen) >= 5
+    assert set(seen) == {None}
+
+
+# Which repos
+
+
+def test_private_repos_are_as_if_they_were_not_there(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    hub.repos["company/secret"] = Repo(repo, private=True)
+    hub.repos["company/open"] = Repo(repo)
+    spellings = (
+        "{}", "{}/style.safetensors", "{}@main", f"{{}}@{REVISION}", "{}@no-such-branch", "hf://{}",
+        "https://huggingface.co/{}", "hf.co/{}/resolve/main/style.safetensors",
+        f"{hub.url}/{{}}/blob/main/style.safetensors",
+        "HTTPS://HuggingFace.co:443/{}/tree/main",
+    )  # fmt: skip
+    for spelling in spellings:
+        says = []
+        for name in ("company/secret", "company/absent"):
+            for weight_name in (None, "style.safetensors", "absent.safetensors"):
+                lora = Lora(path=spelling.format(name), weight_name=None if "style" in spelling else weight_name)
+                loaded = load(tmp_path, lora, hf_token="hf_sees_private_ones")
+                (fault,) = loaded.faults
+                assert type(fault) is Fault
+                says.append(fault.message.replace(name, "?"))
+        assert len(set(says)) == 1, says
+        assert "which is not on the hub, or which the worker may not see" in says[0]
+    assert not any("/resolve/" in path for path, _ in hub.asked if "company/secret" in path)
+    assert content(load(tmp_path, "company/open", hf_token="hf_sees_private_ones")) == ONE
+    del hub.repos["company/secret"], hub.repos["company/open"]
+
+
+def test_other_spellings_of_the_hubs_host_carry_no_token(web: Web, tmp_path: Path) -> None:
+    for address in (
+        "https://huggingface.co@files.test/company/secret/resolve/main/x.safetensors",
+        "https://user:word@files.test/huggingface.co/company/secret/resolve/main/x.safetensors",
+    ):
+        load(tmp_path, f"{address}", hf_token="hf_sees_private_ones", civitai_token=TOKEN)
+    load(tmp_path, web.put("files.test/huggingface.co/x", ONE), hf_token="hf_sees_private_ones", civitai_token=TOKEN)
+    assert [headers.get("Authorization") for _, headers in web.asked if "hf_" in str(headers)] == []
+
+
+@pytest.mark.parametrize(
+    ("allow", "private", "public"),
+    [((), False, True), (("public",), False, True), (("*",), True, True), (("company/*",), True, False),
+     (("company/secret", "public"), True, True), (("someone/else",), False, False)],
+)  # fmt: skip
+def test_lora_hub_allow_says_which_repos(
+    allow: tuple[str, ...], *, private: bool, public: bool, hub: Hub, repo: Path, tmp_path: Path
+) -> None:
+    hub.repos["company/secret"] = Repo(repo, private=True)
+    for name, allowed in (("company/secret", private), ("someone/style", public)):
+        for _ in range(2):
+            asked = hub.requests
+            loaded = load(tmp_path, f"{name}@{REVISION}", hf_token="hf_sees_private_ones", lora_hub_allow=allow)
+            assert (not loaded.faults) == allowed
+            if allow == ("someone/else",):
+                assert hub.requests == asked, "and nobody is asked"
+        # What was fetched where it was allowed is for nobody else.
+        (fault,) = load(tmp_path, f"company/secret@{REVISION}", hf_token="hf_sees_private_ones").faults
+        assert "which is not on the hub" in fault.message
+    del hub.repos["company/secret"]
+
+
+def test_a_repo_that_became_private_is_not_used_any_more(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    load(tmp_path, "someone/style", hf_token="hf_sees_private_ones")
+    hub.repos["someone/style"] = Repo(repo, private=True)
+    a_minute_passes(tmp_path)
+    (fault,) = load(tmp_path, "someone/style", hf_token="hf_sees_private_ones").faults
+    assert "which is not on the hub" in fault.message
+
+
+def test_the_token_stays_behind_where_the_hub_leads_elsewhere(hub: Hub, repo: Path, tmp_path: Path) -> None:
+    other = Hub()
+    try:
+        other.repos["someone/style"] = Repo(repo)
+        hub.repos["someone/style"] = Repo(repo, elsewhere=other.url)
+        hub.asked.clear()
+        assert content(load(tmp_path, "someone/style", hf_token="hf_sees_private_ones")) == ONE
+        assert {token for _, token in hub.asked} == {"Bearer hf_sees_private_ones"}
+        assert {token for _, token in other.asked} == {None}
+    finally:
+        other.close()
+
+
+# What a client may write
+
+
+def test_odd_names_are_the_clients_and_a_folder_that_cannot_be_read_is_the_workers(
+    hub: Hub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "loras"
+    (folder / "folder.safetensors").mkdir(parents=True)
+    (folder / "empty.safetensors").write_bytes(b"")
+    for name in ("loop.safetensors", "loop"):
+        (folder / name).symlink_to(folder / name)
+    os.mkfifo(folder / "pipe.safetensors")
+    (repo / "x.safetensors").mkdir()
+    (repo / "x.safetensors" / "y.safetensors").write_bytes(ONE)
+    half = "\udc80"
+    odd = (
+        "folder.safetensors", "empty.safetensors", "loop.safetensors", "loop/x.safetensors", "pipe.safetensors", "x\0y",
+        "a/b\0.safetensors", "a/" + "b" * 300, "someone/style@..", "someone/style@.", "someone/style@../../x",
+        "someone/style/x.safetensors", "a\nb/c", "https://files.test/\0", "https://\0/x", "//", "a/b@", "hf://",
+        Lora.model_construct(path=f"a/{half}", scale=1.0, weight_name=None, revision=None),
+        Lora.model_construct(path=f"{half}.safetensors", scale=1.0, weight_name=None, revision=None),
+        Lora.model_construct(path=f"https://files.test/{half}", scale=1.0, weight_name=None, revision=None),
+        Lora.model_construct(path="someone/style", scale=1.0, weight_name=f"{half}.safetensors", revision=None),
+        Lora.model_construct(path="someone/style", scale=1.0, weight_name=None, revision=half),
+        Lora(path="someone/style", weight_name="a" * 1_000_000 + ".safetensors"),
+        Lora(path="someone/style", revision="https:///?" + "sig" * 100_000),
+        Lora(path="someone/style", revision="a/../../../x"),
+        Lora(path="someone/style", weight_name="\0.safetensors"),
+    )  # fmt: skip
+    for path in odd:
+        (fault,) = load(tmp_path, path).faults
+        assert type(fault) is Fault, (path, fault)
+        assert len(fault.message) < 500
+        fault.message.encode()
+    for _ in range(2):
+        assert content(load(tmp_path, "someone/style/x.safetensors/y.safetensors")) == ONE
+
+    def unreadable(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (folder / "good.safetensors").write_bytes(ONE)
+    for name in ("is_file", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, unreadable)
+            (fault,) = load(tmp_path, "good.safetensors").faults
+            assert isinstance(fault, WorkerFault)
+            assert fault.message == f"could not be read: LORA_DIR={folder}: permission denied"
+
+
+def test_a_file_that_was_written_anew_has_another_name(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    file = tmp_path / "loras" / "x.safetensors"
+    file.write_bytes(ONE)
+    before = file.stat()
+    (first,) = load(tmp_path, "x.safetensors").adapters
+    assert load(tmp_path, "x.safetensors").adapters[0].name == first.name
+    file.write_bytes(OTHER)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load(tmp_path, "x.safetensors").adapters[0].name != first.name
 
 
 # Civitai
