@@ -19,7 +19,7 @@ from PIL import Image
 from handler import respond
 from src.catalog import get_model
 from src.engine import Engine
-from src.errors import Cancelled, TimedOut, WorkerUnavailable
+from src.errors import Cancelled, InvalidSettings, TimedOut, WorkerUnavailable
 from src.job import Job, Progress
 from src.outputs import Generation
 from src.plan.plan import make_plan
@@ -247,6 +247,19 @@ def test_what_is_done_in_time_differs_from_what_is_not() -> None:
     assert outcomes[0] == "done"
     assert isinstance(outcomes[1], OSError)
     assert isinstance(outcomes[2], TimeoutError)
+
+
+@pytest.mark.parametrize("behave", [drip, hang, hang_up_after_continue])
+def test_a_start_does_not_wait_for_a_store_for_ever(
+    behave: Callable[[socket.socket], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.response.storage.UPLOAD_SECONDS", 1)
+    begun = time.monotonic()
+    with store(behave) as (url, _):
+        with pytest.raises(InvalidSettings, match="do not let this worker upload"):
+            bucket(url).check()
+        assert time.monotonic() - begun < LONG
+        wait_for_the_threads()
 
 
 # ---- a client's own bucket

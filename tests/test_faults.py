@@ -190,7 +190,14 @@ SEAMS = {
     ),
     "upload": Seam(lambda worker: (worker.bucket, "upload"), differs=LOST_UPLOAD, without=NUMBERS),
 }  # fmt: skip
-ROWS = [(seam, kind) for seam, row in SEAMS.items() for kind in KINDS if kind not in row.without]
+# Each like another row that is not.
+SLOW = {"too many files", "step 1", "the last step", "guessed steps", "an adapted step"}
+ROWS = [
+    pytest.param(seam, kind, marks=[pytest.mark.slow] if {seam, kind} & SLOW else [], id=f"{seam}: {kind}")
+    for seam, row in SEAMS.items()
+    for kind in KINDS
+    if kind not in row.without
+]
 
 
 class Shelf(Bucket):

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from src.errors import GenerationFailed, InvalidSettings, OutOfMemory
+from src.errors import GenerationFailed, InvalidSettings, OutOfMemory, WorkerUnavailable
 from src.settings import Settings
 from src.weights.files import keep
 
@@ -76,7 +76,7 @@ class Compiled:
         try:
             with torch.compiler.set_stance("default"):
                 draw()
-        except (GenerationFailed, OutOfMemory) as error:  # compiling takes memory that drawing does not
+        except (GenerationFailed, OutOfMemory, WorkerUnavailable) as error:  # compiling takes more than drawing
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
             torch.compiler.set_stance("force_eager")

@@ -221,17 +221,20 @@ def _meaning(error: Exception, plan: Plan) -> WorkerError:
         try:
             free_memory(error)
         except RuntimeError as failed:  # the device does not even do that
-            return _meaning(failed, plan)
+            return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(failed)}")
         if isinstance(error, OutOfMemory):
             return error
         return OutOfMemory(
             f"{plan.sampling.width}x{plan.sampling.height} with {len(plan.seeds)} image(s) needs more memory than "
             "there is; ask for a smaller width, height or num_images, or choose a larger card"
         )
-    behind = error.__cause__ or error
-    found = of_the_machine(behind)
-    if isinstance(behind, torch.AcceleratorError) or isinstance(found, DeviceFailed):
-        return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(behind)}")
+    for each in filter(None, (error, error.__cause__)):
+        if isinstance(each, torch.AcceleratorError):
+            return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(each)}")
+        found = of_the_machine(each)
+        is_answer = isinstance(error, WorkerError) and not isinstance(error, GenerationFailed)
+        if found and (isinstance(found, DeviceFailed) or not is_answer):
+            return found
     if isinstance(error, WorkerError):
-        return found if found and isinstance(error, GenerationFailed) else error
-    return found or GenerationFailed(f"the model refused these tensors: {first_line(error)}")
+        return error
+    return GenerationFailed(f"the model refused these tensors: {first_line(error)}")

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http.client import HTTPException
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 from src.errors import Fault, InvalidSettings, Refused
@@ -21,6 +21,8 @@ from src.request.fetch import check_public
 from src.response.endpoints import Endpoint, read_endpoint
 from src.settings import Settings
 from src.wording import show
+
+T = TypeVar("T")
 
 # https://docs.runpod.io/serverless/endpoints/send-requests
 _S3_CONFIG = ("endpointUrl", "accessId", "accessSecret", "bucketName")
@@ -116,9 +118,10 @@ class Bucket:
 
         from src.response.connections import in_time
 
-        def now(work: Callable[[], object]) -> None:
+        def now(work: Callable[[], T]) -> T:
             if isinstance(outcome := in_time({0: work}, UPLOAD_SECONDS)[0], Exception):
                 raise outcome
+            return outcome
 
         key = "/".join(filter(None, (self._prefix, f"write-test-{secrets.token_hex(8)}")))
         try:
@@ -129,7 +132,9 @@ class Bucket:
                 f"{_right_region(error)}"
             ) from error
         try:
-            self.no_links = _why_not(self._link(key))
+            self.no_links = now(lambda: _why_not(self._link(key)))
+        except TimeoutError as error:
+            self.no_links = f"a GET of its address was {error}"
         finally:
             with suppress(BotoCoreError, ClientError, OSError):  # keys that may only write are the better ones
                 now(lambda: self._client.delete_object(Bucket=self._name, Key=key))
@@ -264,7 +269,7 @@ def _why_not(url: str) -> str:
 
 def _right_region(error: Exception) -> str:
     """What to set where a store says that it is in another region."""
-    response = getattr(error, "response", {})
+    response = getattr(error, "response", None) or {}
     headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     said = re.search(r"expecting '([\w-]+)'", str(error))
     region = response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region") or (said and said[1])
