@@ -2,7 +2,8 @@
 # install.sh BIN NAME...: installs locked/NAME.txt with the pip in BIN, each package held against its hashes; with
 # `runtime` torch too, and what its build wants of CUDA's libraries.
 #
-# torch is fetched by itself: a machine may keep a build without CUDA, which pip looks past as soon as it sees hashes.
+# torch is fetched by itself: a machine may keep a build of its own, without CUDA say, which pip looks past as soon as it
+# sees hashes. No registry takes such a build (2.13.0+cpu), so no hash of it is locked, and it is said that it was taken.
 set -eu
 bin=$1
 shift
@@ -18,7 +19,13 @@ case " $* " in *" runtime "*)
         folder=$(mktemp -d)
         trap 'rm -rf "$folder"' EXIT
         "$bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$folder" "$torch"
-        $install --no-index --find-links "$folder" -r locked/torch.txt
+        case "$(ls "$folder")" in
+            *+*)
+                echo "$(ls "$folder") is this machine's own build: it is held against no hash"
+                "$bin/pip" install --quiet --disable-pip-version-check --no-deps --no-index "$folder"/*.whl
+                ;;
+            *) $install --no-index --find-links "$folder" -r locked/torch.txt ;;
+        esac
     fi
     if has_torch "any(r.startswith('nvidia') for r in m.requires('torch'))"; then
         set -- "$@" cuda

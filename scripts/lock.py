@@ -25,8 +25,6 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "fuzz": ("requirements-fuzz.txt", ()),
     "supply": ("requirements-supply.txt", ()),
 }
-# torch's own builds without CUDA are no files of the registry: 2.13.0+cpu for Python 3.11 on Linux, x86_64.
-MORE_HASHES = {"torch==2.13.0": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",)}
 
 
 def compiled(*sources: Path, constraints: Sequence[Path] = (), output: Path, more: Sequence[str] = ()) -> list[str]:
@@ -36,13 +34,7 @@ def compiled(*sources: Path, constraints: Sequence[Path] = (), output: Path, mor
     options += [word for file in constraints for word in ("--constraint", str(file))]
     command = [sys.executable, "-m", "uv", "pip", "compile", *options, *map(str, sources)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603
-    return [_with_more_hashes(block) for block in re.split(r"\n(?=[A-Za-z0-9])", output.read_text().rstrip("\n"))]
-
-
-def _with_more_hashes(block: str) -> str:
-    pin, *lines = block.splitlines()
-    hashes = [f"    --hash=sha256:{digest} \\" for digest in MORE_HASHES.get(pin.removesuffix("\\").strip(), ())]
-    return "\n".join([pin, *hashes, *lines])
+    return re.split(r"\n(?=[A-Za-z0-9])", output.read_text().rstrip("\n"))
 
 
 def split_cuda(blocks: Sequence[str]) -> tuple[list[str], list[str]]:
