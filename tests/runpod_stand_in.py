@@ -35,7 +35,7 @@ ENDPOINT = "flux"
 REFUSALS = ("400", "401", "403", "404", "413")
 ANSWERS = ("page", "empty", "nothing", "garbage", "huge")  # with HTTP 200, but for nothing
 EVERY_KIND = ("429", "500", "502", "drop", "slow", *REFUSALS, *ANSWERS, "unanswered")
-_HUGE = 60_000_000  # bytes
+_HUGE = 100_000_000  # bytes
 
 
 @dataclass

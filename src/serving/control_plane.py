@@ -47,7 +47,7 @@ _QUIET_SECONDS = 60.0  # between two lines of the log on one route
 _PROGRESS_TIMEOUT = aiohttp.ClientTimeout(total=20)
 _REMEMBERED = 1_000  # stop signals for jobs that are not here
 _REMEMBERED_SECONDS = 60.0
-_JOB_BYTES = 25_000_000  # of one job at most: RunPod takes 20 MB
+_JOB_BYTES, _LONGEST_JOB_BYTES = 25_000_000, 64_000_000  # RunPod takes 20 MB, and JSON may write them thrice as long
 _STOP_BYTES = 1_000_000
 
 
@@ -114,7 +114,8 @@ class ControlPlane:
                 return None
             if not (number := await self._until_wanted()):
                 return None
-            poll.begin(lambda: sdk.call("get_job")(_Reading(session, poll, number * _JOB_BYTES, self._read), number))
+            most = max(_LONGEST_JOB_BYTES, number * _JOB_BYTES)
+            poll.begin(lambda: sdk.call("get_job")(_Reading(session, poll, most, self._read), number))
         jobs: list[dict[str, Any]] = await poll.finish(self._leaving, _WAIT_SECONDS) or []
         if jobs:
             self._trip(poll.seconds)
