@@ -205,7 +205,7 @@ def read_apart(
         if process.returncode > 0 or process.returncode == -signal.SIGKILL:  # by the system, which is short of memory
             raise OSError(f"the process that decodes it ended with {process.returncode}")
         if process.returncode < 0:
-            raise Unreadable(f"is damaged: its decoder ended with signal {-process.returncode}")
+            raise Unreadable(f"is damaged: its decoder ended with {signal.Signals(-process.returncode).name}")
         received.seek(0)
         answer = json.loads(received.readline())
         if answer.get("unknown"):

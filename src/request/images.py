@@ -29,7 +29,7 @@ Fetch = Callable[[str], bytes]
 Pictures = Mapping[str, tuple[Image.Image, ...]]  # by what they are for, a key of PICTURES, in the request's order
 
 MAX_BYTES = 20_000_000  # what /runsync carries
-MAX_INPUT_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 200 MB once decoded
+MAX_INPUT_PIXELS = 64_000_000  # 8000 x 8000: more than cameras make, and 256 MB once decoded
 MAX_PIXELS_TOGETHER = 2 * MAX_INPUT_PIXELS  # of a request
 MAX_BYTES_TOGETHER = 10 * MAX_BYTES  # of a request's files
 # Of all jobs together. Those with small pictures have a room of their own: they never wait for large ones.
@@ -105,24 +105,25 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> Loa
     """
     if sources := request.sources():
         job.step_aside()
-    faults, found = list[Fault](), list[str]()
+    files, faults, found = list[_Source](), list[Fault](), list[str]()
 
     # 1. Files, and what they claim to hold
-    files = list[_Source]()
+    pixels, size = 0, 0
     for kind, field, source in sources:
         job.check()
         try:
             file = read_source(source, fetch or partial(fetch_url, check=job.check))
-            files.append(_Source(kind, field, file, _claim(file, _room_left(files))))
-            if sum(len(one.file) for one in files) > MAX_BYTES_TOGETHER:
-                files.pop()
+            claim = _claim(file, MAX_PIXELS_TOGETHER - pixels)
+            if size + len(file) > MAX_BYTES_TOGETHER:
                 raise Refused(f"makes this request's files together larger than {MAX_BYTES_TOGETHER:,} bytes")
         except Refused as error:
             faults.append(_fault(field, error))
+        else:
+            files.append(_Source(kind, field, file, claim))
+            pixels, size = pixels + claim.pixels, size + len(file)
 
     # 2. Their pictures, once there is room for all of them
     pictures: dict[str, tuple[Image.Image, ...]] = {}
-    pixels = sum(one.claim.pixels for one in files)
     with (_SMALL_ROOM if pixels <= _SMALL else _ROOM).taken(pixels, job.check) as keep:
         while files:
             kind, field, file, claim = files.pop(0)
@@ -139,10 +140,6 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> Loa
                 pictures[kind] = (*pictures.get(kind, ()), picture)
     order = [field for _, field, _ in sources]
     return LoadedPictures(pictures, tuple(sorted(faults, key=lambda fault: order.index(fault.field))), tuple(found))
-
-
-def _room_left(files: list[_Source]) -> int:
-    return MAX_PIXELS_TOGETHER - sum(one.claim.pixels for one in files)
 
 
 def _fault(field: str, error: Refused) -> Fault:
