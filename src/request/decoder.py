@@ -42,6 +42,7 @@ _PATIENCE = 20
 _THREADS = 4
 _NO_MEMORY = 3  # its exit status
 _PAUSE = 0.1  # seconds between two looks whether the job is still wanted
+_PIECES = 750_000  # that a file is read in: a second of Pillow's work; BMPs in runs of 64 megapixels need 530,000
 _TOO_SLOW = "takes longer to decode than a picture of its size may: save it anew"
 
 warnings.filterwarnings("ignore", module="PIL")  # of what is odd in a client's file: each would be remembered for ever
@@ -64,14 +65,15 @@ class Bounds(NamedTuple):
 
 
 class _File(io.BytesIO):
-    """What ends the reading of itself once this thread has worked for `seconds`."""
+    """What ends the reading of itself after too many pieces, or once this thread has worked for `seconds`."""
 
     def __init__(self, file: bytes, seconds: float) -> None:
         super().__init__(file)
-        self._until = time.thread_time() + seconds
+        self._pieces, self._until = _PIECES, time.thread_time() + seconds
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if time.thread_time() > self._until:
+        self._pieces -= 1
+        if self._pieces < 0 or time.thread_time() > self._until:
             raise Unreadable(_TOO_SLOW)
         return super().read(size)
 
