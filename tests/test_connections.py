@@ -238,7 +238,7 @@ def test_pictures_of_a_response_are_encoded_by_few_threads() -> None:
         delivery._side_by_side(work, range(60))
 
 
-def test_what_is_done_in_time_differs_from_what_is_not() -> None:
+def test_what_is_done_in_time_is_not_what_is_late() -> None:
     go = threading.Event()
 
     def fail() -> str:
@@ -333,7 +333,7 @@ def test_a_name_server_that_takes_its_time_is_given_up_and_others_pass(monkeypat
         {"endpointUrl": "https://0x7f.1/pictures"},
     ],
 )
-def test_a_clients_odd_bucket_is_the_clients_fault_and_soon_known(config: dict[str, Any]) -> None:
+def test_a_clients_odd_bucket_is_the_clients_fault_and_soon_named(config: dict[str, Any]) -> None:
     engine = Engine(FakePipeline(), MODEL, None)
     begun = time.monotonic()
     answer = respond({"input": {"prompt": "x"}, "s3Config": {**CONFIG, **config}}, Job(), Settings, lambda: engine)
@@ -364,7 +364,7 @@ def test_many_clients_may_bring_a_bucket_at_once() -> None:
         each.close()
 
 
-def test_a_jobs_progress_is_reported_before_it_uploads() -> None:
+def test_a_jobs_progress_is_shown_before_it_uploads() -> None:
     seen = list[Progress]()
     with store(take) as (url, _):
         ship(bucket(url), Job(on_progress=seen.append), pictures=1)
