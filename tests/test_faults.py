@@ -320,7 +320,7 @@ def test_what_a_decoder_gets_wrong_once_it_gets_right_in_float32(
     assert held.ask()["metadata"]["warnings"] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("kind", ["FLUX.1", "FLUX.2"])
 def test_a_decoder_in_float32_is_the_decoder_in_float32(
