@@ -23,7 +23,7 @@ class _Short(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(redact(ends_of(x, _MAX_READ)) if len(x) > MAX_SHOWN else x, level)
+        return super().repr_str(redact(ends_of(x, _MAX_READ)), level)
 
     def repr_dict(self, x: Mapping[object, object], level: int) -> str:
         return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
@@ -40,7 +40,7 @@ def show(value: object) -> str:
         return "an integer of thousands of digits"
     if isinstance(value, str):
         return f"{shown} ({len(value):,} characters)" if len(value) > MAX_SHOWN else shown
-    return shown if len(shown) <= _MAX_CHARACTERS else f"{redact(shown)[:_MAX_CHARACTERS]}..."
+    return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[:_MAX_CHARACTERS]}..."
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

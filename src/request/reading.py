@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from src.errors import Fault, InvalidRequest, UnknownField
 from src.request.aliases import NAMES, other_program, own_names
-from src.request.schema import CONTROL_OPTIONS, MAX_UNKNOWN, Request
+from src.request.schema import MAX_UNKNOWN, OWNERS, Request
 from src.wording import MAX_SHOWN, did_you_mean, show
 
 _MAX_FAULTS = 50  # an answer must stay small whatever was sent
@@ -117,14 +117,9 @@ def _values(fields: dict[str, Any]) -> tuple[Request, list[Fault]]:
 
 def _orphans(request: Request, wrong: set[str]) -> dict[str, str]:
     """Fields that say how something is to be used which the request does not hold."""
-    owners = dict.fromkeys(CONTROL_OPTIONS.values(), ("control_image", "; each of controls has its own"))
-    owners |= {
-        "lora_scale": ("lora_path", "; each of loras has a scale of its own"),
-        "image_prompt_scale": ("image_prompt", ""),
-    }
     return {
         name: f"has no effect without {owner}{more}"
-        for name, (owner, more) in owners.items()
+        for name, (owner, more) in OWNERS.items()
         if name in request.said and getattr(request, owner) is None and owner not in wrong
     }
 

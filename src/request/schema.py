@@ -56,6 +56,15 @@ CONTROL_OPTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 _MEGAPIXELS = r"([0-9]{1,2}(?:\.[0-9]{1,6})?)(?: ?MP)?"
+# A field that says how another is to be used, that other, and what to add where it is missing.
+OWNERS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(CONTROL_OPTIONS.values(), ("control_image", "; each of controls has its own")),
+        "lora_scale": ("lora_path", "; each of loras has a scale of its own"),
+        "image_prompt_scale": ("image_prompt", ""),
+    }
+)
+_NOTHING = (None, "")  # as values that say nothing
 _MOST_AROUND = 10_000  # characters of it, on each side
 _AROUND = " \t\r\n\f\v\u00a0\u200b\ufeff\\\"'`\u2018\u2019\u201c\u201d"
 
@@ -277,20 +286,27 @@ class Borders(_Fields):
         return self
 
 
+def _together(schema: JsonSchemaValue) -> None:
+    """What fields need each other; who asks for a description alone needs none."""
+    needs = [
+        {
+            "if": {
+                "required": [name],
+                "properties": {name: {"not": {"enum": [schema["properties"][name]["default"], *_NOTHING]}}},
+            },
+            "then": {"required": [owner], "properties": {owner: {"not": {"enum": [*_NOTHING]}}}},
+        }
+        for name, (owner, _) in OWNERS.items()
+    ]
+    drawn = {"required": schema.pop("required"), "allOf": needs}
+    described = {"required": ["describe"], "properties": {"describe": {"const": True}}}
+    schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "anyOf": [drawn, described]}
+
+
 class Request(_Fields):
     """One valid request; None means the model's own default. Descriptions say what is allowed."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        json_schema_extra={
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            "anyOf": [
-                {"required": ["prompt"]},
-                {"properties": {"describe": {"const": True}}, "required": ["describe"]},
-            ],
-        },
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_together)
 
     # In the order in which a picture's file repeats them.
     prompt: Annotated[
@@ -310,7 +326,6 @@ class Request(_Fields):
     megapixels: Annotated[
         Annotated[Number, Field(ge=0.01, le=4.2)] | None,
         BeforeValidator(_number),
-        _Also({"type": "string", "pattern": f"^{_MEGAPIXELS}$"}),
     ] = Field(None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone")
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
         None, description="an integer from 1 to 100"
