@@ -161,11 +161,17 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-def redact(text: str) -> str:
-    """`text` without tokens, credentials and pictures, and such that UTF-8 has it."""
+def without_secrets(text: str) -> str:
+    """`text` without tokens, credentials and pictures."""
     text = hide_known(without_middle(text, MAX_REDACTED))
     for shape, instead in _SHAPES:
         text = shape.sub(instead, text)
+    return text
+
+
+def redact(text: str) -> str:
+    """The same, and such that UTF-8 has it: what may leave the process."""
+    text = without_secrets(text)
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 

@@ -7,7 +7,7 @@ import itertools
 import reprlib
 from collections.abc import Iterable, Mapping
 
-from src.redaction import ends_of, redact
+from src.redaction import ends_of, without_secrets
 
 MAX_SHOWN = 60  # characters of a text that an answer repeats
 _MAX_CHARACTERS = 200  # of a list or an object
@@ -23,7 +23,7 @@ class _Short(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(redact(ends_of(x, _MAX_READ)), level)
+        return super().repr_str(without_secrets(ends_of(x, _MAX_READ)), level)
 
     def repr_dict(self, x: Mapping[object, object], level: int) -> str:
         return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)

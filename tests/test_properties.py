@@ -103,7 +103,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
         for _ in range(2):
             parts = place.values() if isinstance(place, dict) else place
             within: list[Any] = [part for part in parts if part and isinstance(part, (dict, list))]
-            if within and draw(st.booleans()):
+            if draw(st.booleans()) and within:
                 place = draw(st.sampled_from(within))
         if isinstance(place, list):
             place[draw(st.integers(0, len(place) - 1))] = value
