@@ -175,6 +175,34 @@ def cpu(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def soak(results: dict[str, Any]) -> str:
+    """What a worker holds after more and more jobs of all kinds."""
+    waves = results["waves"]
+    shown = {wave["jobs"]: wave for wave in (*waves[:: max(1, len(waves) // 6)], waves[-1])}
+    heads = ("jobs", "memory", "handles", "threads", "in hand: median", "95 % within")
+    lines = [
+        f"| {' | '.join(heads)} |",
+        "| --- " * len(heads) + "|",
+        *(
+            f"| {wave['jobs']:,} | {wave['megabytes']:.0f} MB | {wave['handles']} | {wave['threads']} "
+            f"| {wave['median_seconds']:.2f} s | {wave['p95_seconds']:.2f} s |"
+            for wave in shown.values()
+        ),
+    ]
+    holds = [name for name, found in results["checks"].items() if not found]
+    fails = [name for name, found in results["checks"].items() if found]
+    lines += [
+        "",
+        f"Held: {'; '.join(holds)}." if holds else "Nothing held.",
+        *([f"Failed: {'; '.join(fails)}."] * bool(fails)),
+    ]
+    lines += [
+        f"{results['jobs']:,} jobs of {len(results['ends'])} kinds in {results['seconds'] / 60:.0f} minutes, by",
+        f"`python -m benchmarks.soak` on {results['machine']['cores']} cores without a card.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
     "fleet": fleet,
@@ -182,6 +210,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoding": encoding,
     "gpu": gpu,
     "cpu": cpu,
+    "soak": soak,
 }
 
 
