@@ -29,9 +29,9 @@ from src.job import Job
 from src.job_queue import JobQueue
 from src.request import decoder, images
 from src.request.bounds import MAX_SCANS
+from src.request.decode_budget import DecodeBudget
 from src.request.images import READABLE, decode, load_pictures, read_source
 from src.request.reading import read_request
-from src.request.room import Room
 from src.request.schema import Request
 from tests.test_images import file_of
 
@@ -245,8 +245,8 @@ def test_a_decoder_that_crashes_takes_nobody_with_it(at: int, code: int) -> None
 def room_of(pixels: int) -> Iterator[None]:
     """Room for so many pixels of small and of large pictures alike."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_ROOM", Room(pixels))
-        patch.setattr(images, "_SMALL_ROOM", images._ROOM)
+        patch.setattr(images, "_BUDGET", DecodeBudget(pixels))
+        patch.setattr(images, "_SMALL_BUDGET", images._BUDGET)
         yield
 
 
@@ -302,12 +302,12 @@ def test_room_comes_back_whatever_becomes_of_a_picture() -> None:
             assert len(load_pictures(broken, Job(timeout=10)).faults) == 3
             assert load_pictures(asking(PHOTO, PHOTO), Job(timeout=10)).faults == ()
         gc.collect()
-        assert images._ROOM._count() == 4 * 96 * 64
+        assert images._BUDGET._count() == 4 * 96 * 64
 
 
 def test_small_pictures_do_not_wait_for_large_ones() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_ROOM", Room(0))
+        patch.setattr(images, "_BUDGET", DecodeBudget(0))
         assert load_pictures(asking(PHOTO), Job(timeout=10)).faults == ()
 
 

@@ -14,10 +14,11 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
@@ -189,11 +190,11 @@ def read_apart(
 ) -> tuple[Image.Image, list[str]]:
     """`read` in a process of its own, which is stopped at its bounds, or where `check` raises."""
     order = json.dumps([bounds, mode, by_alpha])
-    with os.fdopen(os.memfd_create("file"), "w+b") as sent, os.fdopen(os.memfd_create("pixels"), "r+b") as received:
+    with _scratch("file") as sent, _scratch("pixels") as received:
         sent.write(file)
         sent.seek(0)
-        process = subprocess.Popen(  # noqa: S603 - of this very file
-            [sys.executable, "-I", __file__, order], stdin=sent, stdout=received, stderr=subprocess.DEVNULL
+        process = subprocess.Popen(  # noqa: S603 - of this very file, without the secrets of the environment
+            [sys.executable, "-I", __file__, order], stdin=sent, stdout=received, stderr=subprocess.DEVNULL, env={}
         )
         try:
             _wait(process, time.monotonic() + _PATIENCE * (1 + bounds.seconds), check)
@@ -219,6 +220,13 @@ def read_apart(
             size = (box[2] - box[0], box[3] - box[1])
             picture.paste(Image.frombytes(mode, size, received.read(size[0] * size[1] * len(mode))), box)
         return picture, answer["notes"]
+
+
+def _scratch(name: str) -> IO[bytes]:
+    """A file in memory, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(name), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _wait(process: subprocess.Popen[bytes], until: float, check: Callable[[], None]) -> None:

@@ -19,9 +19,9 @@ from src.catalog import FORMATS
 from src.errors import Fault, OutOfMemory, Refused, redact
 from src.job import Job
 from src.request.bounds import Claim, measure
+from src.request.decode_budget import DecodeBudget
 from src.request.decoder import Bounds, Unknown, Unreadable, read, read_apart
 from src.request.fetch import is_url, open_url
-from src.request.room import Room
 from src.request.schema import PICTURES, Request, unquoted
 from src.wording import show
 
@@ -34,7 +34,7 @@ MAX_PIXELS_TOGETHER = 2 * MAX_INPUT_PIXELS  # of a request
 MAX_BYTES_TOGETHER = 10 * MAX_BYTES  # of a request's files
 # Of all jobs together. Those with small pictures have a room of their own: they never wait for large ones.
 _SMALL = MAX_INPUT_PIXELS // 4  # pixels of a job
-_ROOM, _SMALL_ROOM = Room(MAX_PIXELS_TOGETHER), Room(MAX_INPUT_PIXELS)
+_BUDGET, _SMALL_BUDGET = DecodeBudget(MAX_PIXELS_TOGETHER), DecodeBudget(MAX_INPUT_PIXELS)
 READABLE = tuple(dict.fromkeys((*FORMATS, "BMP", "TIFF")))  # what is written can be sent again
 _FORMATS_READ = ", ".join((*READABLE, "HEIC"))
 ALLOWED = f"a still picture ({_FORMATS_READ}) as base64, a data URI or an https URL, at most {MAX_BYTES // 10**6} MB"
@@ -124,7 +124,7 @@ def load_pictures(request: Request, job: Job, fetch: Fetch | None = None) -> Loa
 
     # 2. Their pictures, once there is room for all of them
     pictures: dict[str, tuple[Image.Image, ...]] = {}
-    with (_SMALL_ROOM if pixels <= _SMALL else _ROOM).taken(pixels, job.check) as keep:
+    with (_SMALL_BUDGET if pixels <= _SMALL else _BUDGET).taken(pixels, job.check) as keep:
         while files:
             kind, field, file, claim = files.pop(0)
             job.check()

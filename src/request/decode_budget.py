@@ -13,8 +13,8 @@ from PIL import Image
 _PAUSE = 0.02  # seconds between two looks whether there is room
 
 
-class Room:
-    """Room for so many pixels; jobs get it in the order in which they came for it."""
+class DecodeBudget:
+    """Room for so many pixels at once; jobs get it in the order in which they came for it."""
 
     def __init__(self, pixels: int) -> None:
         self._free = pixels
