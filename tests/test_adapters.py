@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import random
+import struct
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,8 +23,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from handler import respond
-from src.engine import Engine, load_engine
-from src.errors import WorkerFault
+from src.engine import Engine, adapters, load_engine
+from src.engine.lora import AdapterFile, Networks
+from src.engine.lora.deltas import Kronecker
+from src.errors import OutOfMemory, Refused, WorkerFault
 from src.job import Job
 from src.request.adapters import AdapterStore
 from src.request.schema import Lora, Request
@@ -409,3 +414,408 @@ def test_an_adapter_that_fails_to_load_leaves_no_layer_of_its_own(
     assert not any(isinstance(layer, BaseTunerLayer) for layer in pipeline.transformer.modules())
     assert pixels(ask(lora_path="outline.safetensors", lora_scale=1)) != before
     assert pixels(ask()) == before
+
+
+# What strangers send
+
+QUERY = "transformer.transformer_blocks.0.attn.to_q"
+
+
+def lora(rank: int = 4, layer: str = QUERY) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    down, up = (torch.randn(shape, generator=generator) * 0.05 for shape in ((rank, 160), (160, rank)))
+    return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+
+
+def lokr() -> dict[str, torch.Tensor]:
+    """Of two layers."""
+    generator = torch.Generator().manual_seed(1)
+    w1, w2 = (torch.randn(shape, generator=generator) * 0.2 for shape in ((8, 8), (20, 20)))
+    names = (QUERY, QUERY.replace("to_q", "to_k"))
+    return {f"{name}.{key}": w.clone() for name in names for key, w in (("lokr_w1", w1), ("lokr_w2", w2))}
+
+
+def loha(rank: int) -> dict[str, torch.Tensor]:
+    a, b = torch.ones(160, rank) * 0.01, torch.ones(rank, 160) * 0.01
+    return {f"{QUERY}.hada_w{i}_{name}": w.clone() for i in (1, 2) for name, w in (("a", a), ("b", b))}
+
+
+def sparse(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "F32", width: int = 4) -> None:
+    """A whole file of zeros that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = width
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.truncate(8 + len(text) + end)
+
+
+def of_rank(rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter of every layer of the shipped one's."""
+    return {
+        name: (rank, weight.shape[1]) if "lora_A" in name else (weight.shape[0], rank)
+        for name, weight in load_file(OUTLINE).items()
+    }
+
+
+def hostile_files(folder: Path) -> dict[str, str]:
+    """Files that cost more than they may, or are odd: name -> a word of the reason."""
+    saved: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+        "rank_0": ({f"{QUERY}.lora_A.weight": torch.zeros(0, 160), f"{QUERY}.lora_B.weight": torch.zeros(160, 0)},
+                   "which is no matrix"),
+        "no_dimension": ({f"{QUERY}.lora_A.weight": torch.tensor(1.0), f"{QUERY}.lora_B.weight": torch.tensor(1.0)},
+                         "which is no matrix"),
+        "integers": ({name: w.to(torch.int32) for name, w in lora().items()}, "holds int32 values"),
+        "complex": ({name: w.to(torch.complex64) for name, w in lora().items()}, "holds C64 values"),
+        "complex_alpha": ({**lora(), f"{QUERY}.alpha": torch.tensor(1 + 1j)}, "holds C64 values"),
+        "empty_alpha": ({**lora(), f"{QUERY}.alpha": torch.zeros(0)}, "where only one number can be applied"),
+        "large_alpha": ({**lora(), f"{QUERY}.alpha": torch.tensor(3e38, dtype=torch.float64) * 1e4},
+                        "not finite"),
+        "product": ({name: w * 1e30 for name, w in lora().items()} | {f"{QUERY}.alpha": torch.tensor(1e30)},
+                    "that are not finite once they are multiplied"),
+        "mixed": ({**lora(), f"{QUERY}.lokr_w1": torch.ones(8, 8)}, "one layer is of one kind"),
+        "dora_and_bias": (
+            {
+                **lora(),
+                f"{QUERY}.lora_magnitude_vector": torch.ones(160),
+                f"{QUERY.replace('to_q', 'to_k')}.diff_b": torch.ones(160),
+            },
+            "is a DoRA",
+        ),
+        "row_and_column": ({f"{QUERY}.lokr_w1": torch.ones(1, 160), f"{QUERY}.lokr_w2": torch.ones(160, 1)},
+                           "are a row and a column"),
+        "loha_4000": (loha(4_000), "has the rank 4,000 in"),
+    }  # fmt: skip
+    for name, (tensors, _) in saved.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    sparse(folder / "rank_4096.safetensors", of_rank(4_096))
+    sparse(folder / "rank_400000.safetensors", of_rank(400_000), "F16", 2)
+    sparse(folder / "large.safetensors", {f"{QUERY}.lokr_w1": (1, 1), f"{QUERY}.lokr_w2": (160, 30_000_000)})
+    sparse(folder / "factors.safetensors", {f"{QUERY}.lokr_w1_a": (160, 10**7), f"{QUERY}.lokr_w1_b": (10**7, 160),
+                                            f"{QUERY}.lokr_w2": (1, 1)})  # fmt: skip
+    (folder / "folder.safetensors").mkdir()
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    return {f"{name}.safetensors": reason for name, (_, reason) in saved.items()} | {
+        "rank_4096.safetensors": "has the rank 4,096 in", "rank_400000.safetensors": "has the rank 400,000 in",
+        "large.safetensors": "was made for another model", "factors.safetensors": "has the rank 10,000,000 in",
+        "folder.safetensors": "names no .safetensors file", "loop.safetensors": "names no .safetensors file",
+    }  # fmt: skip
+
+
+def test_what_would_cost_too_much_is_refused_from_the_header(ask: Ask, tmp_path: Path) -> None:
+    before = pixels(ask())
+    for name, reason in hostile_files(tmp_path / "loras").items():
+        began = time.perf_counter()
+        message = refused(ask(lora_path=name, lora_scale=1))["lora_path"]
+        assert reason in message, (name, message)
+        assert time.perf_counter() - began < 5, name
+        assert len(message) < 400
+    assert pixels(ask()) == before
+
+
+def test_the_settings_say_how_large_an_adapter_may_be(engine: Engine, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(lora(rank=9), file)
+    for settings, reason in (
+        ({"max_lora_rank": 8}, "has the rank 9 in"),
+        ({"max_lora_gb": 0.00001}, "has 11,520 bytes once it is read in float32, more than the 1e-05 GB"),
+    ):
+        with pytest.raises(Refused, match=reason):
+            AdapterFile(file, Networks(engine._pipeline, Settings(**settings)))
+    assert AdapterFile(file, Networks(engine._pipeline, Settings(max_lora_rank=9))).size == 11_520
+
+
+def test_a_header_with_many_patterns_or_prefixes_takes_no_time(ask: Ask, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    many = {f"x{i}": 1 for i in range(60_000)}
+    for name, config in {
+        "patterns": {"transformer.lora_alpha": 4, "transformer.alpha_pattern": many},
+        "long": {"a": "x" * 1_000_001},
+        "number": {"transformer.lora_alpha": 10**400},
+        "nothing": {"transformer.lora_alpha": float("nan")},
+    }.items():
+        save_file(load_file(OUTLINE), folder / f"{name}.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    prefixed = {f"text_encoder_2.{'module.' * 30}{i}.lora_A.weight": torch.zeros(0) for i in range(9_000)}
+    save_file({**prefixed, **lora()}, folder / "prefixes.safetensors")
+    began = time.perf_counter()
+    assert ask(lora_path="patterns.safetensors", dry_run=True)["status"] == "success"
+    assert ask(lora_path="prefixes.safetensors", dry_run=True)["status"] == "success"
+    for name, reason in (("long", "at most 1,000,000 are read"), ("number", "which must be"), ("nothing", "must be")):
+        assert reason in refused(ask(lora_path=f"{name}.safetensors"))["lora_path"]
+    assert time.perf_counter() - began < 20
+
+
+def state(engine: Engine) -> dict[str, object]:
+    """The model's own parameters."""
+    found: dict[str, object] = {}
+    for part in ("transformer", "text_encoder"):
+        for name, parameter in getattr(engine._pipeline, part).named_parameters():
+            own = f"{part}.{name.replace('base_layer.', '')}"
+            if ".lora_" not in name:
+                found[own] = (id(parameter), parameter.dtype, parameter.is_meta, tuple(parameter.shape))
+    return found
+
+
+def failing(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, after: int = 0, first: bool = False
+) -> list[int]:
+    """Let the call of `owner`'s `name` after so many others fail once, before or after it did its work."""
+    real, calls = getattr(owner, name), [0]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        failed = calls[0] == after + 1
+        if failed and first:
+            raise KeyError(name)
+        result = real(*arguments, **options)
+        if failed:
+            raise RuntimeError(name)
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "step",
+    ["read", "load_lora_weights", "inject_adapter_in_model", "set_peft_model_state_dict", "load_lora_into_text_encoder",
+     "put_into", "put_into again", "set_adapters", "forward", "text forward"],
+)  # fmt: skip
+def test_whatever_fails_the_next_pictures_are_right(
+    step: str, *, first: bool, ask: Ask, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, pipeline = tmp_path / "loras", engine._pipeline
+    engine._adapters._make_room(0, keep=set())
+    clip = "text_encoder.encoder.layers.0.self_attn.q_proj"
+    words = pipeline.text_encoder.get_submodule(clip.removeprefix("text_encoder.")).weight.shape
+    both = {f"{clip}.lora_A.weight": torch.ones(2, words[1]), f"{clip}.lora_B.weight": torch.ones(words[0], 2)}
+    save_file({**both, **lokr(), **lora(layer=QUERY.replace("to_q", "to_v"))}, folder / "x.safetensors")
+    short = {"num_inference_steps": 2}
+    plain, outline = pixels(ask(**short)), pixels(ask(**short, lora_path="outline.safetensors", lora_scale=1))
+    before = state(engine)
+    owners: dict[str, tuple[Any, str, int]] = {
+        "read": (AdapterFile, "read", 0),
+        "load_lora_weights": (pipeline, "load_lora_weights", 0),
+        "inject_adapter_in_model": (peft, "inject_adapter_in_model", 0),
+        "set_peft_model_state_dict": (peft, "set_peft_model_state_dict", 0),
+        "load_lora_into_text_encoder": (pipeline, "load_lora_into_text_encoder", 0),
+        "put_into": (Kronecker, "put_into", 0),
+        "put_into again": (Kronecker, "put_into", 1),
+        "set_adapters": (pipeline, "set_adapters", 0),
+        "forward": (pipeline.transformer.transformer_blocks[1], "forward", 1),
+        "text forward": (pipeline.text_encoder.encoder.layers[0].mlp, "forward", 0),
+    }
+    with monkeypatch.context() as patch:
+        if step == "read":  # on the device's thread, where it was not handed over
+            patch.setattr(adapters, "_HANDED_OVER", 0)
+        calls = failing(*owners[step][:2], patch, after=owners[step][2], first=first)
+        failed = ask(**short, lora_path="x.safetensors", lora_scale=1)
+    assert calls[0] > owners[step][2]
+    assert failed["error_code"] in ("generation_failed", "internal_error"), failed
+    assert (failed["error_code"] == "generation_failed") or "forward" in step, "what no model raises"
+    assert "x.safetensors" not in engine.loaded().adapters
+    engine._prompts._remembered.clear()
+    assert pixels(ask(**short)) == plain
+    assert state(engine) == before
+    assert pixels(ask(**short, lora_path="outline.safetensors", lora_scale=1)) == outline
+    styled = pixels(ask(**short, lora_path="x.safetensors", lora_scale=1))
+    assert styled not in (plain, outline)
+    engine._adapters._forget(next(name for name, path in engine._adapters._loaded.items() if path == "x.safetensors"))
+    assert pixels(ask(**short, lora_path="x.safetensors", lora_scale=1)) == styled
+    assert pixels(ask(**short)) == plain
+
+
+@pytest.mark.parametrize("change", ["meta", "dtype", "replaced", "added on meta"])
+def test_loading_that_changes_the_model_itself_is_undone(
+    change: str, ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer = engine._pipeline.transformer
+    plain, before = pixels(ask()), state(engine)
+    load = engine._pipeline.load_lora_weights
+
+    def changing(*arguments: Any, **options: Any) -> None:
+        load(*arguments, **options)
+        layer = transformer.time_text_embed.timestep_embedder.linear_1
+        if change == "meta":
+            layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
+        elif change == "dtype":
+            layer.bias = torch.nn.Parameter(layer.bias.half())
+        elif change == "replaced":
+            wider = torch.nn.Linear(layer.in_features, layer.out_features, dtype=torch.float16)
+            transformer.time_text_embed.timestep_embedder.linear_1 = wider
+            layer.weight = torch.nn.Parameter(layer.weight.half())
+        else:
+            name = options["adapter_name"]
+            tuner: Any = next(module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+            tuner.lora_A[name].to("meta")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pipeline, "load_lora_weights", changing)
+        failed = ask(lora_path="outline.safetensors", lora_scale=1)
+    assert failed["error_code"] == "generation_failed", failed
+    assert "could not be loaded: it" in failed["error"]
+    assert pixels(ask()) == plain
+    assert state(engine) == before
+    assert pixels(ask(lora_path="outline.safetensors", lora_scale=1)) != plain
+
+
+def test_an_adapter_whose_picture_fails_is_forgotten_and_one_whose_job_ends_is_not(
+    ask: Ask, engine: Engine, tmp_path: Path
+) -> None:
+    plain = pixels(ask())
+    broken = {name: w * 1e25 for name, w in lora().items()}
+    save_file(broken, tmp_path / "loras" / "broken.safetensors")
+    failed = ask(lora_path="broken.safetensors", lora_scale=4)
+    assert failed["error_code"] == "generation_failed"
+    assert "broken.safetensors" not in engine.loaded().adapters
+    assert pixels(ask()) == plain
+    styled = pixels(ask(lora_path="outline.safetensors", lora_scale=1))
+    settings = Settings(lora_dir=tmp_path / "loras")
+    job = Job(on_progress=lambda progress: job.cancel() if progress.phase == "denoise" else None)
+    event = {"input": {"prompt": PROMPT, "lora_path": "outline.safetensors"}}
+    assert respond(event, job, lambda: settings, lambda: engine)["error_code"] == "cancelled"
+    assert "outline.safetensors" in engine.loaded().adapters
+    assert pixels(ask(lora_path="outline.safetensors", lora_scale=1)) == styled
+
+
+def test_the_device_reads_no_file_that_a_job_has_read(engine: Engine, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    save_file(lora(), folder / "x.safetensors")
+    library = AdapterStore(Settings(lora_dir=folder))
+    loaded = library.load(asking("x.safetensors"), Job()).adapters
+    assert engine.check_adapters(loaded) == ([], [])
+    (folder / "x.safetensors").unlink()
+    engine._adapters.use(loaded)
+    assert "x.safetensors" in engine.loaded().adapters
+    assert not engine._adapters._read
+    engine._adapters.forget_used()
+    save_file(lora(), folder / "x.safetensors")
+    loaded = library.load(asking("x.safetensors"), Job()).adapters
+    engine.check_adapters(loaded)
+    assert engine._adapters._read
+    del loaded
+    assert not engine._adapters._read, "it waits for as long as its request"
+    loaded = library.load(asking("x.safetensors"), Job()).adapters
+    engine.check_adapters(loaded)
+    (folder / "x.safetensors").unlink()
+    again = library.load(asking("x.safetensors"), Job())
+    assert again.faults
+    job = Job(on_progress=lambda progress: (folder / "y.safetensors").unlink(missing_ok=True))
+    save_file(lora(3), folder / "y.safetensors")
+    event = {"input": {"prompt": PROMPT, "lora_path": "y.safetensors"}}
+    assert respond(event, job, lambda: Settings(lora_dir=folder), lambda: engine)["status"] == "success"
+    assert not (folder / "y.safetensors").exists()
+
+
+def test_what_is_remembered_of_files_is_bounded(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_REMEMBERED", 3)
+    engine._adapters._fitting.clear()
+    library = AdapterStore(Settings(lora_dir=tmp_path))
+    for i in range(6):
+        save_file(lora(), tmp_path / f"{i}.safetensors")
+        assert engine.check_adapters(library.load(asking(f"{i}.safetensors"), Job()).adapters) == ([], [])
+    assert len(engine._adapters._fitting) == 3
+    file = tmp_path / "5.safetensors"
+    stat = file.stat()
+    broken = file.read_bytes()[:-4] + struct.pack("<f", float("nan"))
+    file.write_bytes(broken)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (fault,), _ = engine.check_adapters(library.load(asking("5.safetensors"), Job()).adapters)
+    assert "not finite" in fault.message
+
+
+def test_whose_trouble_it_is_that_an_adapter_cannot_be_read(
+    ask: Ask, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def short(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(AdapterFile, "read", broken)
+    answer = ask(lora_path="outline.safetensors")
+    assert answer["error"] == ("adapter_unavailable: lora_path: could not be read on this worker: input/output error")
+    assert {record.levelname for record in caplog.records} == {"ERROR"}
+    monkeypatch.setattr(adapters, "_HANDED_OVER", 0)
+    answer = ask(lora_path="outline.safetensors")
+    assert answer["error_code"] == "adapter_unavailable", "on the device's thread too"
+    monkeypatch.setattr(AdapterFile, "check", short)
+    engine._adapters._fitting.clear()
+    answer = ask(lora_path="outline.safetensors")
+    assert answer["error_code"] == OutOfMemory.code
+
+
+def mutated(folder: Path, rng: random.Random) -> None:
+    """x.safetensors, a small adapter in which something is another."""
+    tensors = {**rng.choice([lora(), lokr(), loha(2)]), f"{QUERY}.alpha": torch.tensor(2.0)}
+    for _ in range(rng.randint(1, 2)):
+        name = rng.choice(list(tensors))
+        weight = tensors.pop(name)
+        match rng.randrange(5):
+            case 0:
+                weight = weight.flatten()[: rng.choice([0, 1, 160])].clone()
+            case 1:
+                types = [torch.int8, torch.float16, torch.float8_e5m2, torch.complex64, torch.bool]
+                weight = (weight.real if weight.is_complex() else weight).to(rng.choice(types))
+            case 2:
+                weight = torch.full_like(weight, rng.choice([float("nan"), float("inf"), 3e38, 0.0]))
+            case 3:
+                layer = rng.choice(
+                    ["", "a", QUERY, QUERY.replace("to_q", "to_out.0"), "text_encoder_2.x", "lora_unet_"]
+                )
+                end = rng.choice(
+                    ["lora_A", "lora_mid", "alpha", "bias", "diff_b", "lokr_w1", "hada_w1_a", "dora_scale"]
+                )
+                name = f"{layer}.{end}" + rng.choice(["", ".weight"])
+            case _ if weight.ndim:
+                weight = weight.reshape(*weight.shape, *rng.choice([[1], [1, 1], []])).transpose(0, -1).contiguous()
+            case _:
+                weight = weight.reshape(1, 1)
+        tensors[name] = weight
+    save_file(tensors, folder / "x.safetensors")
+    if rng.random() < 0.5:
+        data = bytearray((folder / "x.safetensors").read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(min(len(data), 600))] = rng.randrange(256)
+        (folder / "x.safetensors").write_bytes(data)
+
+
+def test_mutated_adapters_are_read_or_refused(engine: Engine, tmp_path: Path) -> None:
+    rng, networks, read = random.Random(13), Networks(engine._pipeline), 0
+    for _ in range(600):
+        mutated(tmp_path, rng)
+        began = time.perf_counter()
+        try:
+            weights = AdapterFile(tmp_path / "x.safetensors", networks).read()
+        except Refused as error:
+            str(error).encode()
+        else:
+            read += 1
+            assert all(tensor.isfinite().all() for tensor in weights.lora.values())
+            assert all(name.partition(".lora_")[2] in ("A.weight", "B.weight", "B.bias", "magnitude_vector")
+                       for name in weights.lora)  # fmt: skip
+        assert time.perf_counter() - began < 5
+    assert read > 20
+
+
+def test_after_mutated_adapters_the_plain_picture_is_the_same(ask: Ask, tmp_path: Path) -> None:
+    rng, short = random.Random(14), {"num_inference_steps": 1}
+    plain, codes = pixels(ask(**short)), set()
+    for _ in range(60):
+        mutated(tmp_path / "loras", rng)
+        answer = ask(**short, lora_path="x.safetensors", lora_scale=1)
+        codes.add(answer.get("error_code", "success"))
+        if answer.get("error_code") != "invalid_request":
+            assert pixels(ask(**short)) == plain
+    assert codes <= {"success", "invalid_request", "generation_failed"}
+    assert {"success", "invalid_request"} <= codes

@@ -148,6 +148,7 @@ class Seam:
 
 NUMBERS = ("no number", "infinity")
 ON_THE_CPU: dict[str, str | None] = {"tensors that do not fit": "internal_error"}
+NO_ADAPTER: dict[str, str | None] = dict.fromkeys(("a full disk", "too many files"), "adapter_unavailable")
 LOST_UPLOAD: dict[str, str | None] = {kind: None for kind in KINDS if kind not in ("a cancel", *NUMBERS)}
 
 
@@ -166,7 +167,9 @@ SEAMS = {
     "files": Seam(
         lambda worker: (worker.engine, "fetch"), fields={"control_image": SCENE}, differs=ON_THE_CPU, without=NUMBERS
     ),
-    "adapter": Seam(lambda worker: (pipeline(worker), "load_lora_weights"), fields=ADAPTER, without=NUMBERS),
+    "adapter": Seam(
+        lambda worker: (pipeline(worker), "load_lora_weights"), fields=ADAPTER, differs=NO_ADAPTER, without=NUMBERS
+    ),
     "CLIP": Seam(lambda worker: (pipeline(worker).text_encoder, "forward")),
     "encoder": Seam(lambda worker: (pipeline(worker), "encode_prompt")),
     "Redux": Seam(lambda worker: (worker.engine._redux, "read"), fields={"image_prompt": SCENE}),

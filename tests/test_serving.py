@@ -132,7 +132,7 @@ def test_odd_jobs_are_answered_or_left_out_alone(shared: StandIn, process: Worke
     odd_ids = ["a/b\nc", "e&%2F?#", "&", "$ID", "ü"]
     good = [shared.submit_as(id, {"prompt": "a red circle"}) for id in odd_ids]
     bad = [shared.submit_as(id, input) for id, input in (("no input", None), ("a list", []), ("a number", 5))]
-    shared.odd = [None, "job", {"id": 5}, {"input": {}}, [], {"id": ""}, {"id": "\ud800"}, {"id": good[0], "input": {}}]
+    shared.odd = [None, "job", {"id": 5}, {"input": {}}, [], {"id": ""}, {"id": "\ud800"}]
     last = shared.submit(prompt="a red circle")
     jobs = shared.wait(*good, *bad, last)
     assert [job.status for job in jobs] == ["COMPLETED"] * 5 + ["FAILED"] * 3 + ["COMPLETED"]

@@ -119,7 +119,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def test_what_is_read_is_what_safetensors_reads(tmp_path: Path) -> None:
     """Of whatever is accepted here safetensors gives the same tensors."""
     rng = random.Random(13)
-    tensors = {
+    tensors: dict[str, np.ndarray[Any, Any]] = {
         "a.b": np.arange(6, dtype=np.float32).reshape(2, 3),
         "c": np.ones((), np.int64),
         "d": np.zeros((0, 2), np.float16),

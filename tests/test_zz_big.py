@@ -29,7 +29,9 @@ from tests.fakes import FakePipeline
 SCHEMA = Request.model_json_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 ENGINE = Engine(FakePipeline(), get_model("flux-shapes"), None)
-TRIES = settings(derandomize=False, deadline=None, database=None, max_examples=2500, suppress_health_check=list(HealthCheck))
+TRIES = settings(
+    derandomize=False, deadline=None, database=None, max_examples=2500, suppress_health_check=list(HealthCheck)
+)
 
 # Any JSON, and what Python makes of it: numbers without bounds, no numbers, halves of characters.
 TEXTS = st.text(st.characters(), max_size=30) | st.text(

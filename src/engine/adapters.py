@@ -105,9 +105,14 @@ class Adapters:
             known = self._fitting.get(adapter.name)
         if known is not None and adapter.name in self._loaded:
             return known
+        with self._one_at_a_time:
+            same = next((weights for other, weights in self._read.items() if other.name == adapter.name), None)
+            if same is not None:
+                self._read[adapter] = same
+                return same.warnings
         file = AdapterFile(adapter.file, self._networks)
         with self._one_at_a_time:
-            waiting = self._reading + sum(weights.size for weights in self._read.values())
+            waiting = self._reading + sum({id(weights): weights.size for weights in self._read.values()}.values())
             handed_over = file.size if waiting + file.size <= _HANDED_OVER else 0
             self._reading += handed_over
         try:
@@ -153,8 +158,10 @@ class Adapters:
                     delta.put_into(getattr(self._pipeline, network).get_submodule(layer), adapter.name, target)
             before.check()
         except Exception as error:
-            self._forget(adapter.name)
-            before.restore()
+            try:
+                self._forget(adapter.name)
+            finally:
+                before.restore()
             if is_out_of_memory(error):
                 raise OutOfMemory(
                     f"there is no room for the adapter {path} beside the model: a lower MEMORY_LIMIT_GB on the worker "

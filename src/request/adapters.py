@@ -190,8 +190,13 @@ class AdapterStore:
             with room.open() as target:
                 target.announce(metadata.size)
                 # Its headers stay behind where it leads to another host.
-                headers = build_hf_headers(token=self._token)
-                http_get(url, cast(BinaryIO, target), headers=headers, displayed_filename="adapter")
+                http_get(
+                    url,
+                    cast(BinaryIO, target),
+                    headers=build_hf_headers(token=self._token),
+                    expected_size=metadata.size,
+                    displayed_filename="adapter",
+                )
         return room.file, Origin(metadata.etag or "")
 
     def _is_named(self, address: HubFile) -> bool:

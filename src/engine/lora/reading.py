@@ -187,6 +187,8 @@ def _state_dict(deltas: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
     state_dict = {}
     with_bias = {_network(name) for name, delta in deltas.items() if delta.bias is not None}
     with_magnitude = {_network(name) for name, delta in deltas.items() if delta.magnitude is not None}
+    if with_bias & with_magnitude:
+        raise Refused("is a DoRA with a bias in some of its layers, which cannot be applied here together")
     for name, delta in deltas.items():
         state_dict[f"{name}.lora_A.weight"] = delta.down.contiguous()
         state_dict[f"{name}.lora_B.weight"] = delta.up.contiguous()
