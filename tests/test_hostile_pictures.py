@@ -186,13 +186,13 @@ def frames(count: int) -> bytes:
 def test_parts_are_counted_before_a_decoder_runs(make: Callable[[], bytes], reason: str) -> None:
     file = make()
     assert len(file) <= 20_000_000
+    message = "takes longer"  # but a fast processor may read it
     with within(2.5):
         try:
             decode(file)
         except Refused as error:
-            assert reason in str(error)
-        else:
-            assert reason == "takes longer", "which a fast processor does not"
+            message = str(error)
+    assert reason in message
 
 
 def many_chunks() -> bytes:
