@@ -227,6 +227,7 @@ def test_sigterm_finishes_what_is_in_hand_and_takes_no_more(stand_in: StandIn, t
         process.wait_for(f'"requestId": "{running}", "message": "Started."')
         process.process.terminate()
         process.wait_for("stopping because of SIGTERM")
+        time.sleep(1.5)  # a poll that is under way may still bring a job
         late = stand_in.submit(prompt="a red circle")
         assert process.process.wait(180) == 0
     assert stand_in.jobs[running].status == "COMPLETED"
