@@ -15,9 +15,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, let_go, of_the_machine, redact
+from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, let_go, of_the_machine
 from src.job import Job, OnProgress
 from src.plan.plan import Plan, make_plan
+from src.redaction import redact
 from src.request.adapters import AdapterStore
 from src.request.images import load_pictures
 from src.request.reading import Reading, read_request

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from handler import get_engine, get_settings, handler
 from src.catalog import FORMATS
-from src.errors import WorkerError, redact
+from src.errors import WorkerError
 from src.job import Progress
+from src.redaction import redact
 from src.request.schema import PICTURES, Request
 from src.response.encode import read_parameters
 

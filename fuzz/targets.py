@@ -20,9 +20,10 @@ from PIL import Image
 
 from fuzz import formats
 from src.catalog import get_model
-from src.errors import InvalidRequest, Refused, redact
+from src.errors import InvalidRequest, Refused
 from src.job import Job
 from src.plan.plan import make_plan
+from src.redaction import redact
 from src.request.adapters import Adapter
 from src.request.addresses import check_beginning, read_address
 from src.request.aliases import ALIASES

@@ -57,7 +57,7 @@ def main() -> None:
     pins = locked(*IMAGE)
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--ignore-requires-python"]
     command += ["--no-deps", "--quiet", "--report", "-", *(f"{name}=={version}" for name, version in pins.items())]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)  # noqa: S603
+    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)  # noqa: S603 - pip, of this environment
     found = {plain(package["metadata"]["name"]): package["metadata"] for package in report["install"]}
     lines = [
         "# Licences",

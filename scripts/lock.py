@@ -33,7 +33,7 @@ def compiled(*sources: Path, constraints: Sequence[Path] = (), output: Path, mor
     options += ["--no-header", "--quiet", "--output-file", str(output), *more]
     options += [word for file in constraints for word in ("--constraint", str(file))]
     command = [sys.executable, "-m", "uv", "pip", "compile", *options, *map(str, sources)]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: S603 - uv, of this environment
     return re.split(r"\n(?=[A-Za-z0-9])", output.read_text().rstrip("\n"))
 
 

@@ -19,9 +19,9 @@ from src.errors import (
     WorkerFault,
     let_go,
     of_the_machine,
-    redact,
     refusal,
 )
+from src.redaction import redact
 
 
 def test_the_drawn_tree_is_the_tree() -> None:

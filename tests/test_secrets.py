@@ -166,7 +166,8 @@ def test_none_is_in_a_description(planted: None, tmp_path: Path) -> None:
 
 
 def test_settings_that_are_wrong_say_none(planted: None) -> None:
-    from src.errors import InvalidSettings, redact
+    from src.errors import InvalidSettings
+    from src.redaction import redact
 
     wrong = {
         "HF_TOKEN": "planted-but-wrong-\u00e9-9",

@@ -14,7 +14,9 @@ from torch import nn
 
 from src.engine.lora import AdapterFile, AdapterWeights, Networks
 from src.engine.memory import free_memory, is_out_of_memory
-from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault, redact
+from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault
+from src.redaction import redact
+from src.request.adapter_cache import reason
 from src.request.adapters import Adapter
 from src.settings import Settings
 
@@ -226,4 +228,4 @@ def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, bool, bool]:
 
 
 def _unreadable(error: OSError) -> str:
-    return f"could not be read on this worker: {(error.strerror or type(error).__name__).lower()}"
+    return f"could not be read on this worker: {reason(error)}"

@@ -18,8 +18,9 @@ from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url,
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from src.errors import Fault, Refused, WorkerError, WorkerFault, redact
+from src.errors import Fault, Refused, WorkerError, WorkerFault
 from src.job import Job
+from src.redaction import redact
 from src.request.adapter_cache import FULL, Cache, Get, Origin, Room, Unavailable, check_whole, hold, reason
 from src.request.addresses import (
     COMMIT,

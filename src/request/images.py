@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from src.catalog import FORMATS
-from src.errors import Fault, OutOfMemory, Refused, redact
+from src.errors import Fault, OutOfMemory, Refused
 from src.job import Job
+from src.redaction import redact
 from src.request.bounds import Claim, measure
 from src.request.decode_budget import DecodeBudget
 from src.request.decoder import Bounds, Unknown, Unreadable, read, read_apart

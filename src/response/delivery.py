@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from src import __version__
 from src.catalog import FORMATS, Model
-from src.errors import ResponseTooLarge, WorkerError, WorkerUnavailable, redact
+from src.errors import ResponseTooLarge, WorkerError, WorkerUnavailable
 from src.job import Job, Progress
 from src.outputs import Generation
 from src.plan.plan import Plan
-from src.redaction import hide_known_in
+from src.redaction import hide_known_in, redact
 from src.response.encode import can_carry, encode_image
 from src.response.storage import UPLOAD_SECONDS, Bucket
 

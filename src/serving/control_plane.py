@@ -27,7 +27,7 @@ import aiohttp
 from src.errors import Fault, InvalidRequest
 from src.serving import sdk
 from src.serving.handed_out import read_jobs
-from src.serving.logs import cancelled_unbegun, refused_unread
+from src.serving.logs import ended_unbegun
 from src.serving.posting import PatientSession, Results
 from src.wording import show
 
@@ -65,7 +65,7 @@ class ControlPlane:
         self._stopping = asyncio.Event()  # ask for no more jobs
         self._leaving = asyncio.Event()  # and take none that is not coming already
         self._no_stops = asyncio.Event()  # nothing is in hand that could be stopped
-        self._polls = {"job-take": _Poll("job-take"), "job-stop": _Poll("job-stop")}
+        self._taking, self._watching = _Poll("job-take"), _Poll("job-stop")
         self._coming: set[str] = set()  # with the SDK, which has not begun them
         self._begun: set[str] = set()
         self._refused: dict[str, str] = {}
@@ -107,7 +107,7 @@ class ControlPlane:
     # What the SDK calls
 
     async def _take(self, session: aiohttp.ClientSession, _: int) -> list[dict[str, Any]] | None:
-        poll = self._polls["job-take"]
+        poll = self._taking
         if not poll.under_way:
             if self._stopping.is_set():
                 await self._end()
@@ -123,7 +123,7 @@ class ControlPlane:
         return jobs
 
     async def _stop_signals(self, session: aiohttp.ClientSession) -> Sequence[str]:
-        poll, stopped, deadline = self._polls["job-stop"], list[str](), time.monotonic() + _WAIT_SECONDS
+        poll, stopped, deadline = self._watching, list[str](), time.monotonic() + _WAIT_SECONDS
         while not (stopped or self._no_stops.is_set() or time.monotonic() > deadline):  # the SDK sleeps after none
             if not poll.under_way:
                 poll.begin(lambda: sdk.call("get_stop_signals")(_Reading(session, poll, _STOP_BYTES, json.loads)))
@@ -142,10 +142,10 @@ class ControlPlane:
         self._coming.discard(id)
         refused = self._refused.pop(id, None)
         if time.monotonic() - self._stopped_before.pop(id, -_REMEMBERED_SECONDS) < _REMEMBERED_SECONDS:
-            cancelled_unbegun(id)
+            ended_unbegun(id, "cancelled", "cancelled before it began")
             return
         if refused:
-            refused_unread(id, refused)
+            ended_unbegun(id, "invalid_request", said := f"invalid_request: input {refused}", error=said)
             answer = InvalidRequest([Fault("input", refused)]).to_response(include_traceback=False)
             config = {**config, "handler": lambda _: answer}
         self._begun.add(id)

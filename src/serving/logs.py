@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from src.errors import redact
 from src.job import Job
 from src.plan.plan import Plan
+from src.redaction import redact
 from src.settings import Settings
 
 log = logging.getLogger("worker")
@@ -124,18 +124,7 @@ def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", lev
     log.log(level, "job %s: %s", facts["job"], message, extra={"facts": facts})
 
 
-def cancelled_unbegun(id: str) -> None:
-    """The one line of a job that was cancelled before anything of it was done."""
-    facts = {"job": redact(id), "outcome": "cancelled", "seconds": {}}
-    log.info("job %s: cancelled before it began", facts["job"], extra={"facts": facts})
-
-
-def refused_unread(id: str, reason: str) -> None:
-    """The one line of a job that cannot be read at all."""
-    facts = {
-        "job": redact(id),
-        "outcome": "invalid_request",
-        "error": f"invalid_request: input {reason}",
-        "seconds": {},
-    }
-    log.info("job %s: %s", facts["job"], facts["error"], extra={"facts": facts})
+def ended_unbegun(id: str, outcome: str, words: str, **more: str) -> None:
+    """The one line of a job of which nothing was done; `more` are facts."""
+    facts = {"job": redact(id), "outcome": outcome, **more, "seconds": {}}
+    log.info("job %s: %s", facts["job"], words, extra={"facts": facts})

@@ -26,10 +26,11 @@ from runpod.serverless.modules.rp_logger import RunPodLogger
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
 from src.catalog import CONTROL_TYPES
-from src.errors import InvalidRequest, InvalidSettings, WorkerError, redact
+from src.errors import InvalidRequest, InvalidSettings, WorkerError
 from src.job import Job, Progress
 from src.job_queue import JobQueue
 from src.plan.plan import make_plan
+from src.redaction import redact
 from src.request.reading import read_request
 from src.request.schema import PICTURES
 from src.response.encode import encode_image
