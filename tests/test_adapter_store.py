@@ -405,6 +405,22 @@ def test_many_downloads_at_once_stay_within_the_cache_and_wait_for_each_other(
     assert size < watched.most <= limit
 
 
+def test_who_announces_much_and_sends_little_takes_no_room_from_others(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_cache, "_AHEAD", 100_000)
+    urls = [web.put(f"files.test/{i}.safetensors", adapter(i, 250_000)) for i in range(2)]
+    load(tmp_path, urls[0], lora_cache_gb=0.005)
+    large = Page(adapter(2, 250_000)[:1_000], headers={"Content-Length": "4900000"}, hangs_up=False)
+    assert load(tmp_path, web.put("files.test/large", large), lora_cache_gb=0.005).faults
+    asked = len(web.asked)
+    assert content(load(tmp_path, urls[0], lora_cache_gb=0.005)) == adapter(0, 250_000)
+    assert len(web.asked) == asked, "it was not dropped"
+    with Watched(tmp_path / "cache") as watched:
+        assert content(load(tmp_path, urls[1], lora_cache_gb=0.0015)) == adapter(1, 250_000), "piece by piece"
+    assert watched.most <= 2_100_000
+
+
 def test_what_running_jobs_use_stays_and_a_newcomer_waits_or_is_refused(
     web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,8 +655,10 @@ def test_odd_names_are_the_clients_and_a_folder_that_cannot_be_read_is_the_worke
         Lora.model_construct(path=f"https://files.test/{half}", scale=1.0, weight_name=None, revision=None),
         Lora.model_construct(path="someone/style", scale=1.0, weight_name=f"{half}.safetensors", revision=None),
         Lora.model_construct(path="someone/style", scale=1.0, weight_name=None, revision=half),
-        Lora(path="someone/style", weight_name="a" * 900 + ".safetensors"),
-        Lora(path="someone/style", revision="https:///?" + "sig" * 300),
+        Lora.model_construct(path="someone/style", scale=1.0, weight_name="a" * 10**6 + ".safetensors", revision=None),
+        Lora.model_construct(
+            path="someone/style", scale=1.0, weight_name=None, revision="https:///?" + "sig" * 100_000
+        ),
         Lora(path="someone/style", revision="a/../../../x"),
         Lora(path="someone/style", weight_name="\0.safetensors"),
     )  # fmt: skip

@@ -35,7 +35,7 @@ _LEFT_BEHIND = 600  # seconds after its last byte that an unfinished file of ano
 _LOCK_SECONDS = 5  # to wait for another process that changes the cache
 _PATIENCE = 60  # seconds to wait for room that others use
 _OVERHEAD = 4_096  # bytes beside a file in its folder
-_PIECE = 4_000_000  # bytes of room at a time for what was not announced
+_AHEAD, _PIECE = 64_000_000, 4_000_000  # bytes of room ahead of what came: of what was announced, and was not
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class CachedFile:
-    """A whole file in the cache."""
+    """A whole file, and the folder that it is kept in."""
 
     folder: Path
     file: Path
@@ -158,18 +158,22 @@ class Cache:
         with _changing, _flock(self._folder, seconds=_LOCK_SECONDS):
             yield
 
-    def make_room(self, size: int, old: CachedFile | None = None) -> int:
-        """Delete what was not used for longest and nobody holds, `old` last, `size` bytes of it; how many they were."""
+    def make_room(self, size: int, old: CachedFile | None = None, *, partly: bool = False) -> bool:
+        """Delete what was not used for longest and nobody holds, `old` last, `size` bytes of it; whether that was done.
+
+        Where there is less than that nothing is deleted, or all of it: `partly`.
+        """
         held = {folder for used in list(_in_use.values()) if used is not old for folder in used.file.parents}
         folders = [folder for folder in self._folder.iterdir() if folder.suffix != _PARTIAL and folder not in held]
         folders.sort(key=lambda folder: (old is not None and folder == old.folder, _used_at(folder)))
-        freed = 0
-        for folder in folders:
-            if freed >= size:
+        sizes = {folder: _size(folder) for folder in folders}
+        enough = sum(sizes.values()) >= size
+        for folder in folders if enough or partly else ():
+            if size <= 0:
                 break
-            freed += _size(folder)
+            size -= sizes[folder]
             shutil.rmtree(folder, ignore_errors=True)
-        return freed
+        return enough or (partly and bool(folders))
 
     def missing(self, size: int) -> int:
         """Bytes by which the cache would be too large with `size` more."""
@@ -211,7 +215,7 @@ class Cache:
         with suppress(OSError), self.changing():
             self.sweep()
             if (missing := self.missing(0)) > 0:
-                self.make_room(missing)
+                self.make_room(missing, partly=True)
 
     def _kept(self, digest: str) -> CachedFile | None:
         """The latest file of an address; what is not whole is dropped."""
@@ -241,7 +245,7 @@ class Cache:
                     if error.errno not in FULL:
                         raise
                     with self.changing():
-                        if not self.make_room(max(_size(room.folder), 1), room.old):
+                        if not self.make_room(max(_size(room.folder), 1), room.old, partly=True):
                             raise
             folder = self._folder / f"{digest}-{_digest(file)}"
             with self.changing():
@@ -299,7 +303,7 @@ class Room:
                 self.cache.sweep()
                 for size in sizes:
                     missing = self.cache.missing(size - _size(self.folder) + _OVERHEAD)
-                    if missing <= 0 or self.cache.make_room(missing, self.old) >= missing:
+                    if missing <= 0 or self.cache.make_room(missing, self.old):
                         opened.truncate(size)
                         return size
                 waits = self.cache.is_used_by_others(self)
@@ -320,10 +324,11 @@ class Incoming:
         self._set_apart = 0
 
     def announce(self, size: int | None) -> None:
-        """Set apart what is to come, `size` bytes where that is known. Raises Refused where it is too large."""
+        """Set apart the first of what is to come, `size` bytes where that is known; Refused where it is too large."""
         self._announced = size
         if size is not None:
-            self._grow(size)
+            self._check(size)
+            self._grow(min(size, _AHEAD))  # who announces much and sends little takes no room from others
 
     def write(self, chunk: bytes) -> int:
         """Raises Refused where it is larger than it may be, Unavailable where it is larger than was announced."""
@@ -331,8 +336,10 @@ class Incoming:
         end = self._opened.tell() + len(chunk)
         if self._announced is not None and end > self._announced:
             raise Unavailable(f"could not be downloaded: more came than the {self._announced:,} bytes of it")
+        self._check(end)
         if end > self._set_apart:
-            self._grow(min(end + _PIECE, self._room.cache.largest), end)
+            known = self._announced is not None
+            self._grow(min(end + (_AHEAD if known else _PIECE), self._announced or self._room.cache.largest), end)
         self._opened.write(chunk)
         self.end = end
         return len(chunk)
@@ -349,10 +356,11 @@ class Incoming:
         """What was written behind that counts no more; its room stays."""
         self.end = self._opened.tell()
 
+    def _check(self, size: int) -> None:
+        if size > self._room.cache.largest:
+            raise Refused(f"has {size:,} bytes, more than {self._room.cache.limit}")
+
     def _grow(self, *sizes: int) -> None:
-        cache = self._room.cache
-        if sizes[-1] > cache.largest:
-            raise Refused(f"has {sizes[-1]:,} bytes, more than {cache.limit}")
         self._set_apart = self._room.set_apart(self._opened, *sizes)
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from src.errors import Fault, Refused, WorkerError, WorkerFault
 from src.job import Job
 from src.redaction import redact
-from src.request.adapter_cache import FULL, Cache, Get, Origin, Room, Unavailable, check_whole, hold, reason
+from src.request.adapter_cache import FULL, Cache, CachedFile, Get, Origin, Room, Unavailable, check_whole, hold, reason
 from src.request.addresses import (
     COMMIT,
     SUFFIX,
@@ -93,8 +93,9 @@ class AdapterStore:
         for i, lora in enumerate(request.loras):
             field = request.entry_field("loras", i)
             try:
-                file, asked, note = self._find(lora, job, {adapter.file for adapter in adapters})
-                adapter = Adapter(_name_of(file), file, asked, field)
+                # What is found is held until its adapter is: nobody drops the file in between.
+                found, asked, note = self._find(lora, job, {adapter.file for adapter in adapters})
+                adapter = Adapter(_name_of(found.file), found.file, asked, field)
                 adapters.append(hold(adapter))
                 if note:
                     warnings.append(redact(f"{field} {note}"))
@@ -106,7 +107,7 @@ class AdapterStore:
                 faults.append(WorkerFault(field, redact(self._cache.explain(error))))
         return LoadedAdapters(tuple(adapters), tuple(faults), tuple(warnings))
 
-    def _find(self, lora: Lora, job: Job, others: set[Path]) -> tuple[Path, Lora, str]:
+    def _find(self, lora: Lora, job: Job, others: set[Path]) -> tuple[CachedFile, Lora, str]:
         """The file, `lora` in plain words, and a warning where the file may be old; `others` are this request's."""
         path = lora.path.strip()
         if "://" not in path and (file := self._in_folder(path)):
@@ -115,7 +116,7 @@ class AdapterStore:
                 TensorFile(file)
             except OSError as error:
                 raise self._unreadable(error) from error
-            return file, lora, ""
+            return CachedFile(self._folder, file), lora, ""
         get: Get
         match read_address(lora):
             case WebFile() as address:
@@ -128,7 +129,7 @@ class AdapterStore:
                 lasts = bool(address.revision and COMMIT.fullmatch(address.revision))
                 get = partial(self._download, address, named)
         cached, note = self._cache.find(key, job, get, lasts=lasts, others=others)
-        return cached.file, address.asked, note
+        return cached, address.asked, note
 
     def _in_folder(self, path: str) -> Path | None:
         """The file below LORA_DIR that `path` names; links and dots lead nowhere else."""
