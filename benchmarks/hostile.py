@@ -127,6 +127,8 @@ def picture_cases() -> Cases:
         "a million strips": lambda: pictures.tiff(16, 1_000_000, {273: (4, 1_000_000, 0)}),
         "strips a byte apart": lambda: pictures.strips_a_byte_apart(1_000),
         "a tile of 16,384 x 16,384": lambda: pictures.tile(16_384),
+        "56,000,000 pixels in runs": lambda: pictures.bmp(8_000, b"\1\10" * 7_000_000),
+        "7,400,000 pixels in runs of one": lambda: pictures.bmp(2_800, b"\1\2" * 7_400_000),
         "9,000,000 runs": lambda: pictures.bmp(1_000, b"\1\2" * 500 + b"\1\1" * 9_000_000),
         "19,000 boxes in each other": lambda: pictures.nested(19_000),
         "2,400,000 boxes": lambda: pictures.HEIC + b"\0\0\0\x08free" * 2_400_000,

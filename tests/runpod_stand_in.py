@@ -110,6 +110,7 @@ class StandIn:
         self._dark_until = 0.0
         self._unanswered: set[str] = set()
         self._queue: deque[str] = deque()
+        self._encoded: dict[str, str] = {}  # jobs without a result, as they are handed out, ahead of their being taken
         self._stops: defaultdict[str, deque[str]] = defaultdict(deque)  # by worker
         self.odd: list[Any] = []  # handed out before the next job, as they are
         self._numbers = itertools.count(1)
@@ -246,6 +247,7 @@ class StandIn:
     async def _add(self, body: Mapping[str, Any], id: str | None = None) -> JobRecord:
         job = JobRecord(id or f"{uuid.uuid4()}-{next(self._numbers)}", body["input"])
         self.jobs[job.id] = job
+        self._encoded[job.id] = json.dumps({"id": job.id, "input": job.input})
         self._queue.append(job.id)
         await self._notify()
         return job
@@ -314,19 +316,20 @@ class StandIn:
         if not (self._queue or self.odd) or request.transport is None or request.transport.is_closing():
             return web.Response(status=204)
         batch = "batch_size" in request.query
-        taken: list[Any] = []
+        taken: list[str] = []
         if batch:
-            taken, self.odd = self.odd, []
+            taken, self.odd = [json.dumps(odd) for odd in self.odd], []
         for _ in range(min(int(request.query.get("batch_size", 1)), len(self._queue))):
             job = self.jobs[self._queue.popleft()]
             job.status = "IN_PROGRESS"
             job.taken.append(time.time())
             job.workers.append(name)
-            taken.append({"id": job.id, "input": job.input})
+            taken.append(self._encoded[job.id])
         in_hand = Counter(job.workers[-1] for job in self.jobs.values() if job.status == "IN_PROGRESS")
         self.most_in_hand = max(self.most_in_hand, *in_hand.values(), 0)
         await asyncio.sleep(self._way_seconds)
-        return web.json_response(taken if batch else taken[0] if taken else self.odd.pop(0))
+        text = f"[{','.join(taken)}]" if batch else taken[0] if taken else json.dumps(self.odd.pop(0))
+        return web.Response(text=text, content_type="application/json")
 
     async def _done(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self._way_seconds)
@@ -345,6 +348,7 @@ class StandIn:
             job.repeats += 1
         else:
             job.results.append((time.time(), posted))
+            self._encoded.pop(job.id, None)
             if job.status not in FINAL:
                 job.status = "FAILED" if "error" in posted else "COMPLETED"
             await self._notify()

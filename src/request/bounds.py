@@ -15,7 +15,7 @@ from src.errors import Refused
 
 _FILL = 4_096  # bytes between the parts of a JPEG; each is allowed, none is needed
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a JPEG, but for those that stand alone
-_SECONDS = 0.75  # of the processor that decoding the smallest picture may take
+_SECONDS = 0.5  # of the processor that decoding the smallest picture may take
 _SLICE = 2**20  # bytes that are searched at once: the interpreter's lock is held meanwhile
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q"}  # types of a TIFF's tag
 # Boxes of boxes in an AVIF or HEIC, and the bytes before the first.
@@ -23,7 +23,7 @@ _CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"iref": 4, b"iinf": 6}
 _MAX_EXIF = 262_144  # bytes: four segments of a JPEG
 
 # How many of its parts a file may hold.
-MAX_SCANS = 100  # of a JPEG: progressive ones of cameras and of the web have 6 to 14
+MAX_SCANS = 64  # of a JPEG: progressive ones of cameras and of the web have 6 to 14
 MAX_SEGMENTS = 2_000  # of a JPEG: 20 MB of metadata are 305
 MAX_CHUNKS = 65_536  # of a PNG: 20 MB in pieces of 8 kB are 2,500
 MAX_METADATA = 1_000  # chunks of a PNG that are no pixels
@@ -31,6 +31,7 @@ MAX_COMPRESSED = 100  # of these, those that are to be unpacked
 MAX_DIRECTORIES = 1_000  # of a TIFF: its pages
 MAX_TAGS = 20_000  # of all pages of a TIFF
 MAX_STRIPS = 65_536  # of a TIFF, or tiles
+MAX_RUN_LENGTH_PIXELS = 8_000_000  # of a BMP: Pillow unpacks their runs in Python
 MAX_BOXES = 10_000  # of an AVIF or HEIC: one each for the 250 tiles of 64 megapixels
 
 
@@ -210,6 +211,16 @@ def _bmp(file: bytes) -> Size:
     return width, height if height < 0xFF000000 else 2**32 - height  # rows from the top down
 
 
+def _run_length_bmp(file: bytes) -> Size:
+    width, height = _bmp(file)
+    if width * height > MAX_RUN_LENGTH_PIXELS:
+        raise Refused(
+            f"is a run-length encoded BMP of {width}x{height} pixels, and such may have {MAX_RUN_LENGTH_PIXELS:,} at "
+            "most: save it as PNG"
+        )
+    return width, height
+
+
 def _boxes(file: bytes) -> Size:
     """The largest picture of an AVIF or HEIC: the whole one, where it is put together of tiles."""
     size, boxes = (0, 0), 0
@@ -245,7 +256,7 @@ _KINDS = (
         ("AVIF", "HEIF"), re.compile(rb"....ftyp(he[iv][cmsx]|mif1|msf1)", re.DOTALL), _boxes, whole=True, seconds=0.2
     ),
     Kind(("TIFF",), re.compile(rb"MM(\0[*+]|\*\0)|II([*+]\0|\0\*)"), _tiff, whole=True, seconds=0.1),
-    # Pillow unpacks these in Python, with the interpreter's lock.
-    Kind(("BMP",), re.compile(rb"BM.{28}[\1\2]\0\0\0", re.DOTALL), _bmp, whole=True, seconds=0.06),
+    # Pillow unpacks these with the interpreter's lock.
+    Kind(("BMP",), re.compile(rb"BM.{28}[\1\2]\0\0\0", re.DOTALL), _run_length_bmp, whole=True, seconds=0.06),
     Kind(("BMP",), re.compile(rb"BM"), _bmp, whole=False, seconds=0.05),
 )

@@ -43,7 +43,9 @@ _PATIENCE = 20
 _THREADS = 4
 _NO_MEMORY = 3  # its exit status
 _PAUSE = 0.1  # seconds between two looks whether the job is still wanted
-_PIECES = 750_000  # that a file is read in: a second of Pillow's work; BMPs in runs of 64 megapixels need 530,000
+# That a file is read in, a microsecond of Pillow's work each: those of a PNG with as many chunks as it may have, and
+# more than the strips of a TIFF or the runs of a BMP need for their pixels.
+_PIECES, _PIECES_A_PIXEL = 270_000, 1 / 100
 _TOO_SLOW = "takes longer to decode than a picture of its size may: save it anew"
 
 warnings.filterwarnings("ignore", module="PIL")  # of what is odd in a client's file: each would be remembered for ever
@@ -66,11 +68,12 @@ class Bounds(NamedTuple):
 
 
 class _File(io.BytesIO):
-    """What ends the reading of itself after too many pieces, or once this thread has worked for `seconds`."""
+    """What ends the reading of itself after too many pieces, or once this thread has worked for too long."""
 
-    def __init__(self, file: bytes, seconds: float) -> None:
+    def __init__(self, file: bytes, bounds: Bounds) -> None:
         super().__init__(file)
-        self._pieces, self._until = _PIECES, time.thread_time() + seconds
+        self._pieces = _PIECES + bounds.pixels * _PIECES_A_PIXEL
+        self._until = time.thread_time() + bounds.seconds
 
     def read(self, size: int | None = -1, /) -> bytes:
         self._pieces -= 1
@@ -87,7 +90,7 @@ def read(file: bytes, bounds: Bounds, mode: str, *, by_alpha: bool = False) -> t
     """
     notes = list[str]()
     try:
-        picture = Image.open(_File(file, bounds.seconds), formats=bounds.formats)
+        picture = Image.open(_File(file, bounds), formats=bounds.formats)
         width, height = picture.size
         if min(picture.size) < MIN_INPUT_SIDE:
             raise Unreadable(f"has {width}x{height} pixels, and each side must have {MIN_INPUT_SIDE} at least")
