@@ -203,6 +203,23 @@ def soak(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hostile(results: dict[str, Any]) -> str:
+    """What requests that are meant to hurt cost, by kind."""
+    heads = ("what was sent", "cases", "longest until its answer", "most memory", "honest jobs later by")
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for kind, cases in results["kinds"].items():
+        seconds, megabytes, delay = (
+            max(case[key] for case in cases.values()) for key in ("seconds", "megabytes", "honest_delay")
+        )
+        lines.append(f"| {kind} | {len(cases)} | {seconds:.2f} s | {megabytes:.0f} MB | {delay:.2f} s |")
+    lines += [
+        "",
+        f"`python -m benchmarks.hostile` on {results['machine']['cores']} cores without a card. Servers that drip or",
+        "say nothing are waited for until 30 seconds are over, and nobody else waits; all others are answered at once.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
     "fleet": fleet,
@@ -211,6 +228,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": gpu,
     "cpu": cpu,
     "soak": soak,
+    "hostile": hostile,
 }
 
 
