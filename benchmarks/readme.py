@@ -220,6 +220,20 @@ def hostile(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def generated(results: dict[str, Any]) -> str:
+    """How requests made at random are answered."""
+    answers = ", ".join(f"{code} {count:,}" for code, count in results["answers"].items())
+    first, last = results["megabytes"]
+    return "\n".join(
+        [
+            f"{results['requests']:,} requests made at random (any JSON; what the schema takes; such with one or two",
+            f"places changed), planned or described: {answers}; the slowest took",
+            f"{results['slowest_seconds']:.2f} s, memory is {first:.0f} MB after a tenth of them, {last:.0f} MB at the end",
+            "(`python -m benchmarks.generated`).",
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
     "fleet": fleet,
@@ -229,6 +243,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "cpu": cpu,
     "soak": soak,
     "hostile": hostile,
+    "generated": generated,
 }
 
 
