@@ -227,8 +227,8 @@ def generated(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{results['requests']:,} requests made at random (any JSON; what the schema takes; such with one or two",
-            f"places changed), planned or described: {answers}; the slowest took",
-            f"{results['slowest_seconds']:.2f} s, memory is {first:.0f} MB after a tenth of them, {last:.0f} MB at the end",
+            f"places changed), planned or described: {answers}; the slowest took {results['slowest_seconds']:.2f} s,",
+            f"memory is {first:.0f} MB after a tenth of them and {last:.0f} MB at the end",
             "(`python -m benchmarks.generated`).",
         ]
     )
