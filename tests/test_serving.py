@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -216,6 +217,39 @@ def test_a_request_that_takes_too_long_ends_and_the_next_one_runs(stand_in: Stan
     for job in jobs:
         assert job.results[0][1]["error"].startswith("timed_out: the job took longer than REQUEST_TIMEOUT=1 seconds")
     assert after.status == "COMPLETED"
+
+
+_SLOW_TO_OPEN = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+#include <unistd.h>
+#define SLOW(name) \
+    int name(const char *path, int flags, unsigned mode) { \
+        int (*real)(const char *, int, unsigned) = (int (*)(const char *, int, unsigned))dlsym(RTLD_NEXT, #name); \
+        if (strstr(path, "slow.safetensors")) sleep(9); \
+        return real(path, flags, mode); \
+    }
+SLOW(open)
+SLOW(open64)
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_volume_that_is_slow_stops_no_other_job(stand_in: StandIn, tmp_path: Path) -> None:
+    source, library = tmp_path / "slow.c", tmp_path / "slow.so"
+    source.write_text(_SLOW_TO_OPEN)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)  # noqa: S607
+    (adapter,) = (ROOT / "models" / "flux-shapes-outline").glob("*.safetensors")
+    shutil.copy(adapter, tmp_path / "slow.safetensors")
+    with worker(stand_in, tmp_path / "log", LORA_DIR=str(tmp_path), LD_PRELOAD=str(library)):
+        stand_in.wait(stand_in.submit(prompt="a red circle"))
+        slow = stand_in.submit(prompt="a red circle", lora_path="slow.safetensors")
+        others = stand_in.wait(*(stand_in.submit(prompt="a red circle", seed=i) for i in range(7)))
+        assert not stand_in.jobs[slow].results
+        (late,) = stand_in.wait(slow)
+    assert all(job.status == "COMPLETED" for job in (*others, late))
+    assert late.results[0][0] - late.taken[0] > 9
 
 
 @pytest.mark.slow
