@@ -1,11 +1,14 @@
 """FLUX at its full size without a download: the configurations of the published models, random weights.
 
+`python -m benchmarks.full_size` writes how large their layers are to deploy/weights.json.
+
 Configurations: config.json of black-forest-labs' repos on the hub, the text encoders' of google/t5-v1_1-xxl,
 openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, mistralai/Mistral-Small-3.2-24B-Instruct-2506.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +18,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
+from deploy.plan import WEIGHTS
 from src.catalog import get_model
+from src.settings import ROOT
+from src.weights.files import check_whole
 from src.weights.placement import Weights
 from tests.small_models import SHAPES, chat_tokenizer
 
@@ -156,3 +162,36 @@ def weigh_parts(parts: Mapping[str, Any], dtype: torch.dtype) -> Weights:
     """The sizes of networks, by their names in a pipeline."""
     sizes = {part: {tensor: weight.numel() for tensor, weight in net.named_parameters()} for part, net in parts.items()}
     return Weights.of(sizes, parts["transformer"].config, parts["vae"].config, dtype.itemsize)
+
+
+def weigh_shapes() -> Weights:
+    """The same of the model that ships with this worker, by its files."""
+    folder = ROOT / get_model("flux-shapes").repo
+    transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
+    return Weights.of(check_whole(folder), transformer, vae, torch.bfloat16.itemsize)
+
+
+def sizes() -> dict[str, Any]:
+    """What deploy/weights.json holds, by the model's name."""
+    weighed = {"flux-shapes": weigh_shapes()} | {name: weigh(name) for name in FULL_SIZE}
+    return {
+        name: {
+            "itemsize": weights.itemsize,
+            "width": weights.width,
+            "channels": weights.channels,
+            "networks": {
+                part: {
+                    "outside": network.outside,
+                    "halves": sorted(network.halves),
+                    "blocks": dict(network.blocks),
+                    "modulation": dict(network.modulation),
+                }
+                for part, network in weights.networks.items()
+            },
+        }
+        for name, weights in weighed.items()
+    }
+
+
+if __name__ == "__main__":
+    WEIGHTS.write_text(json.dumps(sizes()) + "\n")

@@ -124,6 +124,7 @@ class Model:
     family: str
     licence: str
     gated: bool = False
+    download_gb: float = 0  # gigabytes (10^9) of its files: what benchmarks/full_size.py weighs, in bfloat16
     modes: Mapping[str, ModeSpec] = field(default_factory=lambda: FLUX_1_MODES)
     width: int = 1024
     height: int = 1024
@@ -155,12 +156,13 @@ _KLEIN_BASE: Mapping[str, Any] = {
 }  # fmt: skip
 
 MODELS: tuple[Model, ...] = (
-    _flux("FLUX.1-dev", "dev", _DEV, gated=True),
+    _flux("FLUX.1-dev", "dev", _DEV, gated=True, download_gb=33.7),
     _flux(
         "FLUX.1-schnell",
         "schnell",
         "Apache-2.0",
         gated=True,  # since April 2025, its licence being as free as ever
+        download_gb=33.7,
         num_inference_steps=4,
         guidance_scale=3.5,
         max_sequence_length=256,
@@ -170,6 +172,7 @@ MODELS: tuple[Model, ...] = (
         "dev",
         _DEV,
         gated=True,
+        download_gb=33.7,
         num_inference_steps=28,
         guidance_scale=4.5,
     ),
@@ -178,6 +181,7 @@ MODELS: tuple[Model, ...] = (
         "kontext",
         _DEV,
         gated=True,
+        download_gb=33.7,
         modes=KONTEXT_MODES,
         num_inference_steps=28,
         guidance_scale=2.5,
@@ -187,6 +191,7 @@ MODELS: tuple[Model, ...] = (
         "fill",
         _DEV,
         gated=True,
+        download_gb=33.7,
         modes=FILL_MODES,
         guidance_scale=30.0,
         max_guidance_scale=100,
@@ -196,6 +201,7 @@ MODELS: tuple[Model, ...] = (
         "control",
         _DEV,
         gated=True,
+        download_gb=33.7,
         modes=CONTROL_MODES,
         guidance_scale=30.0,
         max_guidance_scale=100,
@@ -206,6 +212,7 @@ MODELS: tuple[Model, ...] = (
         "control",
         _DEV,
         gated=True,
+        download_gb=33.7,
         modes=CONTROL_MODES,
         guidance_scale=10.0,
         max_guidance_scale=100,
@@ -216,14 +223,15 @@ MODELS: tuple[Model, ...] = (
         "flux.2-dev",
         _NON_COMMERCIAL,
         gated=True,
+        download_gb=111.3,
         modes=FLUX_2_MODES,
         guidance_scale=4.0,
         architecture="FLUX.2-dev",
     ),
-    _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", **_KLEIN),
-    _flux("FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, **_KLEIN),
-    _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", **_KLEIN_BASE),
-    _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, **_KLEIN_BASE),
+    _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", download_gb=16.0, **_KLEIN),
+    _flux("FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN),
+    _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
+    _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
     Model(
         "flux-shapes",
         "models/flux-shapes",

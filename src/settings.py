@@ -134,13 +134,17 @@ class Settings(BaseModel):
         description="where RunPod keeps cached models, in the hub's layout",
     )
     memory_mode: Annotated[str, BeforeValidator(_row_of(MEMORY_MODES))] = Field(
-        "auto", description="where weights live; auto is the fastest exact way that fits"
+        "auto",
+        description="where weights live; auto is the fastest exact way that fits",
+        json_schema_extra={"enum": [*MEMORY_MODES]},
     )
     memory_limit_gb: float | None = Field(
         None, gt=0, description="gigabytes (10^9) of the card to use at most; all that is free by default"
     )
     quantization: Annotated[str, BeforeValidator(_row_of(("none", *QUANTIZATIONS)))] = Field(
-        "none", description="fp8 or nf4: smaller, and not exact"
+        "none",
+        description="fp8 or nf4: smaller, and not exact",
+        json_schema_extra={"enum": ["none", *QUANTIZATIONS]},
     )
     quantized_dir: Path = Field(
         Path("/runpod-volume/quantized"), description="where quantized weights are kept for the next worker"
@@ -178,8 +182,8 @@ class Settings(BaseModel):
         pattern=r"^(?i:https?)://[^/\s@]+(/\S*)?$",
         description="of the S3 bucket that takes the pictures, https://host/bucket say",
     )
-    bucket_access_key_id: Secret | None = None
-    bucket_secret_access_key: Secret | None = None
+    bucket_access_key_id: Secret | None = Field(None, description="of the S3 bucket")
+    bucket_secret_access_key: Secret | None = Field(None, description="of the S3 bucket")
     bucket_name: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
     bucket_region: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
     bucket_addressing_style: Annotated[Literal["auto", "path", "virtual"], BeforeValidator(_lower)] = Field(
@@ -261,6 +265,18 @@ def read_dotenv() -> None:
     for name, value in dotenv_values(stream=io.StringIO(text)).items():
         if value:
             os.environ.setdefault(name, value)
+
+
+def runpod_api_key(environment: Mapping[str, str] | None = None) -> str | None:
+    """RUNPOD_API_KEY, by which `python -m deploy` speaks to RunPod; a worker has no use for it.
+
+    Raises InvalidSettings where no header can carry it.
+    """
+    key = SecretStr(_plain((os.environ if environment is None else environment).get("RUNPOD_API_KEY", "")))
+    try:
+        return _sendable(_kept(key)).get_secret_value() or None
+    except ValueError as error:
+        raise InvalidSettings(f"RUNPOD_API_KEY {error}") from None
 
 
 def _plain(value: str) -> str:
