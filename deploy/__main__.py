@@ -205,8 +205,9 @@ def _applied(asked: _Asked) -> Iterator[str]:
     endpoint_id, done = RunPod(key, asked.api).apply(asked.endpoint)
     yield from done
     if asked.endpoint.model_reference:
-        yield "The cached model is to be set by hand, once: https://console.runpod.io/serverless/user/endpoint/"
-        yield f"{endpoint_id}, Manage, Edit Endpoint, Model: {asked.endpoint.model_reference}"
+        yield "The REST API has no field for the cached model: set it once in the console, by Edit Endpoint."
+        yield f"  https://console.runpod.io/serverless/user/endpoint/{endpoint_id}"
+        yield f"  Model: {asked.endpoint.model_reference}"
     yield ""
     yield from _first_picture(endpoint_id)
 

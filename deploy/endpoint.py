@@ -6,6 +6,7 @@ Shapes of the bodies: https://docs.runpod.io/api-reference, v1.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,10 +98,10 @@ class Endpoint:
 
     @property
     def model_reference(self) -> str | None:
-        """What RunPod is to keep on its hosts for this endpoint; None for the model that ships with the worker."""
-        model = self.estimate.model
-        revision = self.settings.model_revision or "main"
-        return f"https://huggingface.co/{model.repo}:{revision}" if model.download_gb else None
+        """What RunPod is to keep on its hosts for this endpoint; None for a folder, as of the model that is shipped."""
+        repo, revision = self.estimate.model.repo, self.settings.model_revision or "main"
+        on_the_hub = self.estimate.model.download_gb and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo)
+        return f"https://huggingface.co/{repo}:{revision}" if on_the_hub else None
 
     @property
     def template(self) -> dict[str, Any]:

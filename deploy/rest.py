@@ -68,6 +68,12 @@ class RunPod:
             made = self._ask("POST", f"/{kind}", body)
             return made["id"], f"{noun} {name} is made: {made['id']}"
         found = alike[0]
+        for field in MADE_ONCE & body.keys() & found.keys():
+            if found[field] != body[field]:
+                raise RunPodError(
+                    f"the {noun} {name} is there with {field}={found[field]}, which nobody can change: choose another "
+                    "--name"
+                )
         differs = {
             field: value
             for field, value in body.items()

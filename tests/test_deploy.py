@@ -319,6 +319,27 @@ def test_what_cannot_be_is_said_in_a_sentence(arguments: str, said: str, capsys:
     assert re.search(said, fault(capsys, *arguments.split()))
 
 
+def test_a_limit_of_memory_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "FLUX.1-dev", "--gpu", "H100", "--set", "MEMORY_LIMIT_GB=16"]) == 0
+    assert re.search(
+        r"memory +stream: [\d.]+ of 16 GB at the peak, .* in the host's memory; exact", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("mirror/FLUX.1-dev", "cached model  https://huggingface.co/mirror/FLUX.1-dev:v2"),
+        ("/runpod-volume/FLUX.1-dev", "cached model  none"),
+    ],
+)
+def test_a_copy_of_a_model_is_taken_from_where_it_is(model: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", model, "--gpu", "H100", "--set", "MODEL_REVISION=v2"]) == 0
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert f'"MODEL_NAME": "{model}"' in shown
+
+
 def test_a_smaller_kind_of_weights_is_taken_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "FLUX.1-dev", "--gpu", "4090", "--set", "MEMORY_MODE=fp8"]) == 0
     assert re.search(r"memory +fp8: [\d.]+ of 24 GB at the peak.*; not exact", capsys.readouterr().out)
@@ -374,6 +395,13 @@ def test_a_host_that_cannot_be_reached_is_a_sentence(api: RestStandIn, capsys: p
         address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", address, "--apply")
     assert text.startswith(f"RunPod cannot be reached at {address}: ")
+
+
+def test_a_template_of_pods_is_not_touched(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    api.kept["templates"]["te9"] = {"id": "te9", "name": "flux-shapes", "isServerless": False}
+    text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
+    assert "the template flux-shapes is there with isServerless=False" in text
+    assert [method for method, _, _ in api.asked] == ["GET"]
 
 
 def test_two_of_one_name_are_not_touched(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:

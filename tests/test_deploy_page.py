@@ -18,7 +18,7 @@ from tests.runpod_rest import KEY, rest_api
 
 # Of docker's, curl's and runpodctl's options those that the page uses, as their manuals have them.
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "docker build": frozenset({"-t", "--build-arg"}),
+    "docker build": frozenset({"-t", "--build-arg", "--secret"}),
     "docker push": frozenset(),
     "curl": frozenset({"-X", "-H", "-d"}),
     "runpodctl serverless logs": frozenset({"--follow"}),
@@ -59,6 +59,8 @@ def builds(command: str) -> None:
     words, dockerfile = shlex.split(command), (ROOT / "Dockerfile").read_text()
     given = [word.partition("=")[0] for option, word in pairwise(words) if option == "--build-arg"]
     assert set(given) <= set(re.findall(r"^ARG (\w+)", dockerfile, re.MULTILINE))
+    secrets = [word.partition("id=")[2].partition(",")[0] for word in words if word.startswith("id=")]
+    assert all(f"type=secret,id={secret}" in dockerfile for secret in secrets)
     assert (ROOT / words[-1]).is_dir()
 
 
