@@ -3,6 +3,7 @@
 # make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
 # make lock: requirements*.txt into locked/; UPGRADE=--upgrade takes the newest of what they leave open.
 # make licences: LICENCES.md. make audit: known vulnerabilities of what is locked.
+# make release VERSION=1.2.3: what is unreleased becomes that version, as a commit and a tag; nothing is pushed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ COVERAGE := --cov=handler --cov=src
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 MINUTES ?= 30
 
-.PHONY: demo test test-all lint fuzz lock licences audit clean
+.PHONY: demo test test-all lint fuzz lock licences audit release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
@@ -43,6 +44,9 @@ audit: $(VENV)/supply
 	for name in torch cuda runtime quantization; do \
 		$(BIN)/pip-audit --strict --disable-pip --require-hashes --no-deps --requirement locked/$$name.txt || exit 1; \
 	done
+
+release:
+	$(PYTHON) -m scripts.release "$(VERSION)"
 
 clean:
 	rm -rf $(VENV) outputs

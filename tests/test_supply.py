@@ -106,15 +106,60 @@ def test_licences_as_packages_write_them() -> None:
         licence("x", {"license": None})
 
 
+# What a job may do beside reading the code.
+RIGHTS: dict[tuple[str, str], dict[str, str]] = {
+    ("release", "image"): {"contents": "read", "packages": "write"},
+    ("release", "scan"): {"packages": "read"},
+    ("release", "publish"): {"packages": "write", "id-token": "write", "attestations": "write"},
+    ("release", "release"): {"contents": "write"},
+}
+
+
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
-def test_workflows_may_only_read(file: Path) -> None:
+def test_workflows_may_do_what_they_must_and_no_more(file: Path) -> None:
     workflow = yaml.safe_load(file.read_text())
     assert workflow["permissions"] == {"contents": "read"}
-    for job in workflow["jobs"].values():
-        assert "permissions" not in job
+    for name, job in workflow["jobs"].items():
+        assert job.get("permissions") == RIGHTS.get((file.stem, name)), name
+        assert 0 < job["timeout-minutes"] <= 60, name
         for step in job["steps"]:
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
+            assert "${{" not in step.get("run", ""), "a name of a branch or a tag would be run as a command: use env"
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_every_action_is_a_commit_that_names_its_version(file: Path) -> None:
+    """A tag can be moved to other code; Dependabot reads the version in the comment and keeps both."""
+    used = [line.strip().removeprefix("- ") for line in file.read_text().splitlines() if "uses:" in line]
+    assert used
+    for line in used:
+        assert re.fullmatch(r"uses: [\w-]+(/[\w-]+)+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
+def test_one_action_is_one_commit_everywhere() -> None:
+    found: dict[str, set[str]] = {}
+    for file in WORKFLOWS:
+        for action, commit in re.findall(r"uses: (\S+)@(.+)", file.read_text()):
+            found.setdefault(action, set()).add(commit)
+    assert {action: commits for action, commits in found.items() if len(commits) > 1} == {}
+
+
+def test_a_release_is_named_only_once_its_image_is_scanned() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    jobs = workflow["jobs"]
+    assert {name: job.get("needs") for name, job in jobs.items()} == {
+        "test": None, "image": "test", "scan": "image", "publish": ["image", "scan"], "release": ["image", "publish"],
+    }  # fmt: skip
+    (build,) = [step["with"] for step in jobs["image"]["steps"] if "build-push-action" in step.get("uses", "")]
+    assert "push-by-digest=true" in build["outputs"]
+    assert "tags" not in build
+    assert (build["sbom"], build["provenance"]) == (True, "mode=max")
+    digest = "needs.image.outputs.digest"
+    (scan,) = jobs["scan"]["steps"]
+    assert digest in scan["with"]["image-ref"]
+    assert scan["with"]["exit-code"] == "1"
+    assert any(digest in str(step.get("with")) for step in jobs["publish"]["steps"] if "attest" in step.get("uses", ""))
 
 
 def test_the_workflows_audit_what_is_locked_and_dependabot_sees_to_all_of_it() -> None:
