@@ -3,6 +3,7 @@
 # make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
 # make lock: requirements*.txt into locked/; UPGRADE=--upgrade takes the newest of what they leave open.
 # make licences: LICENCES.md. make audit: known vulnerabilities of what is locked.
+# make docs: what README and docs/ repeat of the code and of the results. make pictures: the examples' pictures anew.
 # make release VERSION=1.2.3: what is unreleased becomes that version, as a commit and a tag; nothing is pushed.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ COVERAGE := --cov=handler --cov=src
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 MINUTES ?= 30
 
-.PHONY: demo test test-all lint fuzz lock licences audit release clean
+.PHONY: demo test test-all lint fuzz lock licences audit docs pictures release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
@@ -44,6 +45,12 @@ audit: $(VENV)/supply
 	for name in torch cuda runtime quantization; do \
 		$(BIN)/pip-audit --strict --disable-pip --require-hashes --no-deps --requirement locked/$$name.txt || exit 1; \
 	done
+
+docs: $(VENV)/development
+	$(BIN)/python -m scripts.docs
+
+pictures: $(VENV)/development
+	$(BIN)/python -m scripts.examples
 
 release:
 	$(PYTHON) -m scripts.release "$(VERSION)"

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -56,6 +57,11 @@ def _row_of(rows: Iterable[str]) -> Callable[[object], object]:
         return name
 
     return read
+
+
+def _options(rows: Iterable[str]) -> WithJsonSchema:
+    """What `_row_of` takes, for whoever reads the schema: the docs."""
+    return WithJsonSchema({"type": "string", "enum": list(rows)})
 
 
 def _names(value: object) -> object:
@@ -100,6 +106,7 @@ Secret = Annotated[SecretStr, AfterValidator(_kept), AfterValidator(_sendable)]
 Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
 
 
+_SMALLER = ("none", *QUANTIZATIONS)
 _BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 
 
@@ -108,10 +115,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_name: str = Field("FLUX.1-dev", description="a row of the catalog, a hub id or a local folder")
+    model_name: str = Field(
+        "FLUX.1-dev", description="a row of the catalog, a hub id or a local folder in diffusers' layout"
+    )
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
     hf_token: Secret | None = Field(None, description="Hugging Face access token; gated models need one")
-    civitai_token: Secret | None = Field(None, description="Civitai's API key; some of its adapters need one")
+    civitai_token: Secret | None = Field(
+        None, description="Civitai's API key; some of its adapters need one, and it is sent to Civitai alone"
+    )
     controlnets: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="ControlNets to load at the start and to prefer, by name; others load when first asked for"
     )
@@ -120,7 +131,9 @@ class Settings(BaseModel):
     )
     lora_dir: Path = Field(Path("/runpod-volume/loras"), description="the only folder whose adapters may be used")
     lora_cache_dir: Path = Field(Path("/tmp/loras"), description="where downloaded adapters are kept")  # noqa: S108
-    lora_cache_gb: float = Field(20, gt=0, description="of LORA_CACHE_DIR; the least recently used goes first")
+    lora_cache_gb: float = Field(
+        20, gt=0, description="gigabytes (10^9) of LORA_CACHE_DIR; the least recently used goes first"
+    )
     max_loras: int = Field(8, ge=4, le=64, description="adapters held in memory; the least recently used goes first")
     max_lora_rank: int = Field(512, ge=1, description="the highest rank of an adapter's layers")
     max_lora_gb: float = Field(8, gt=0, description="gigabytes (10^9) of one adapter, in its file or read in float32")
@@ -133,23 +146,21 @@ class Settings(BaseModel):
         Path("/runpod-volume/huggingface-cache/hub"),
         description="where RunPod keeps cached models, in the hub's layout",
     )
-    memory_mode: Annotated[str, BeforeValidator(_row_of(MEMORY_MODES))] = Field(
-        "auto",
-        description="where weights live; auto is the fastest exact way that fits",
-        json_schema_extra={"enum": [*MEMORY_MODES]},
+    memory_mode: Annotated[str, BeforeValidator(_row_of(MEMORY_MODES)), _options(MEMORY_MODES)] = Field(
+        "auto", description="where weights live; auto is the fastest exact way that fits"
     )
     memory_limit_gb: float | None = Field(
         None, gt=0, description="gigabytes (10^9) of the card to use at most; all that is free by default"
     )
-    quantization: Annotated[str, BeforeValidator(_row_of(("none", *QUANTIZATIONS)))] = Field(
-        "none",
-        description="fp8 or nf4: smaller, and not exact",
-        json_schema_extra={"enum": ["none", *QUANTIZATIONS]},
+    quantization: Annotated[str, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
+        "none", description="fp8 or nf4: smaller, and not exact; the metadata says so"
     )
     quantized_dir: Path = Field(
         Path("/runpod-volume/quantized"), description="where quantized weights are kept for the next worker"
     )
-    attention_backend: str = Field("auto", description="a name of diffusers' attention backends; auto goes by the card")
+    attention_backend: str = Field(
+        "auto", description="a name of diffusers' attention backends; auto is cuDNN's on Hopper and later"
+    )
     compile: bool | None = Field(
         None, description="compile the transformer's blocks before the first job; on cards by default"
     )
@@ -158,10 +169,13 @@ class Settings(BaseModel):
     )
     max_pixels: int = Field(2048 * 2048, ge=64 * 64, description="the most pixels of one picture, width times height")
     batch_size: int = Field(
-        1, ge=1, le=4, description="pictures denoised at once; above 1 the bytes depend on the batch"
+        1,
+        ge=1,
+        le=4,
+        description="pictures denoised at once; above 1 is faster on large cards, and bytes depend on the batch",
     )
     request_timeout: float | None = Field(
-        None, gt=0, description="seconds from a job's arrival until it is given up; no limit by default"
+        None, gt=0, description="seconds from a job's arrival on the worker until it is given up; no limit by default"
     )
     prefetch_jobs: int | None = Field(
         None,
@@ -182,8 +196,8 @@ class Settings(BaseModel):
         pattern=r"^(?i:https?)://[^/\s@]+(/\S*)?$",
         description="of the S3 bucket that takes the pictures, https://host/bucket say",
     )
-    bucket_access_key_id: Secret | None = Field(None, description="of the S3 bucket")
-    bucket_secret_access_key: Secret | None = Field(None, description="of the S3 bucket")
+    bucket_access_key_id: Secret | None = Field(None, description="of a key that may write to the bucket")
+    bucket_secret_access_key: Secret | None = Field(None, description="of the same key")
     bucket_name: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
     bucket_region: str | None = Field(None, description="by default the one that BUCKET_ENDPOINT_URL names")
     bucket_addressing_style: Annotated[Literal["auto", "path", "virtual"], BeforeValidator(_lower)] = Field(

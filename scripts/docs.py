@@ -1,0 +1,340 @@
+"""`make docs`: what README and docs/ repeat of the code and of measured results, made from them; tests hold it.
+
+A page is written by hand but for what stands between its marks, <!-- name --> and <!-- end -->. BLOCKS says which page
+has which marks, and what makes the text between them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields as fields_of
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+
+from benchmarks.readme import TABLES, figures, table
+from scripts.examples import EXAMPLES, SHIPPED, pictures_of
+from src.catalog import (
+    CONTROLNETS,
+    EVERY_MODE_TAKES,
+    FAMILIES,
+    FORMATS,
+    MODELS,
+    SCHEDULERS,
+    SPEEDS,
+    ControlDefaults,
+    Model,
+    ModeSpec,
+    get_model,
+)
+from src.request.aliases import ALIASES, INSTEAD, NAMED_SIZES, OTHER_PROGRAMS, WITHOUT_EFFECT
+from src.request.schema import CONTROL_OPTIONS, SINGLES, Borders, Control, Lora, Request
+from src.settings import ROOT, Settings
+
+# How a table names a family.
+FAMILY_NAMES: Mapping[str, str] = {
+    "kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev",
+}  # fmt: skip
+_ENTRIES: Mapping[str, type[BaseModel]] = {"loras": Lora, "controls": Control, "outpaint": Borders}
+_BY_RUNPOD = "set by RunPod"  # how a setting's description begins that nobody else sets
+
+
+def rows(heads: Iterable[str], cells: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    heads = list(heads)
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+# The API
+
+
+def modes() -> str:
+    """Which pictures ask for which mode, and which models have it."""
+    kinds = ("init_image", "mask_image", "control_image")
+    cells = [
+        (mode, *("x" if kind in row.needs else "" for kind in kinds), _models_with(mode))
+        for mode, row in _every_mode().items()
+    ]
+    return rows(("mode", *(f"`{kind}`" for kind in kinds), "works with"), cells)
+
+
+def _every_mode() -> dict[str, ModeSpec]:
+    return {mode: get_model(example.model).modes[mode] for mode, example in EXAMPLES.items()}
+
+
+def _models_with(mode: str) -> str:
+    having = [family for family, row in FAMILIES.items() if mode in get_model(row.model).modes]
+    return ", ".join(FAMILY_NAMES.get(family, family) for family in having)
+
+
+def examples() -> str:
+    """Each mode: what it is for, a request, and what the shipped model draws of it."""
+    return "\n\n".join(_example(mode) for mode in EXAMPLES)
+
+
+def _example(mode: str) -> str:
+    example = EXAMPLES[mode]
+    sent = pictures_of(example)
+    body = {**example.fields, **{name: f"<{file} in base64>" for name, file in sent.items()}}
+    lines = [f"### {mode}", "", f"{example.shows} Works with {_models_with(mode)}.", ""]
+    lines += ["```json", json.dumps({"input": body}, indent=2), "```", ""]
+    if example.model == SHIPPED:
+        shown = {**sent, "the answer": f"{mode}.png"}
+        lines += [rows(shown, [[f"![{name}](pictures/{file})" for name, file in shown.items()]])]
+    else:
+        lines += [f"For {example.model}; the shipped model has no such mode, so there is no picture of it here."]
+    return "\n".join(lines)
+
+
+def fields() -> str:
+    """Every field of a request: what it may be, its default, and which modes take it."""
+    return rows(
+        ("field", "what it may be", "default", "taken by"),
+        (
+            (f"`{name}`", str(field.description), _default(name, field.get_default()), _taken_by(name))
+            for name, field in Request.model_fields.items()
+        ),
+    )
+
+
+def _default(name: str, value: object) -> str:
+    if name in Request.model_fields and Request.model_fields[name].is_required():
+        return "required"
+    if value in (None, ()):
+        column = re.sub("^control(net)?_", "", name)
+        for owner, row in (("model", Model), ("mode", ModeSpec), ("ControlNet", ControlDefaults)):
+            if column in {one.name for one in fields_of(row)}:
+                return f"the {owner}'s"
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _taken_by(name: str) -> str:
+    if name in EVERY_MODE_TAKES | {"describe", "dry_run"}:
+        return "every mode"
+    wanted = SINGLES.get(name, name)
+    every = {
+        (model.architecture.startswith("FLUX.2"), mode): row for model in MODELS for mode, row in model.modes.items()
+    }
+    taking = [key for key, row in every.items() if wanted in row.takes | row.needs]
+    if taking == [key for key in every if not key[0]]:
+        return "every mode of FLUX.1"
+    return ", ".join(dict.fromkeys(mode for _, mode in taking))
+
+
+def entries() -> str:
+    """What an entry of a list or an object of a request holds."""
+    found = []
+    for name, model in _ENTRIES.items():
+        properties = model.model_json_schema()["properties"]
+        for key, about in properties.items():
+            field, same = model.model_fields[key], CONTROL_OPTIONS.get(key, "")
+            default = "required" if field.is_required() else _default(same, field.default)
+            found.append((f"`{name}`", f"`{key}`", allowed(about), default))
+    return rows(("field", "key", "what it may be", "default"), found)
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """What a JSON Schema lets through, in words."""
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "anyOf" in schema:
+        kinds = [allowed(kind) for kind in schema["anyOf"] if kind.get("type") != "null" and "const" not in kind]
+        return " or ".join(dict.fromkeys(kinds))
+    least = f"from {_number(schema['minimum'])}" if "minimum" in schema else ""
+    least = f"above {_number(schema['exclusiveMinimum'])}" if "exclusiveMinimum" in schema else least
+    most = f" to {_number(schema['maximum'])}" if "maximum" in schema else ""
+    kind = {"integer": "an integer", "number": "a number", "boolean": "true or false", "array": "a list, by commas"}
+    names = {"path": "a folder", "password": "a secret"}
+    word = kind.get(schema["type"]) or names.get(schema.get("format", ""), "text")
+    return f"{word} {least or ('' if not most else 'at most')}{most}".strip()
+
+
+def _number(value: float) -> str:
+    return f"{value:,g}" if abs(value) < 1_000_000 else f"{value:,.0f}"
+
+
+def models() -> str:
+    """The catalog's models, with their defaults."""
+    cells = []
+    for model in MODELS:
+        name = f"`{model.name}`" + (" (gated)" if model.gated else " (shipped)" if model.name == SHIPPED else "")
+        guidance = str(model.guidance_scale) + ("" if FAMILIES[model.family].guided else ", without effect")
+        size, steps = f"{model.width}x{model.height}", str(model.num_inference_steps)
+        cells.append((name, model.licence, size, steps, guidance, str(model.max_sequence_length)))
+    cells.append(("a fine-tune of one of them", "its own", "as its family, read from its configuration", "", "", ""))
+    return rows(("model", "licence", "size", "steps", "guidance", "tokens"), cells)
+
+
+def controlnets() -> str:
+    """The catalog's ControlNets, and what each reads by default at which scale."""
+    return rows(
+        ("ControlNet", "repo", "for", "reads (at the scale)", "licence"),
+        (
+            (
+                f"`{net.name}`",
+                f"`{net.repo}`",
+                net.architecture,
+                ", ".join(f"{kind} ({row.conditioning_scale:g})" for kind, row in net.types.items()),
+                net.licence,
+            )
+            for net in CONTROLNETS
+        ),
+    )
+
+
+def schedulers() -> str:
+    """The catalog's schedulers."""
+    return rows(
+        ("scheduler", "class", "starts from a picture", "calls of the model a step"),
+        (
+            (f"`{name}`", f"`{row.class_name}`", "yes" if row.starts_midway else "no", str(row.order))
+            for name, row in SCHEDULERS.items()
+        ),
+    )
+
+
+def speeds() -> str:
+    """The catalog's speeds."""
+    return rows(
+        ("speed", "what is computed"),
+        (
+            (
+                f"`{name}`",
+                f"the first {row.computed_first} steps, then one in {row.interval}" if row else "every step",
+            )
+            for name, row in SPEEDS.items()
+        ),
+    )
+
+
+def formats() -> str:
+    """The catalog's formats."""
+    return rows(
+        ("output_format", "type", "`output_quality`"),
+        ((f"`{name}`", f"`{row.mime}`", "1 to 100" if row.quality else "none: exact") for name, row in FORMATS.items()),
+    )
+
+
+def aliases() -> str:
+    """Other services' names, by the field that they become."""
+    return rows(
+        ("field", "also taken as"),
+        (
+            (f"`{field}`", _code(name for name, meant in ALIASES.items() if meant == field))
+            for field in dict.fromkeys(ALIASES.values())
+        ),
+    )
+
+
+def sizes() -> str:
+    """Sizes by the names that fal has for them."""
+    return ", ".join(f"`{name}` ({width}x{height})" for name, (width, height) in NAMED_SIZES.items()) + "."
+
+
+def without_effect() -> str:
+    """What is taken with a warning, by its reason."""
+    return rows(
+        ("the warning", "fields"),
+        (
+            (f"has no effect: {why}", _code(name for name, given in WITHOUT_EFFECT.items() if given == why))
+            for why in dict.fromkeys(WITHOUT_EFFECT.values())
+        ),
+    )
+
+
+def refused() -> str:
+    """What is refused with a word of its own."""
+    said = {**INSTEAD, **OTHER_PROGRAMS}
+    return rows(
+        ("the fault", "fields"),
+        ((why, _code(name for name, given in said.items() if given == why)) for why in dict.fromkeys(said.values())),
+    )
+
+
+# The settings
+
+
+def settings() -> str:
+    """Every setting that an operator sets."""
+    properties = Settings.model_json_schema()["properties"]
+    return rows(
+        ("variable", "default", "what it is", "what it may be"),
+        (
+            (f"`{name.upper()}`", _shown(field.default), str(field.description), allowed(properties[name]))
+            for name, field in Settings.model_fields.items()
+            if not str(field.description).startswith(_BY_RUNPOD)
+        ),
+    )
+
+
+def _shown(default: object) -> str:
+    if default in (None, "", ()):
+        return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+# How it is built
+
+
+def ladder() -> str:
+    """The rooms of src/, each above those that it may import."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    return "\n".join(["```text", "handler.py", *(layer.replace(" | ", "   ") for layer in layers), "```"])
+
+
+BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "README.md": {"docs: modes": modes, "docs: figures": figures},
+    "docs/api.md": {
+        "docs: examples": examples,
+        "docs: fields": fields,
+        "docs: entries": entries,
+        "docs: models": models,
+        "docs: controlnets": controlnets,
+        "docs: schedulers": schedulers,
+        "docs: speeds": speeds,
+        "docs: formats": formats,
+        "docs: aliases": aliases,
+        "docs: sizes": sizes,
+        "docs: without effect": without_effect,
+        "docs: refused": refused,
+    },
+    "docs/settings.md": {"docs: settings": settings},
+    "docs/architecture.md": {"docs: ladder": ladder},
+    "docs/performance.md": {f"benchmarks/results/{name}.json": partial(table, name) for name in TABLES},
+}
+
+
+def filled(page: str, text: str) -> str:
+    """`text` of `page` with what belongs between its marks; raises ValueError where a mark is not there once."""
+    for mark, make in BLOCKS[page].items():
+        begin, end = f"<!-- {mark} -->\n", "\n<!-- end -->"
+        if text.count(begin) != 1:
+            raise ValueError(f"{page} must have the mark {begin.strip()} once, and has it {text.count(begin)} times")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end.lstrip("\n"))
+        text = f"{before}{begin}{make()}{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Write the pages anew."""
+    for page in BLOCKS:
+        file = ROOT / page
+        file.write_text(filled(page, file.read_text()))
+
+
+if __name__ == "__main__":
+    main()
