@@ -6,6 +6,7 @@ has which marks, and what makes the text between them.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import tomllib
@@ -292,7 +293,18 @@ def ladder() -> str:
     """The rooms of src/, each above those that it may import."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
-    return "\n".join(["```text", "handler.py", *(layer.replace(" | ", "   ") for layer in layers), "```"])
+    return rows(
+        ("rung", "room", "what it is"),
+        ((str(rung), f"`{room}`", _about(room)) for rung, layer in enumerate(layers, 1) for room in layer.split(" | ")),
+    )
+
+
+def _about(room: str) -> str:
+    """The first sentence of a room's docstring."""
+    folder = ROOT / "src" / room
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    said = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return re.split(r"(?<=[.?])\s", " ".join(said.partition("\n\n")[0].split()))[0]
 
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
