@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="pairs",
-        help="a setting of README.md; again for more",
+        help="a setting of docs/settings.md; again for more",
     )
     add("--workers-min", type=_count, default=defaults.workers_min, help="that run and are paid always (%(default)s)")
     add("--workers-max", type=_count, default=defaults.workers_max, help="at a time (%(default)s)")
