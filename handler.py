@@ -6,10 +6,22 @@ when this file is run, and on first use elsewhere.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
+if __name__ == "__main__":  # first of all: SIGTERM may come while the imports below take their seconds
+    _BEGUN = time.perf_counter()
+
+    def _leave_imports(*_: object) -> None:
+        os.write(2, b"INFO worker: stopping because of SIGTERM, while the worker's code was being imported\n")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, _leave_imports)
+
 import logging
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -27,6 +39,7 @@ from src.response.describe import describe, show_plan
 from src.response.storage import BroughtBucket, Bucket, read_bucket
 from src.serving.logs import job_ended, keep_secrets_out, log
 from src.settings import Settings
+from src.stages import START
 
 if TYPE_CHECKING:
     from src.engine import Engine
@@ -55,14 +68,29 @@ def get_engine() -> Engine:
 
 
 @cache
-def _load_engine() -> Engine:
+def check_start() -> None:
+    """Raise a WorkerError with all that would end the start of this process later."""
+    from src.serving import startup
+
+    startup.check_start(get_settings())
+
+
+@cache
+def find_files() -> None:
+    """See that the model's files are here, and read them ahead: torch takes seconds to import."""
+    from src.serving import startup
     from src.weights.read_ahead import read_ahead
 
+    startup.find_files(get_settings())
     read_ahead(get_settings())
-    begun = time.perf_counter()
-    from src.engine import load_engine  # torch, which nobody should wait for who only reads this module
 
-    log.info("torch and diffusers imported in %.1f s", time.perf_counter() - begun)
+
+@cache
+def _load_engine() -> Engine:
+    check_start()
+    find_files()
+    with START.stage("torch"):
+        from src.engine import load_engine  # which nobody should wait for who only reads this module
     return load_engine(get_settings())
 
 
@@ -157,16 +185,19 @@ def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback
     return failure.to_response(include_traceback=include_traceback)
 
 
-def main() -> None:
-    """Load the model, then serve."""
-    from src.serving import logs, loop
-
+def main(begun: float | None = None) -> None:
+    """Load the model, then serve; the process `begun` at this time of time.perf_counter()."""
     try:
-        logs.configure(get_settings())
-        loop.leave(loop.serve(answer, get_settings(), get_engine, get_bucket))
+        with START.stage("settings", since=begun):
+            settings = get_settings()
+            from src.serving import logs, loop
+
+            logs.configure(settings)
+        status = loop.serve(answer, settings, get_engine, get_bucket, check_start=check_start, find_files=find_files)
+        loop.leave(status)
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))
 
 
 if __name__ == "__main__":
-    main()
+    main(_BEGUN)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+SIGNED = "Expires=1700000000&X-Amz-Signature=0f1e2d3c4b5a69788796a5b4c3d2e1f0"  # as a store's addresses are
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ class Hub:
                 "id": name,
                 "sha": REVISION,
                 "private": repo.private,
-                "siblings": [{"rfilename": path} for path in files],
+                "siblings": [
+                    {"rfilename": path, "size": file.stat().st_size, "blobId": _oid(file)}
+                    for path, file in files.items()
+                ],
             }
             return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
         if token in repo.gate:
@@ -115,7 +119,7 @@ class Hub:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": REVISION}
         if repo.elsewhere:
-            size = {"X-Linked-Size": str(file.stat().st_size), "Location": f"{repo.elsewhere}{path}"}
+            size = {"X-Linked-Size": str(file.stat().st_size), "Location": f"{repo.elsewhere}{path}?{SIGNED}"}
             return 302, {**headers, **size}, b""
         length = {"Content-Length": str(file.stat().st_size)} if repo.more else {}
         return 200, {**headers, **length}, file.read_bytes() + bytes(repo.more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from src.engine import load_engine
 from src.errors import ModelUnavailable
 from src.settings import ROOT, Settings
+from src.weights.disk import keep
+from src.weights.files import Files
 from tests.hub import REVISION, Hub, Repo, download_into
 
 SHIPPED = ROOT / "models" / "flux-shapes"
@@ -55,7 +58,7 @@ def test_a_hub_model_is_downloaded_and_its_revision_known(hub: Hub, download: An
     assert engine.model.num_inference_steps == 4, "no guidance embedding: the schnell family"
 
 
-def test_runpods_cache_comes_first_and_asks_no_network(hub: Hub, tmp_path: Path) -> None:
+def test_runpods_cache_asks_no_network(hub: Hub, tmp_path: Path) -> None:
     hub.repos["someone/cached"] = Repo(SHIPPED)
     snapshot_download("someone/cached", cache_dir=tmp_path)
     asked = hub.requests
@@ -64,9 +67,69 @@ def test_runpods_cache_comes_first_and_asks_no_network(hub: Hub, tmp_path: Path)
     assert hub.requests == asked
 
 
+@pytest.mark.parametrize("revision", [None, "main", REVISION])
+def test_what_hf_home_has_whole_comes_first_and_asks_no_network(
+    revision: str | None, hub: Hub, download: Any, tmp_path: Path
+) -> None:
+    hub.repos["someone/baked"] = Repo(SHIPPED)
+    for cache in (tmp_path / "home", tmp_path / "runpod"):
+        snapshot_download("someone/baked", cache_dir=cache)
+    hub.repos["someone/baked"] = Repo(SHIPPED, {None: (401, "GatedRepo")})
+    hub.asked.clear()
+    wanted = settings("someone/baked", model_revision=revision, runpod_model_cache=tmp_path / "runpod")
+    found = Files(wanted, download).find("someone/baked", "someone/baked", revision)
+    assert found.revision == REVISION
+    assert (tmp_path / "home") in found.folder.parents
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "lost", ["transformer/diffusion_pytorch_model.safetensors", "tokenizer_2", "vae/config.json", "model_index.json"]
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_was_cut_off_is_completed(lost: str, listed: bool, hub: Hub, download: Any) -> None:
+    """`listed`: the hub's library noted what there is; older ones and other programs did not."""
+    hub.repos["someone/cut"] = Repo(SHIPPED)
+    files = Files(settings("someone/cut"), download)
+    folder = files.find("someone/cut", "someone/cut").folder
+    if not listed:
+        shutil.rmtree(folder.parent.parent / "trees")
+    path = folder / lost
+    path.rename(folder.parent / "lost")
+    hub.asked.clear()
+    assert files.here("someone/cut", "someone/cut") is None
+    assert hub.asked == []
+    assert files.find("someone/cut", "someone/cut").folder == folder
+    assert path.exists()
+
+
+def test_a_part_that_is_here_asks_no_network(hub: Hub, download: Any) -> None:
+    hub.repos["someone/part"] = Repo(SHIPPED / "transformer")
+    files = Files(settings("flux-shapes"), download)
+    assert files.find("someone/part", "someone/part", part=True).revision == REVISION
+    hub.asked.clear()
+    assert files.find("someone/part", "someone/part", part=True).revision == REVISION
+    assert hub.asked == []
+
+
+def test_what_cannot_be_kept_is_a_warning_but_where_there_is_no_volume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    keep(tmp_path / "no" / "volume" / "file", Path.touch)
+    (tmp_path / "file").touch()
+    keep(tmp_path / "file" / "weights", Path.touch)
+    keep(tmp_path / "kept" / "weights", Path.touch)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert f"{tmp_path / 'file' / 'weights'} is not kept for the next worker" in caplog.records[1].getMessage()
+    assert (tmp_path / "kept" / "weights").exists()
+
+
 def test_a_gated_model_without_a_token(hub: Hub, download: Any) -> None:
     hub.repos["someone/gated"] = Repo(SHIPPED, {None: (401, "GatedRepo")})
-    assert "is gated: accept its licence on its hub page and set HF_TOKEN" in reason("someone/gated", download)
+    assert f"is gated: accept its licence on {hub.url}/someone/gated and set HF_TOKEN" in reason(
+        "someone/gated", download
+    )
 
 
 def test_a_token_without_access(hub: Hub, download: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from src.errors import GenerationFailed, InvalidSettings, OutOfMemory, WorkerUnavailable
 from src.settings import Settings
-from src.weights.files import keep
+from src.weights.disk import keep
 
 log = logging.getLogger("worker")
 

@@ -5,7 +5,7 @@ Libraries fill what is missing with random numbers or with an empty vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,13 @@ import torch
 import transformers
 
 from src.errors import Refused
+from src.weights.files import components
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
-_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
 _UNTRAINED = ("position_ids", "inv_freq")  # buffers that old files hold and that every library makes by itself
 _SPARE_WORDS = 0.1  # encoders are padded for the hardware's sake, tokenizers have marks that nobody uses
 _MOST_NAMED = 5
-
-
-def check_folders(index: Mapping[str, Any], folder: Path) -> None:
-    """Raise Refused where a component of `index`, a pipeline's model_index.json, has no folder or no vocabulary."""
-    for name, class_name in _components(index):
-        if not (folder / name).is_dir():
-            raise Refused(f"has no folder {name}, and model_index.json names it; download it again")
-        is_tokenizer = "Tokenizer" in class_name or class_name.endswith("Processor")
-        if is_tokenizer and not any((folder / name / file).is_file() for file in _VOCABULARIES):
-            raise Refused(f"has no vocabulary in {name}: none of {', '.join(_VOCABULARIES)}; download it again")
 
 
 def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, but_for: Mapping[str, Any]) -> Any:
@@ -39,7 +29,7 @@ def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *,
     Raises Refused with the tensors that a file lacks, or holds and nobody reads.
     """
     networks = {}
-    for name, class_name in _components(index):
+    for name, class_name in components(index).items():
         found: Any = getattr(_LIBRARIES.get(index[name][0]), class_name, None)
         if name not in but_for and _is_network(found):
             networks[name], report = found.from_pretrained(
@@ -65,13 +55,6 @@ def check_vocabularies(pipeline: Any) -> None:
 
 def _is_network(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, _NETWORKS)
-
-
-def _components(index: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each component with the name of its class; those that a model goes without are null."""
-    for name, value in index.items():
-        if isinstance(value, list) and value[0]:
-            yield name, str(value[1])
 
 
 def _check_report(name: str, report: Mapping[str, Any]) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from huggingface_hub import snapshot_download
 
 from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
 from src.engine.acceleration import accelerate
-from src.engine.components import check_folders, check_vocabularies, load_networks
+from src.engine.components import check_vocabularies, load_networks
 from src.engine.controlnets import values_of
 from src.engine.engine import Engine
 from src.engine.machine import measure
@@ -28,10 +26,9 @@ from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.quantization import Quantizer
 from src.errors import ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
-from src.weights.files import Files, Source, check_whole
+from src.stages import START
+from src.weights.files import Files, Source, check_folders, check_whole
 from src.weights.placement import Weights, Work, choose_placement
-
-log = logging.getLogger("worker")
 
 
 def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
@@ -51,35 +48,35 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name, files, laps = settings.model_name, Files(settings, download), _Laps()
+    name, files = settings.model_name, Files(settings, download)
     try:
         # 1. Where its files are, and whether they are whole
-        row = find_model(name)
-        source = files.find(name, row.repo if row else name, settings.model_revision)
-        index, parameters = _check(source.folder)
-        laps.end("find")
+        with START.stage("inspect"):
+            row = find_model(name)
+            source = files.find(name, row.repo if row else name, settings.model_revision)
+            index, parameters = _check(source.folder)
 
         # 2. What it is, and where each of its weights is to live
-        configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
-        guided = _is_guided(index, configurations["transformer"])
-        model = settle_model(name, class_name=index["_class_name"], guided=guided)
-        placement = choose_placement(
-            Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
-            measure(device, dtype, settings.memory_limit_gb),
-            _work(model, settings, files, dtype.itemsize),
-            settings.placement_mode,
-        )
-        log.info("placement: %s", placement.summary(), extra={"facts": {"placement": placement.summary()}})
-        laps.end("plan")
+        with START.stage("placement") as facts:
+            configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
+            guided = _is_guided(index, configurations["transformer"])
+            model = settle_model(name, class_name=index["_class_name"], guided=guided)
+            placement = choose_placement(
+                Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
+                measure(device, dtype, settings.memory_limit_gb),
+                _work(model, settings, files, dtype.itemsize),
+                settings.placement_mode,
+            )
+            facts.update(placement.summary())
 
         # 3. Its weights, read and put there
-        kind = placement.quantization
-        quantizer = Quantizer(kind, device, settings.quantized_dir) if kind else None
-        pipeline = _load(index, source, dtype, quantizer)
-        laps.end("read")
-        placed_pipeline = PlacedPipeline(pipeline, placement, device)
-        compiled = accelerate(pipeline, settings, device)
-        laps.end("place")
+        with START.stage("read"):
+            kind = placement.quantization
+            quantizer = Quantizer(kind, device, settings.quantized_dir) if kind else None
+            pipeline = _load(index, source, dtype, quantizer)
+        with START.stage("load"):
+            placed_pipeline = PlacedPipeline(pipeline, placement, device)
+            compiled = accelerate(pipeline, settings, device)
     except WorkerError:
         raise
     except Exception as error:
@@ -94,25 +91,10 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         placed_pipeline=placed_pipeline,
         compiled=compiled,
     )
-    engine.load_controlnets(settings.controlnets)
-    log.info("%s is loaded: %s", name, laps, extra={"facts": {"seconds": laps.seconds}})
+    if settings.controlnets:
+        with START.stage("controlnets"):
+            engine.load_controlnets(settings.controlnets)
     return engine
-
-
-class _Laps:
-    """Where the seconds of a start go."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begun = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        """All since the last end was `name`."""
-        now = time.perf_counter()
-        self.seconds[name], self._begun = round(now - self._begun, 2), now
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds} s" for name, seconds in self.seconds.items())
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:

@@ -19,7 +19,7 @@ from torch import nn
 
 from src.catalog import QUANTIZATIONS
 from src.errors import InvalidSettings, Refused
-from src.weights.files import keep
+from src.weights.disk import keep
 from src.weights.placement import block_of, is_modulation
 
 log = logging.getLogger("worker")

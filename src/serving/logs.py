@@ -23,6 +23,16 @@ log = logging.getLogger("worker")
 
 # The SDK writes results and prompts into its log at DEBUG.
 SDK_LEVELS = {"DEBUG": "INFO", "INFO": "INFO", "WARNING": "WARN", "ERROR": "ERROR"}
+# Libraries that write each request, a hub's and a store's signed addresses among them, and those that warn of what this
+# card does not need.
+_LIBRARIES = {
+    **dict.fromkeys(
+        ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "urllib3", "filelock", "botocore"),
+        logging.WARNING,
+    ),
+    "torchao": logging.ERROR,
+    "torch.utils._pytree": logging.ERROR,
+}
 
 
 class _Json(logging.Formatter):
@@ -70,7 +80,8 @@ def keep_secrets_out() -> None:
 
 
 def _keep_secrets_out_of_the_rest() -> None:
-    """What prints by itself: the SDK's logger, and Python where nobody catches an exception."""
+    """What prints by itself: the SDK's logger, the hub's, and Python where nobody catches an exception."""
+    import huggingface_hub.utils  # noqa: F401 - it sets its own level when it is imported, so before ours
     from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where nothing is served
 
     sdk = RunPodLogger()  # one for all of its modules
@@ -100,8 +111,8 @@ def configure(settings: Settings) -> None:
     log.addHandler(handler)
     log.setLevel(settings.log_level)
     log.propagate = False
-    for library in ("torchao", "torch.utils._pytree"):  # they warn of what this card does not need
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for library, level in _LIBRARIES.items():
+        logging.getLogger(library).setLevel(level)
 
 
 def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", level: int = logging.INFO) -> None:

@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import psutil
 import runpod
 from PIL import Image
 from runpod.serverless.modules.rp_logger import RunPodLogger
@@ -40,6 +42,7 @@ from src.serving.control_plane import MOST_JOBS, ControlPlane
 from src.serving.logs import SDK_LEVELS
 from src.serving.prefetch import MAX_DELIVERING, Held, Prefetch
 from src.settings import MAX_PREFETCH, Settings
+from src.stages import START
 
 if TYPE_CHECKING:
     from src.engine import Engine
@@ -49,6 +52,7 @@ T = TypeVar("T")
 Answer = Callable[[object, Job], dict[str, Any]]
 
 _JOBS_OF_THE_SDKS_LOOP = 3  # where it cannot be replaced: keeps a device that needs a second a picture busy
+_CHILDREN_SECONDS = 0.5  # to end by themselves
 _PROGRESS_SHARE = 5  # times as long as the latest update took passes until the next
 
 
@@ -57,6 +61,9 @@ def serve(
     settings: Settings,
     engine: Callable[[], Engine],
     bucket: Callable[[], Bucket | None],
+    *,
+    check_start: Callable[[], None] = lambda: None,
+    find_files: Callable[[], None] = lambda: None,
 ) -> int:
     """Check the worker, then take jobs until told to stop; the exit status of the process.
 
@@ -64,12 +71,13 @@ def serve(
     fails is named to the platform, and the process ends.
     """
     RunPodLogger().level = SDK_LEVELS[settings.log_level]  # its default, DEBUG, writes results into the log
-    signal.signal(signal.SIGTERM, _leave_at_once)  # while the model loads; the loop has its own
+    signal.signal(signal.SIGTERM, _leave_at_once)  # during the start; the loop has its own
     worker = Worker(answer, settings)
 
     def check_bucket() -> None:
         if configured := bucket():
-            configured.check()
+            with START.stage("bucket"):
+                configured.check()
             if configured.no_links:
                 log.warning(
                     "the bucket takes files, and nobody can fetch them (%s): pictures go out in base64, within "
@@ -78,22 +86,25 @@ def serve(
                 )
 
     def check_device() -> None:
-        from src.engine import check_device
-
-        worker.on_device(check_device)
+        with START.stage("torch"):
+            from src.engine import check_device
+        with START.stage("device"):
+            worker.on_device(check_device)
 
     def load_model() -> None:
         engine()
 
     def warm_up() -> None:
-        worker.warm_up(engine())
+        with START.stage("warm-up") as facts:
+            facts.update(worker.warm_up(engine()))
 
     arguments, _ = runpod.serverless.parser.parse_known_args()
     _check_arguments(arguments)
-    checks = [check_bucket, check_device, load_model, warm_up]
+    checks = [check_start, check_bucket, find_files, check_device, load_model, warm_up]
     if IS_LOCAL_TEST or settings.runpod_realtime_port or arguments.test_input or arguments.rp_serve_api:
         for check in checks[:-1]:
             check()
+        START.ready()
     else:
         for check in checks:
             runpod.serverless.register_fitness_check(_redacted(check))
@@ -127,19 +138,30 @@ def _redacted(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def _leave_at_once(*_: object) -> None:
-    """Nothing is in hand yet, and a clean end would wait for downloads and for the device's thread."""
+    """Nothing is in hand, and a clean end would wait for downloads and for the device's thread."""
     if multiprocessing.parent_process() is None:  # the SDK's process for pings has this from its parent
-        log.info("stopping because of SIGTERM: the worker was not ready yet")
+        log.info("stopping because of SIGTERM%s", START.under_way())
     leave(0)
 
 
 def leave(status: int) -> NoReturn:
     """End the process: the interpreter's own way takes seconds to tear torch down."""
-    for process in multiprocessing.active_children():  # or it would go on telling RunPod that this worker is alive
-        process.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        _end_children()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a signal may have come in the midst of a write, which cannot be flushed then
+        os._exit(status)
+
+
+def _end_children() -> None:
+    """Or the SDK's process for pings would go on telling RunPod that this worker is alive."""
+    children = psutil.Process().children(recursive=True)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                end(child)
+        _, children = psutil.wait_procs(children, _CHILDREN_SECONDS)
 
 
 class Worker:
@@ -160,9 +182,9 @@ class Worker:
         """What `work` gives, run on the device's thread."""
         return self._queue.ticket().run(work)
 
-    def warm_up(self, engine: Engine) -> None:
-        """Draw the configured sizes, and learn from them how long a job will take."""
-        model = engine.model
+    def warm_up(self, engine: Engine) -> dict[str, float]:
+        """Draw the configured sizes, and learn from them how long a job will take; a picture's seconds, by size."""
+        model, took = engine.model, {}
         sizes = self._settings.warmup_sizes
         for width, height in ((model.width, model.height),) if sizes is None else sizes:
             needs = dict.fromkeys(model.base.needs, "warm-up")  # Fill draws nothing without its pictures
@@ -181,8 +203,9 @@ class Worker:
                 batch = replace(plan, prompts=plan.prompts * several, seeds=seeds, batch_size=several)
                 self.on_device(partial(engine.warm_up, batch, model.num_inference_steps))
             seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
-            log.info("warm-up: a picture of %dx%d takes about %.2f s", width, height, seconds)
+            took[f"seconds_of_{width}x{height}"] = round(seconds, 2)
             self._prefetch.observe(seconds, plan.work / plan.steps * model.num_inference_steps)
+        return took
 
     def jobs_in_hand(self, _: int) -> int:
         """The SDK's concurrency_modifier: asked before each look for jobs, first of all things in its event loop.
@@ -192,6 +215,7 @@ class Worker:
         if not self._looked_for_scaler:
             self._looked_for_scaler = True
             self._take_over(sdk.running_scaler())
+            START.ready()
         return MOST_JOBS if self._control_plane else self._settings.prefetch_jobs or _JOBS_OF_THE_SDKS_LOOP
 
     def _take_over(self, scaler: Any) -> None:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import math
-import os
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import constants, errors, snapshot_download
+from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
+from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from src.catalog import MODELS
 from src.errors import Refused
 from src.settings import ROOT, Settings
+from src.weights.disk import free_bytes, user
 from src.weights.placement import DoesNotFit
-
-log = logging.getLogger("worker")
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
 # Models in one file, as other programs keep them.
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
+_HUB_SECONDS = 10  # for an answer of the hub's, before anything is downloaded
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,17 @@ class Source:
 
     folder: Path
     revision: str | None
+
+
+# What the hub may answer, by status.
+_ANSWERS: Mapping[int, str] = {
+    401: "the hub refuses HF_TOKEN: it is wrong or has expired",
+    403: "the hub forbids it: HF_TOKEN has no access to this repo",
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+CACHE = Path(constants.HF_HUB_CACHE)  # where the hub's files are kept
 
 
 class Files:
@@ -53,11 +67,22 @@ class Files:
         part: bool = False,
         before_download: Callable[[], None] = lambda: None,
     ) -> Source:
-        """The files of `repo`, which a client or an operator calls `name`: local, then RunPod's cache, then the hub.
+        """The files of `repo`, which a client or an operator calls `name`: `here`, or else from the hub.
 
         A `part` is one network, whose repo is its folder.
 
         Raises Refused or what huggingface_hub raises; `explain` words both.
+        """
+        if found := self.here(name, repo, revision, part=part):
+            return found
+        before_download()
+        return _source(Path(self._download(**_wanted(repo, revision, part), token=self._token())))
+
+    def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
+        """What is on this machine, without asking the hub: a folder, or else what HF_HOME or RunPod's cache has whole.
+
+        Without a `revision` that is the one which main was when it was downloaded. Raises Refused where `name` can be
+        nothing.
         """
         for folder in (Path(name).expanduser(), ROOT / repo):
             if folder.is_dir():
@@ -70,15 +95,29 @@ class Files:
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
+        for cache in ({}, {"cache_dir": self._settings.runpod_model_cache}):  # HF_HOME comes first
+            with suppress(errors.LocalEntryNotFoundError):
+                folder = Path(self._download(**_wanted(repo, revision, part), **cache, local_files_only=True))
+                if _is_whole(folder, part):
+                    return _source(folder)
+        return None
 
-        wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _PART if part else _PATTERNS}
-        cache = self._settings.runpod_model_cache
-        try:
-            return _source(Path(self._download(**wanted, cache_dir=cache, local_files_only=True)))
-        except errors.LocalEntryNotFoundError:
-            before_download()
-            token = self._settings.hf_token.get_secret_value() if self._settings.hf_token else None
-            return _source(Path(self._download(**wanted, token=token)))
+    def ask_hub(self, repo: str, revision: str | None = None, *, part: bool = False) -> int:
+        """The bytes that HF_HOME lacks of `repo`; nothing is downloaded, and it takes seconds at most.
+
+        Raises what huggingface_hub raises where they could not be downloaded; `explain` words it.
+        """
+        token = self._token()
+        info = HfApi(token=token).model_info(repo, revision=revision, timeout=_HUB_SECONDS, files_metadata=True)
+        wanted = [
+            file for file in info.siblings or () if any(fnmatch(file.rfilename, each) for each in _patterns(part))
+        ]
+        if wanted:  # a gated repo shows everybody what it holds, and its files to some
+            url = hf_hub_url(repo, wanted[0].rfilename, revision=info.sha)
+            get_hf_file_metadata(url, token=token, timeout=_HUB_SECONDS)
+        blobs = CACHE / f"models--{repo.replace('/', '--')}" / "blobs"
+        names = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in wanted}
+        return sum(file.size or 0 for file in wanted if not (blobs / str(names[file.rfilename])).exists())
 
     def explain(self, error: Exception, instead: str = "") -> str:
         """Why files cannot be had or used, in one line, and what to do; `instead` is what else there is."""
@@ -86,32 +125,37 @@ class Files:
         match error:
             case Refused() | DoesNotFit():
                 return str(error)
-            case errors.GatedRepoError() if settings.hf_token is None:
-                return f"is gated: accept its licence on its hub page and set HF_TOKEN{hint}"
-            case errors.GatedRepoError():
-                return "is gated and the account of HF_TOKEN has no access: accept its licence on its hub page"
+            case errors.GatedRepoError(repo_id=repo) if settings.hf_token is None:
+                return f"is gated: accept its licence on {_page(repo)} and set HF_TOKEN{hint}"
+            case errors.GatedRepoError(repo_id=repo):
+                return (
+                    f"is gated and the account of HF_TOKEN has no access: accept its licence on {_page(repo)}; a "
+                    "fine-grained token must also be allowed to read gated repos"
+                )
             case errors.RepositoryNotFoundError():
                 seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
                 return f"there is no such repo on the hub {seen}"
             case errors.RevisionNotFoundError():
                 return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
-            case errors.HfHubHTTPError() if error.response.status_code == 401:
-                return "the hub refuses HF_TOKEN: it is wrong or has expired"
-            case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)) if (
-                answer.status_code == 403
-            ):
-                return "the hub forbids it: HF_TOKEN has no access to this repo"
-            case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError(response=answer)):
-                return f"the hub answered {answer.status_code}: try again later"
-            case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
-                return f"is not on this machine and the hub cannot be reached{hint}"
-            case OSError(errno=errno.ENOSPC):
-                return f"the disk is full: {_free(constants.HF_HOME)} free below HF_HOME={constants.HF_HOME}"
+            case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answered):
+                return self.explain(answered, instead)
+            case errors.HfHubHTTPError(response=answer):
+                return _ANSWERS.get(answer.status_code, f"the hub answered {answer.status_code}: try again later")
+            case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError() | HTTPError():
+                why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+                return f"is not on this machine, or not all of it, and {why}{hint}"
+            case OSError(errno=number) if number in _NO_ROOM:
+                return f"the disk is full: {free_bytes(CACHE) / 1e9:.1f} GB free below {cache_name()}"
+            case OSError(errno=number) if number in _NO_RIGHT and error.filename:
+                return f"{error.filename} is not open to {user()} ({error.strerror})"
             case Exception() if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
                 return "there is not enough memory for its weights: choose a larger card or a smaller model"
             case RuntimeError() if "allocate memory" in str(error):
                 return "there is not enough memory for its weights: choose a larger machine or a smaller model"
         return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+    def _token(self) -> str | None:
+        return self._settings.hf_token.get_secret_value() if self._settings.hf_token else None
 
 
 def check_whole(folder: Path) -> dict[str, dict[str, int]]:
@@ -119,16 +163,8 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
 
     Raises Refused where a file is not whole.
     """
-    indexes = [*folder.glob("*.index.json"), *folder.glob("*/*.index.json")]
-    missing = [
-        shard.relative_to(folder)
-        for shards in indexes
-        for shard in {shards.parent / name for name in json.loads(shards.read_text())["weight_map"].values()}
-        if not shard.exists()
-    ]
-    if missing:
-        names = ", ".join(sorted(map(str, missing)))
-        raise Refused(f"the download is not complete, shards are missing: {names}; download it again")
+    if missing := _missing_shards(folder):
+        raise Refused(f"the download is not complete, shards are missing: {', '.join(missing)}; download it again")
     networks: dict[str, dict[str, int]] = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
         network = networks.setdefault("" if file.parent == folder else file.parent.name, {})
@@ -140,26 +176,71 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
     return networks
 
 
-def keep(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make `file` for the next worker, whole or not at all; a folder that cannot be made keeps nothing."""
-    unfinished = file.with_suffix(f".{os.getpid()}")
+def check_folders(index: Mapping[str, Any], folder: Path) -> None:
+    """Raise Refused where a component of `index`, a pipeline's model_index.json, has no folder or no vocabulary."""
+    for name, class_name in components(index).items():
+        if not (folder / name).is_dir():
+            raise Refused(f"has no folder {name}, and model_index.json names it; download it again")
+        is_tokenizer = "Tokenizer" in class_name or re.search(r"(?<!Image)Processor$", class_name)
+        if is_tokenizer and not any((folder / name / file).is_file() for file in _VOCABULARIES):
+            raise Refused(f"has no vocabulary in {name}: none of {', '.join(_VOCABULARIES)}; download it again")
+
+
+def components(index: Mapping[str, Any]) -> dict[str, str]:
+    """Each component of a model_index.json with the name of its class; those that a model goes without are null."""
+    return {name: str(value[1]) for name, value in index.items() if isinstance(value, list) and value[0]}
+
+
+def cache_name() -> str:
+    """The variable that says where the hub's files are kept, and where that is."""
+    home = Path(constants.HF_HOME)
+    return f"HF_HOME={home}" if home / "hub" == CACHE else f"HF_HUB_CACHE={CACHE}"
+
+
+def _wanted(repo: str, revision: str | None, part: bool) -> dict[str, Any]:
+    return {"repo_id": repo, "revision": revision, "allow_patterns": _patterns(part)}
+
+
+def _patterns(part: bool) -> list[str]:
+    return _PART if part else _PATTERNS
+
+
+def _is_whole(folder: Path, part: bool) -> bool:
+    """Whether a snapshot has all that its own indexes name; a download that was cut off leaves the rest out.
+
+    Where the hub's library keeps a list of what there is, it has compared that before.
+    """
+    if (folder.parent.parent / "trees" / f"{folder.name}.json").exists():
+        return True
     try:
-        file.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
-        write(unfinished)
-        unfinished.rename(file)
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk in a RuntimeError
-        unfinished.unlink(missing_ok=True)
-        log.info("%s is not kept: %s", file, error)
+        networks = [folder]
+        if not part:
+            index = json.loads((folder / "model_index.json").read_text())
+            check_folders(index, folder)
+            networks = [folder / name for name in components(index)]
+        described = {network for network in networks if (network / "config.json").exists()}
+        filled = {network for network in networks if any(network.glob("*.safetensors"))}
+        return bool(filled) and described == filled and not _missing_shards(folder)
+    except (OSError, ValueError, Refused):
+        return False
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that an index of `folder` names, and that are not there."""
+    indexes = [*folder.glob("*.index.json"), *folder.glob("*/*.index.json")]
+    shards = {
+        index.parent / name for index in indexes for name in set(json.loads(index.read_text())["weight_map"].values())
+    }
+    return sorted(str(shard.relative_to(folder)) for shard in shards if not shard.exists())
 
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and all(name.split("/"))
 
 
+def _page(repo: str | None) -> str:
+    return f"{constants.ENDPOINT}/{repo}" if repo else "its hub page"
+
+
 def _source(folder: Path) -> Source:
     return Source(folder, folder.name if folder.parent.name == "snapshots" else None)
-
-
-def _free(folder: str) -> str:
-    path = Path(folder).resolve()
-    return f"{shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free / 1e9:.1f} GB"

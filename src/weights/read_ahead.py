@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -45,11 +44,12 @@ def read_ahead(
 
 def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable[[Path], None], share: float) -> None:
     row = find_model(settings.model_name)
-    files = Files(settings, partial(download, local_files_only=True))
     try:
         repo = row.repo if row else settings.model_name
-        folder = files.find(settings.model_name, repo, settings.model_revision).folder
-        weights = sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+        source = Files(settings, download).here(settings.model_name, repo, settings.model_revision)
+        if source is None:
+            return
+        weights = sorted(source.folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
         if any(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's: smaller ones
             weights = [file for file in weights if file.parent.name != "transformer"]
         if sum(file.stat().st_size for file in weights) < share * host_memory().free:

@@ -1,0 +1,164 @@
+"""What can be said of a start before torch is imported and before a byte is downloaded; then the download.
+
+Knows nothing of RunPod, and of torch only what its wheel says of itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from src.catalog import controlnets_for, find_model
+from src.errors import DeviceFailed, ModelUnavailable, WorkerFault, refusal
+from src.settings import Settings
+from src.stages import START
+from src.weights.disk import free_bytes, why_not_writable
+from src.weights.files import CACHE, Files, Source, cache_name
+
+log = logging.getLogger("worker")
+
+_INSTEAD = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
+_DRIVER = "libcuda.so.1"
+
+
+def check_start(settings: Settings) -> None:
+    """Raise one error with all that would end this start later; what only hinders is a warning.
+
+    It takes seconds at most, and nothing of the network where the model's files are here.
+    """
+    with START.stage("checks"):
+        if faults := [fault for check in CHECKS for fault in check(settings)]:
+            raise refusal(faults)
+
+
+def find_files(settings: Settings) -> None:
+    """See that the files of the model and of its ControlNets are on this machine: download what is not.
+
+    Raises ModelUnavailable with the reason where they cannot be had.
+    """
+    files, downloaded = Files(settings), 0
+    with START.stage("files") as facts:
+        for wanted in _wanted(settings):
+            try:
+                source = wanted.here(files)
+                if source is None:
+                    log.info("%s is being downloaded, below %s", wanted.name, cache_name())
+                    source = files.find(wanted.name, wanted.repo, wanted.revision, part=wanted.part)
+                    downloaded += sum(file.stat().st_size for file in source.folder.rglob("*") if file.is_file())
+                elif source.revision not in (None, wanted.revision):
+                    used = "%s is used as it is, at revision %s: for another name it in MODEL_REVISION, or remove %s"
+                    log.info(used, wanted.name, source.revision, source.folder)
+            except Exception as error:
+                raise ModelUnavailable(f"{wanted.name}: {files.explain(error, _INSTEAD)}") from error
+            if not wanted.part:
+                facts |= {"folder": str(source.folder), "revision": source.revision}
+        facts["downloaded_bytes"] = downloaded
+
+
+class _Repo(NamedTuple):
+    """What a start wants: the model, or a ControlNet that stays in memory."""
+
+    name: str
+    repo: str
+    revision: str | None = None
+    part: bool = False
+    gated: bool = False
+
+    def here(self, files: Files) -> Source | None:
+        """Where it is on this machine."""
+        return files.here(self.name, self.repo, self.revision, part=self.part)
+
+
+def _wanted(settings: Settings) -> Iterator[_Repo]:
+    name, row = settings.model_name, find_model(settings.model_name)
+    yield _Repo(name, row.repo if row else name, settings.model_revision, gated=bool(row and row.gated))
+    kept = {net.lower() for net in settings.controlnets}
+    for net in controlnets_for(row) if row else ():
+        if {net.name.lower(), net.repo.lower()} & kept:
+            yield _Repo(net.repo, net.repo, part=True)
+
+
+def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) -> Iterator[WorkerFault]:
+    """Whether what is wanted is here or can be downloaded: by this token, to this disk."""
+    files, code, missing = Files(settings), ModelUnavailable.code, list[int]()
+    for wanted in _wanted(settings):
+        try:
+            if wanted.here(files) is None:
+                missing.append(0)
+                missing[-1] = files.ask_hub(wanted.repo, wanted.revision, part=wanted.part)
+        except Exception as error:  # noqa: BLE001 - all faults at once
+            why = files.explain(error, _INSTEAD)
+            if wanted.gated and settings.hf_token is None and "HF_TOKEN" not in why:
+                why += "; it is gated, so HF_TOKEN must be set too"
+            yield WorkerFault(wanted.name, why, code)
+    if (unwritable := why_not_writable(CACHE)) and missing:
+        yield WorkerFault(cache_name(), f"{unwritable}, or set HF_HOME to one that it may write", code)
+    elif unwritable:
+        log.warning("%s %s; what requests want of the hub beyond the model cannot be kept", cache_name(), unwritable)
+    if (room := free(CACHE)) < sum(missing):
+        yield WorkerFault(
+            cache_name(),
+            f"has {_gb(room)} free, and {_gb(sum(missing))} are still to be downloaded: give the container more disk "
+            "(containerDiskInGb), or set HF_HOME to a folder of a volume that has room",
+            code,
+        )
+
+
+def check_driver(_: Settings) -> Iterator[WorkerFault]:
+    """Whether the card's driver is new enough for this torch: of CUDA's major version, or a later one.
+
+    https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+    """
+    torch, wanted = torch_build()
+    if wanted is None:  # built for the CPU
+        return
+    driver = driver_cuda()
+    if driver is None:
+        log.warning(
+            "there is no NVIDIA driver (%s), and torch %s is built for CUDA %s: pictures are made by the CPU, which "
+            "takes hours for a large model",
+            _DRIVER,
+            torch,
+            wanted,
+        )
+    elif driver[0] < int(wanted.partition(".")[0]):
+        yield WorkerFault(
+            "the NVIDIA driver",
+            f"knows CUDA {driver[0]}.{driver[1]}, and torch {torch} is built for CUDA {wanted}: start this worker on "
+            f"hosts of CUDA {wanted} or later (on RunPod the endpoint's allowedCudaVersions)",
+            DeviceFailed.code,
+        )
+
+
+# Each gives what is wrong.
+CHECKS: tuple[Callable[[Settings], Iterator[WorkerFault]], ...] = (check_files, check_driver)
+
+
+def torch_build() -> tuple[str, str | None]:
+    """The version of the torch that would be imported, and of the CUDA that it is built for; None for the CPU's."""
+    spec = find_spec("torch")
+    written = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    text = written.read_text() if written and written.is_file() else ""
+    found = {name: re.search(rf"^{name}\b[^=\n]*= *'([^']+)'", text, re.MULTILINE) for name in ("__version__", "cuda")}
+    version, cuda = found["__version__"], found["cuda"]
+    return version[1] if version else "of an unknown version", cuda[1] if cuda else None
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the card's driver knows, major and minor; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL(_DRIVER).cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return (version.value // 1000, version.value % 1000 // 10) if version.value else None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
