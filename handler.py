@@ -187,14 +187,16 @@ def _refuse(failure: WorkerError, job: Job, plan: Plan | None, include_traceback
 
 def main(begun: float | None = None) -> None:
     """Load the model, then serve; the process `begun` at this time of time.perf_counter()."""
+    from src.serving import leaving, logs
+
     try:
         with START.stage("settings", since=begun):
             settings = get_settings()
-            from src.serving import logs, loop
-
+            signal.signal(signal.SIGTERM, leaving.leave_at_once)  # during the start; the loop has its own
             logs.configure(settings)
+            from src.serving import loop
         status = loop.serve(answer, settings, get_engine, get_bucket, check_start=check_start, find_files=find_files)
-        loop.leave(status)
+        leaving.leave(status)
     except WorkerError as error:
         sys.exit(redact(f"{error.code}: {error}"))
 

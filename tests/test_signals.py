@@ -40,7 +40,7 @@ def end(process: WorkerProcess) -> float:
     begun = time.monotonic()
     assert process.terminate(60) == 0, process.text()
     seconds = time.monotonic() - begun
-    left = [other.cmdline() for other in psutil.process_iter() if session(other) == process.process.pid]
+    left = [other.name() for other in psutil.process_iter() if alive_of(process.process.pid, other)]
     assert left == [], process.text()
     assert process.text().count("stopping because of SIGTERM") <= 1
     return seconds
@@ -54,11 +54,13 @@ def answers(port: int) -> bool:
     return True
 
 
-def session(process: psutil.Process) -> int:
+def alive_of(session: int, process: psutil.Process) -> bool:
+    """Whether it is of this session; whoever has ended waits for init alone, which is none of ours."""
     try:
-        return int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[3])
+        state, _, _, of = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[:4]
     except OSError:
-        return 0
+        return False
+    return int(of) == session and state != "Z"
 
 
 def test_in_the_first_moment(stand_in: StandIn, tmp_path: Path) -> None:
@@ -127,6 +129,7 @@ def test_at_random_moments_of_a_start(stand_in: StandIn, tmp_path: Path) -> None
             until_it_is_caught(process)
             time.sleep(moment)
             seconds.append(end(process))
-            print(f"{moment:5.2f} s of {whole:.2f}: {seconds[-1]:.2f} s; {process.text().strip().splitlines()[-1]}")
+            last = process.text().strip().splitlines()[-1]
+            print(f"{moment:5.2f} s of {whole:.2f}: {seconds[-1]:.2f} s; {last}")
             assert "into the start" not in process.text() or READY not in process.text()
     print(f"{MOMENTS} moments: {max(seconds):.2f} s at most")

@@ -103,7 +103,6 @@ def _keep_secrets_out_of_the_rest() -> None:
 def configure(settings: Settings) -> None:
     """Send this worker's log to stderr."""
     keep_secrets_out()
-    _keep_secrets_out_of_the_rest()
     handler = logging.StreamHandler()
     handler.setFormatter(
         _Json() if settings.runpod_endpoint_id else logging.Formatter("%(levelname)s %(name)s: %(message)s")
@@ -111,6 +110,7 @@ def configure(settings: Settings) -> None:
     log.addHandler(handler)
     log.setLevel(settings.log_level)
     log.propagate = False
+    _keep_secrets_out_of_the_rest()
     for library, level in _LIBRARIES.items():
         logging.getLogger(library).setLevel(level)
 

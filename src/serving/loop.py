@@ -9,19 +9,14 @@ import argparse
 import asyncio
 import base64
 import logging
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
 import runpod
 from PIL import Image
 from runpod.serverless.modules.rp_logger import RunPodLogger
@@ -52,7 +47,6 @@ T = TypeVar("T")
 Answer = Callable[[object, Job], dict[str, Any]]
 
 _JOBS_OF_THE_SDKS_LOOP = 3  # where it cannot be replaced: keeps a device that needs a second a picture busy
-_CHILDREN_SECONDS = 0.5  # to end by themselves
 _PROGRESS_SHARE = 5  # times as long as the latest update took passes until the next
 
 
@@ -71,7 +65,6 @@ def serve(
     fails is named to the platform, and the process ends.
     """
     RunPodLogger().level = SDK_LEVELS[settings.log_level]  # its default, DEBUG, writes results into the log
-    signal.signal(signal.SIGTERM, _leave_at_once)  # during the start; the loop has its own
     worker = Worker(answer, settings)
 
     def check_bucket() -> None:
@@ -135,33 +128,6 @@ def _redacted(check: Callable[[], None]) -> Callable[[], None]:
 
     run.__name__ = check.__name__
     return run
-
-
-def _leave_at_once(*_: object) -> None:
-    """Nothing is in hand, and a clean end would wait for downloads and for the device's thread."""
-    if multiprocessing.parent_process() is None:  # the SDK's process for pings has this from its parent
-        log.info("stopping because of SIGTERM%s", START.under_way())
-    leave(0)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process: the interpreter's own way takes seconds to tear torch down."""
-    try:
-        _end_children()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:  # a signal may have come in the midst of a write, which cannot be flushed then
-        os._exit(status)
-
-
-def _end_children() -> None:
-    """Or the SDK's process for pings would go on telling RunPod that this worker is alive."""
-    children = psutil.Process().children(recursive=True)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                end(child)
-        _, children = psutil.wait_procs(children, _CHILDREN_SECONDS)
 
 
 class Worker:
