@@ -157,6 +157,7 @@ START = (
     ),
 )  # fmt: skip
 WORD_OTHERS = {"explain", "_too_little"}  # functions that word what was raised elsewhere
+OF_NO_START = {"runpod_api_key"}  # but of `python -m deploy`
 LEAST_WORDING = 12  # characters of a message's longest part: with less it is a frame around another message
 
 
@@ -171,10 +172,14 @@ def said_at_the_start() -> set[str]:
     """Every message that may end a start."""
     found = set[str]()
     for file in {path for pattern in START for path in ROOT.glob(pattern)}:
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        others = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name in OF_NO_START]
+        for node in set(ast.walk(tree)) - {inner for function in others for inner in ast.walk(function)}:
             said: list[ast.AST | None] = []
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ENDS_A_START:
                 said = [*node.args[:1]]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "WorkerFault":
+                said = [*node.args[1:2]]
             elif isinstance(node, ast.FunctionDef) and node.name in WORD_OTHERS:
                 said = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)]
             found |= {text for part in said if part is not None and (text := written(part))}
