@@ -45,6 +45,8 @@ def events(draw: st.DrawFn) -> dict[str, Any]:
 
 def answer(pipe: Connection) -> None:
     """The process that answers: seconds and a code for each event, megabytes where it is asked for them."""
+    import runpod  # noqa: F401 - or the first address that is fetched imports it, and memory grows by that
+
     from handler import respond
     from src.job import Job
     from src.settings import Settings
