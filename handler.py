@@ -52,7 +52,9 @@ _loading = threading.Lock()
 def get_settings() -> Settings:
     """The settings of this process."""
     keep_secrets_out()
-    return Settings.from_environment()
+    settings = Settings.from_environment()
+    settings.add_packages()
+    return settings
 
 
 @cache

@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         for path in _save(response, options.output):
             print(f"saved    {path}")
     except OSError as error:
-        return _fail(str(error))
+        folder, user = options.output.resolve(), os.geteuid()
+        remedy = f"chown {user} {folder}, or give another --output"
+        return _fail(f"the picture cannot be saved as user {user} in {folder} ({error}): {remedy}")
     _report(response["metadata"], load, bar.steps)
     return 0
 

@@ -88,4 +88,4 @@ class Compiled:
     def _keep(self) -> None:
         artifacts = torch.compiler.save_cache_artifacts()
         if artifacts and not self._kept.exists():
-            keep(self._kept, lambda unfinished: unfinished.write_bytes(artifacts[0]))
+            keep(self._kept, "COMPILE_CACHE_DIR", lambda unfinished: unfinished.write_bytes(artifacts[0]))

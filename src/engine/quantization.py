@@ -66,7 +66,7 @@ class Quantizer:
     def keep(self, transformer: Any, answers: Answers, file: Path) -> None:
         """Write the weights, and what their layers answered; nothing is kept where the folder cannot be made."""
         kept = {"weights": transformer.state_dict(), "answers": answers}
-        keep(file, lambda unfinished: torch.save(kept, unfinished))
+        keep(file, "QUANTIZED_DIR", lambda unfinished: torch.save(kept, unfinished))
 
     def restore(self, transformer: Any, file: Path) -> bool:
         """Give `transformer`, which has no weights yet, those that were kept; no code in them is run.

@@ -13,19 +13,27 @@ from pathlib import Path
 log = logging.getLogger("worker")
 
 
-def keep(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make `file` for the next worker, whole or not at all; a folder that cannot be made keeps nothing."""
-    unfinished = file.with_suffix(f".{os.getpid()}")
+def keep(file: Path, setting: str, write: Callable[[Path], object]) -> None:
+    """Let `write` make `file` for the next worker, whole or not at all, in the folder that `setting` names.
+
+    Where that cannot be, a warning says why and what to do; where there is no such volume, a line.
+    """
+    folder, unfinished = file.parent, file.with_suffix(f".{os.getpid()}")
+    if not folder.parent.is_dir():
+        log.info("%s is not kept: there is no %s; attach a volume, or set %s", file.name, folder.parent, setting)
+        return
     try:
-        file.parent.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
+        folder.mkdir(exist_ok=True)  # on a volume that is there, that is: not its parents
         write(unfinished)
         unfinished.rename(file)
-    except FileNotFoundError as error:
-        log.info("%s is not kept, since there is no such volume: %s", file, error)
     except (OSError, RuntimeError) as error:  # torch tells of a full disk in a RuntimeError
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        log.warning("%s is not kept for the next worker: %s", file, _why(error, file.parent))
+        why = f"{folder} {unwritable}" if (unwritable := why_not_writable(folder)) else str(error)
+        log.warning(
+            "%s is not kept, and the next worker makes it anew: %s, or set %s to another folder",
+            *(file.name, why, setting),
+        )
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -54,11 +62,6 @@ def user() -> str:
     with suppress(KeyError):
         return f"user {os.geteuid()} ({pwd.getpwuid(os.geteuid()).pw_name})"
     return f"user {os.geteuid()}"
-
-
-def _why(error: Exception, folder: Path) -> str:
-    unwritable = why_not_writable(folder)
-    return f"{folder} {unwritable}" if unwritable else str(error)
 
 
 def _first_that_exists(folder: Path) -> Path:

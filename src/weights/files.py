@@ -23,6 +23,7 @@ from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
 from src.weights.placement import DoesNotFit
 
+BAKED = ROOT / "weights"  # in the hub's layout: what src/weights/bake.py put into the image
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
@@ -54,9 +55,12 @@ CACHE = Path(constants.HF_HUB_CACHE)  # where the hub's files are kept
 class Files:
     """Finds files by the worker's settings; `download` takes what huggingface_hub's snapshot_download takes."""
 
-    def __init__(self, settings: Settings, download: Callable[..., str] = snapshot_download) -> None:
+    def __init__(
+        self, settings: Settings, download: Callable[..., str] = snapshot_download, baked: Path = BAKED
+    ) -> None:
         self._settings = settings
         self._download = download
+        self._baked = baked
 
     def find(
         self,
@@ -79,7 +83,7 @@ class Files:
         return _source(Path(self._download(**_wanted(repo, revision, part), token=self._token())))
 
     def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
-        """What is on this machine, without asking the hub: a folder, or else what HF_HOME or RunPod's cache has whole.
+        """What is on this machine, without asking the hub: a folder, or what HF_HOME, RunPod's cache or the image has whole.
 
         Without a `revision` that is the one which main was when it was downloaded. Raises Refused where `name` can be
         nothing.
@@ -95,9 +99,9 @@ class Files:
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
-        for cache in ({}, {"cache_dir": self._settings.runpod_model_cache}):  # HF_HOME comes first
+        for cache in (None, self._settings.runpod_model_cache, self._baked):  # HF_HOME comes first
             with suppress(errors.LocalEntryNotFoundError):
-                folder = Path(self._download(**_wanted(repo, revision, part), **cache, local_files_only=True))
+                folder = Path(self._download(**_wanted(repo, revision, part), cache_dir=cache, local_files_only=True))
                 if _is_whole(folder, part):
                     return _source(folder)
         return None
