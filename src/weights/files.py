@@ -83,7 +83,7 @@ class Files:
         return _source(Path(self._download(**_wanted(repo, revision, part), token=self._token())))
 
     def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
-        """What is on this machine, without asking the hub: a folder, or what HF_HOME, RunPod's cache or the image has whole.
+        """What is on this machine, without asking the hub: a folder, or what HF_HOME, RunPod's or the image has whole.
 
         Without a `revision` that is the one which main was when it was downloaded. Raises Refused where `name` can be
         nothing.
