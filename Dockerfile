@@ -87,6 +87,6 @@ LABEL org.opencontainers.image.title="flux-worker" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 # The entry point starts as root and drops to user 10001. tini passes signals on from the first moment; 143 is an end by
-# SIGTERM before Python has its own way to end.
-ENTRYPOINT ["tini", "-e", "143", "--", "/app/entrypoint.sh"]
+# SIGTERM before Python has its own way to end. -s: also where docker's --init stands before it.
+ENTRYPOINT ["tini", "-s", "-e", "143", "--", "/app/entrypoint.sh"]
 CMD ["python", "-u", "handler.py"]

@@ -23,6 +23,12 @@ if [ "$(id -u)" = 0 ]; then
             chown "$worker:$worker" "$folder" 2>/dev/null || true
         fi
     done
-    set -- setpriv --reuid "$worker" --regid "$worker" --clear-groups --no-new-privs -- "$@"
+    become="setpriv --reuid $worker --regid $worker --clear-groups --no-new-privs --"
+    if $become true 2>/dev/null; then
+        # shellcheck disable=SC2086 # several words
+        set -- $become "$@"
+    else
+        echo "WARNING: the worker stays root: this container may not change its user (--cap-drop); give --user $worker" >&2
+    fi
 fi
 exec "$@"

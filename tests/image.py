@@ -361,6 +361,13 @@ def read_only(machine: Machine) -> str:
         return f"{machine.job(container).status}: {container.line('is loaded')}"
 
 
+def rights(machine: Machine) -> str:
+    """Root that may not become another: it goes on, with a warning."""
+    said = machine.tool("run", "--rm", "--cap-drop", "ALL", IMAGE, "id", "-u")
+    check(said.startswith("WARNING: the worker stays root") and said.split()[-1] == "0", said)
+    return said.splitlines()[0]
+
+
 def alone(machine: Machine) -> str:
     """No RunPod, no network, no volume: says what it is and how to go on, draws, and says where the picture is."""
     with machine.container("--network", "none", "--env", "MODEL_NAME=flux-shapes", IMAGE) as container:
@@ -584,8 +591,8 @@ def in_terminal(command: str, environment: Mapping[str, str]) -> tuple[int, str]
 
 
 CASES: tuple[Callable[[Machine], str], ...] = (
-    build, size, build_refused, job_as_root, job_as_worker, read_only, alone, own_volume, host_folder, roots_volume,
-    unwritable_home, tokens, baked, api, compose, readme, terminated,
+    build, size, build_refused, job_as_root, job_as_worker, read_only, rights, alone, own_volume, host_folder,
+    roots_volume, unwritable_home, tokens, baked, api, compose, readme, terminated,
 )  # fmt: skip
 
 

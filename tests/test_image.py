@@ -48,7 +48,7 @@ def test_the_image_says_of_which_version_it_is() -> None:
 def test_the_entry_point_gives_up_its_rights_for_the_images_user() -> None:
     (user,) = re.findall(r"useradd .*--uid (\d+)", DOCKERFILE)
     assert f"\nworker={user}\n" in ENTRY_POINT
-    assert 'setpriv --reuid "$worker" --regid "$worker" --clear-groups --no-new-privs' in ENTRY_POINT
+    assert "setpriv --reuid $worker --regid $worker --clear-groups --no-new-privs" in ENTRY_POINT
     assert not re.findall(r"^(USER|ADD|EXPOSE)|sudo|setuid", DOCKERFILE, re.MULTILINE)
     assert "chown -R" not in ENTRY_POINT, "a volume may hold a million files"
 
