@@ -1,13 +1,11 @@
-"""The image: what it is made of, and by scripts/image.sh what it does. Weights that are baked into it; what is kept."""
+"""The image: what it is made of, and by scripts/image.sh what it does. Weights that are baked into it."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +13,7 @@ import yaml
 import src
 from src.settings import ROOT, Settings
 from src.weights import bake
-from src.weights.files import Files, keep
+from src.weights.files import Files
 from tests.hub import REVISION, Hub, Repo
 
 SHIPPED = ROOT / "models" / "flux-shapes"
@@ -104,30 +102,6 @@ def test_what_cannot_be_baked_is_a_sentence(hub: Hub, tmp_path: Path, monkeypatc
     assert "--secret id=HF_TOKEN,env=HF_TOKEN" in said
     monkeypatch.setenv("MEMORY_MODE", "much")
     assert str(bake.main("true", tmp_path)).startswith("MEMORY_MODE='much': must be one of")
-
-
-def test_what_cannot_be_kept_is_a_warning_with_folder_user_and_remedy(tmp_path: Path, caplog: Any) -> None:
-    (tmp_path / "quantized").touch()  # no folder
-    keep(tmp_path / "quantized" / "x.pt", "QUANTIZED_DIR", lambda file: file.touch())
-    (record,) = caplog.records
-    said = record.getMessage()
-    assert record.levelname == "WARNING"
-    for part in (
-        "x.pt is not kept",
-        f"user {os.geteuid()} cannot write {tmp_path / 'quantized'}",
-        "chown",
-        "set QUANTIZED_DIR",
-    ):
-        assert part in said
-
-
-def test_without_a_volume_nothing_is_kept_and_nothing_is_wrong(tmp_path: Path, caplog: Any) -> None:
-    with caplog.at_level("INFO", "worker"):
-        keep(tmp_path / "no" / "quantized" / "x.pt", "QUANTIZED_DIR", lambda file: file.touch())
-    (record,) = caplog.records
-    assert record.levelname == "INFO"
-    said = f"x.pt is not kept: there is no {tmp_path / 'no'}; attach a volume, or set QUANTIZED_DIR"
-    assert record.getMessage() == said
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,17 @@ def test_what_cannot_be_kept_is_a_warning_but_where_there_is_no_volume(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "worker")
-    keep(tmp_path / "no" / "volume" / "file", Path.touch)
+    keep(tmp_path / "no" / "volume" / "file", "QUANTIZED_DIR", Path.touch)
     (tmp_path / "file").touch()
-    keep(tmp_path / "file" / "weights", Path.touch)
-    keep(tmp_path / "kept" / "weights", Path.touch)
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
-    assert f"{tmp_path / 'file' / 'weights'} is not kept for the next worker" in caplog.records[1].getMessage()
+    keep(tmp_path / "file" / "weights", "QUANTIZED_DIR", Path.touch)
+    keep(tmp_path / "kept" / "weights", "QUANTIZED_DIR", Path.touch)
+    without, failed = caplog.records
+    assert (without.levelname, failed.levelname) == ("INFO", "WARNING")
+    assert without.getMessage().endswith(f"there is no {tmp_path / 'no'}; attach a volume, or set QUANTIZED_DIR")
+    said = failed.getMessage()
+    assert said.startswith("weights is not kept, and the next worker makes it anew: ")
+    assert str(tmp_path / "file") in said
+    assert said.endswith("or set QUANTIZED_DIR to another folder")
     assert (tmp_path / "kept" / "weights").exists()
 
 
