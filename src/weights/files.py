@@ -99,9 +99,10 @@ class Files:
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
-        for cache in (None, self._settings.runpod_model_cache, self._baked):  # HF_HOME comes first
+        others = (self._settings.runpod_model_cache, self._baked)
+        for cache in ({}, *({"cache_dir": folder} for folder in others)):  # HF_HOME comes first
             with suppress(errors.LocalEntryNotFoundError):
-                folder = Path(self._download(**_wanted(repo, revision, part), cache_dir=cache, local_files_only=True))
+                folder = Path(self._download(**_wanted(repo, revision, part), **cache, local_files_only=True))
                 if _is_whole(folder, part):
                     return _source(folder)
         return None
