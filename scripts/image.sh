@@ -16,13 +16,12 @@ if [ "$(id -u)" = 0 ] && command -v dockerd >/dev/null && ! docker info >/dev/nu
     dockerd >"$log" 2>&1 &
     daemon=$!
     trap 'kill "$daemon"; wait "$daemon" || true; rm -f "$log"' EXIT
-    timeout 60 sh -c 'until docker info >/dev/null 2>&1; do sleep 0.5; done' || { tail -n 5 "$log"; }
+    timeout 60 sh -c 'until docker info >/dev/null 2>&1; do sleep 0.5; done' || tail -n 5 "$log"
 fi
-for tool in docker /usr/bin/docker podman; do
-    command -v "$tool" >/dev/null || continue
-    # The Dockerfile wants BuildKit: docker with its plugin buildx, or from before that was one; podman has its own.
-    [ "$tool" = podman ] || "$tool" build --help 2>/dev/null | grep -q -- --secret || continue
+for tool in docker /usr/bin/docker; do
+    # The Dockerfile wants BuildKit: docker with its plugin buildx, or from before that was one.
+    "$tool" build --help 2>/dev/null | grep -q -- --secret || continue
     "$tool" info >/dev/null 2>&1 || continue
     "$python" -m tests.image "$tool" "$@" && exit 0 || exit $?
 done
-skip "neither docker with BuildKit nor podman works here; on Debian: apt-get install docker.io debootstrap"
+skip "no docker with BuildKit works here; on Debian, as root: apt-get install docker.io iptables debootstrap"

@@ -60,11 +60,10 @@ def check(holds: object, seen: str) -> None:
 
 
 class Tool:
-    """docker, or podman, whose command line is the same; `build_options` are what this machine's builds want beside."""
+    """The command line of docker; `build_options` are what builds want on this machine."""
 
     def __init__(self, command: str) -> None:
         self.command = command
-        self.podman = Path(command).name == "podman"
         self.build_options: list[str] = []
         self.environment = {**os.environ, "DOCKER_BUILDKIT": "1", "BUILDKIT_PROGRESS": "plain"}
 
@@ -528,9 +527,9 @@ def compose(machine: Machine) -> str:
 
 def compose_command(tool: Tool) -> list[str] | None:
     """That of docker, or the program of former days."""
-    if not tool.podman and tool.attempt("compose", "version").returncode == 0:
+    if tool.attempt("compose", "version").returncode == 0:
         return [tool.command, "compose"]
-    return ["docker-compose"] if not tool.podman and shutil.which("docker-compose") else None
+    return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
 def readme_commands() -> list[str]:
