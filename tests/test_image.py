@@ -75,9 +75,9 @@ def test_a_baked_model_is_used_as_it_is_and_no_hub_is_asked(
     """Gated, by its short name; and its repo is gone afterwards."""
     monkeypatch.setenv("MODEL_NAME", "FLUX.1-schnell")
     monkeypatch.setenv("HF_TOKEN", "hf_opens")
-    hub.repos["black-forest-labs/FLUX.1-schnell"] = GATED
+    monkeypatch.setitem(hub.repos, "black-forest-labs/FLUX.1-schnell", GATED)
     assert bake.main(said, tmp_path / "weights") is None
-    del hub.repos["black-forest-labs/FLUX.1-schnell"]
+    monkeypatch.delitem(hub.repos, "black-forest-labs/FLUX.1-schnell")
     asked = hub.requests
     files = Files(Settings(), baked=tmp_path / "weights")
     assert files.find("FLUX.1-schnell", "black-forest-labs/FLUX.1-schnell").revision == REVISION
@@ -94,7 +94,7 @@ def test_nothing_is_baked_where_that_is_not_asked_for(hub: Hub, tmp_path: Path, 
 
 def test_what_cannot_be_baked_is_a_sentence(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bake.main("maybe", tmp_path) == "BAKE_MODEL=maybe: must be one of true, 1, yes, on, false, 0, no, off"
-    hub.repos["black-forest-labs/FLUX.1-dev"] = GATED
+    monkeypatch.setitem(hub.repos, "black-forest-labs/FLUX.1-dev", GATED)
     monkeypatch.setenv("MODEL_NAME", "FLUX.1-dev")
     said = bake.main("true", tmp_path)
     assert said is not None
