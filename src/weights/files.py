@@ -23,7 +23,6 @@ from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
 from src.weights.placement import DoesNotFit
 
-BAKED = ROOT / "weights"  # in the hub's layout: what src/weights/bake.py put into the image
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
@@ -50,6 +49,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 CACHE = Path(constants.HF_HUB_CACHE)  # where the hub's files are kept
+BAKED = ROOT / "weights"  # the same for what src/weights/bake.py put into the image
 
 
 class Files:
@@ -83,7 +83,7 @@ class Files:
         return _source(Path(self._download(**_wanted(repo, revision, part), token=self._token())))
 
     def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
-        """What is on this machine, without asking the hub: a folder, or what HF_HOME, RunPod's or the image has whole.
+        """What is on this machine, without asking the hub: a folder, HF_HOME, RunPod's cache or the image.
 
         Without a `revision` that is the one which main was when it was downloaded. Raises Refused where `name` can be
         nothing.
@@ -99,8 +99,8 @@ class Files:
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
-        others = (self._settings.runpod_model_cache, self._baked)
-        for cache in ({}, *({"cache_dir": folder} for folder in others)):  # HF_HOME comes first
+        others = ({"cache_dir": folder} for folder in (self._settings.runpod_model_cache, self._baked))
+        for cache in ({}, *others):  # HF_HOME comes first
             with suppress(errors.LocalEntryNotFoundError):
                 folder = Path(self._download(**_wanted(repo, revision, part), **cache, local_files_only=True))
                 if _is_whole(folder, part):
