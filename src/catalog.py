@@ -468,6 +468,12 @@ def find_model(name: str) -> Model | None:
     return None
 
 
+def repo_of(name: str) -> str:
+    """Where the files of the model `name` are: the repo of its row, or what the name itself says."""
+    row = find_model(name)
+    return row.repo if row else name
+
+
 def get_model(name: str) -> Model:
     """As `find_model`; raises KeyError where no row has that name."""
     if model := find_model(name):

@@ -120,7 +120,9 @@ class Settings(BaseModel):
     model_name: str = Field(
         "FLUX.1-dev", description="a row of the catalog, a hub id or a local folder in diffusers' layout"
     )
-    model_revision: str | None = Field(None, description="branch, tag or commit on the hub; the newest by default")
+    model_revision: str | None = Field(
+        None, description="branch, tag or commit on the hub; by default what is here, or else the newest"
+    )
     hf_token: Secret | None = Field(None, description="Hugging Face access token; gated models need one")
     civitai_token: Secret | None = Field(
         None, description="Civitai's API key; some of its adapters need one, and it is sent to Civitai alone"

@@ -47,6 +47,7 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.down = False
+        self.busy = 0  # of the next requests find it down
         self.requests = 0
         self.asked: list[tuple[str, str | None]] = []
         hub = self
@@ -82,7 +83,8 @@ class Hub:
 
     def answer(self, path: str, authorization: str | None) -> tuple[int, dict[str, str], bytes]:
         token = authorization.removeprefix("Bearer ") if authorization else None
-        if self.down:
+        if self.down or self.busy:
+            self.busy = max(0, self.busy - 1)
             return 503, {}, b""
         if token == "hf_expired":
             return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b""

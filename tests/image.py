@@ -406,7 +406,7 @@ def roots_volume(machine: Machine) -> str:
     volume = ["--volume", f"{machine.volume()}:/runpod-volume"]
     with machine.worker(*volume, "--user", str(WORKER), QUANTIZATION="fp8") as container:
         said = container.wait_for("/runpod-volume/quantized cannot be written")
-        check("WARNING" in said and f"user {WORKER}" in said and "chown" in said, said)
+        check("WARNING" in said and f"user {WORKER}" in said and "install -d -o" in said, said)
     with machine.worker(*volume, QUANTIZATION="fp8") as container:
         machine.job(container)
         kept = container.execute("ls", "/runpod-volume/quantized")

@@ -154,6 +154,12 @@ def test_a_hub_that_is_down(hub: Hub) -> None:
         hub.down = False
 
 
+def test_a_hub_that_is_busy_is_asked_again(hub: Hub) -> None:
+    hub.repos["someone/shapes"] = Repo(SHIPPED)
+    hub.busy = 2
+    assert faults("someone/shapes") == []
+
+
 def test_a_hub_that_cannot_be_reached_and_the_token_that_will_be_wanted(hub: Hub, tmp_path: Path) -> None:
     line = refused(tmp_path, hub, MODEL_NAME="FLUX.1-dev", HF_ENDPOINT="http://127.0.0.1:9")
     assert line.startswith(
@@ -189,11 +195,14 @@ def test_the_owner_of_a_folder_is_named_with_the_remedy(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     script = (
         "import os, pathlib; from src.weights.disk import why_not_writable; os.setgid(10001); os.setuid(10001); "
-        f"print(why_not_writable(pathlib.Path({str(ROOT / 'a' / 'b')!r})))"
+        f"print(*map(why_not_writable, map(pathlib.Path, {[str(ROOT), str(ROOT / 'a' / 'b')]})), sep=chr(10))"
     )
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    expected = f"cannot be written by user 10001, since {ROOT} belongs to user 0: run `chown -R 10001 {ROOT}` as root\n"
-    assert found == expected
+    why = f"cannot be written by user 10001, since {ROOT} belongs to user 0: run"
+    assert found.splitlines() == [
+        f"{why} `chown -R 10001 {ROOT}` as root",
+        f"{why} `install -d -o 10001 {ROOT / 'a' / 'b'}` as root",  # and not all of what it lies in
+    ]
     assert why_not_writable(tmp_path / "a" / "b") is None
 
 

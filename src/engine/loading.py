@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from src.catalog import MODELS, Model, controlnets_for, find_model, settle_model
+from src.catalog import MODELS, Model, controlnets_for, repo_of, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks
 from src.engine.controlnets import values_of
@@ -52,8 +52,7 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     try:
         # 1. Where its files are, and whether they are whole
         with START.stage("inspect"):
-            row = find_model(name)
-            source = files.find(name, row.repo if row else name, settings.model_revision)
+            source = files.find(name, repo_of(name), settings.model_revision)
             index, parameters = _check(source.folder)
 
         # 2. What it is, and where each of its weights is to live

@@ -41,9 +41,8 @@ def check_device() -> None:
     if not torch.cuda.is_available():
         if Path("/dev/nvidiactl").exists():
             raise DeviceFailed(
-                f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: its CUDA {torch.version.cuda} "
-                "wants a newer driver (on RunPod: the endpoint's allowed CUDA versions), or the image holds torch for "
-                "the CPU"
+                f"there is an NVIDIA card, and torch {torch.__version__} cannot use it: it is built for the CPU (the "
+                "image with TORCH=cpu), or the container was started without the card (--gpus all)"
             )
         return
     name = torch.cuda.get_device_name()

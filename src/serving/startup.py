@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from src.catalog import controlnets_for, find_model
+from src.catalog import controlnets_for, find_model, repo_of
 from src.errors import DeviceFailed, ModelUnavailable, WorkerFault, refusal
 from src.settings import Settings
 from src.stages import START
@@ -48,8 +48,9 @@ def find_files(settings: Settings) -> None:
                 source = wanted.here(files)
                 if source is None:
                     log.info("%s is being downloaded, below %s", wanted.name, cache_name())
+                    held = files.held_bytes(wanted.repo)
                     source = files.find(wanted.name, wanted.repo, wanted.revision, part=wanted.part)
-                    downloaded += sum(file.stat().st_size for file in source.folder.rglob("*") if file.is_file())
+                    downloaded += files.held_bytes(wanted.repo) - held
                 elif source.revision not in (None, wanted.revision):
                     used = "%s is used as it is, at revision %s: for another name it in MODEL_REVISION, or remove %s"
                     log.info(used, wanted.name, source.revision, source.folder)
@@ -76,7 +77,7 @@ class _Repo(NamedTuple):
 
 def _wanted(settings: Settings) -> Iterator[_Repo]:
     name, row = settings.model_name, find_model(settings.model_name)
-    yield _Repo(name, row.repo if row else name, settings.model_revision, gated=bool(row and row.gated))
+    yield _Repo(name, repo_of(name), settings.model_revision, gated=bool(row and row.gated))
     kept = {net.lower() for net in settings.controlnets}
     for net in controlnets_for(row) if row else ():
         if {net.name.lower(), net.repo.lower()} & kept:

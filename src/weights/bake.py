@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from src.catalog import find_model
+from src.catalog import repo_of
 from src.errors import WorkerError
 from src.redaction import redact
 from src.settings import Settings
@@ -32,10 +32,10 @@ def main(bake_model: str, folder: Path = BAKED) -> str | None:
         settings = Settings.from_environment()
     except WorkerError as error:
         return redact(str(error))
-    name, row = settings.model_name, find_model(settings.model_name)
+    name = settings.model_name
     files = Files(settings, partial(snapshot_download, cache_dir=folder), folder)
     try:
-        source = files.find(name, row.repo if row else name, settings.model_revision)
+        source = files.find(name, repo_of(name), settings.model_revision)
     except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
         why = files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
         return redact(f"MODEL_NAME={name}: {why}")

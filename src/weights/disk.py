@@ -46,10 +46,9 @@ def why_not_writable(folder: Path) -> str | None:
         return None
     if os.statvfs(there).f_flag & os.ST_RDONLY:
         return f"cannot be written by {user()}, its file system being read-only: mount a volume or a tmpfs there"
-    return (
-        f"cannot be written by {user()}, since {there} belongs to user {there.stat().st_uid}: run "
-        f"`chown -R {os.geteuid()} {there}` as root"
-    )
+    give = f"chown -R {os.geteuid()}" if there == folder.resolve() else f"install -d -o {os.geteuid()}"
+    owner = there.stat().st_uid
+    return f"cannot be written by {user()}, since {there} belongs to user {owner}: run `{give} {folder}` as root"
 
 
 def free_bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a net
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
 _HUB_SECONDS = 10  # for an answer of the hub's, before anything is downloaded
+_HUB_PAUSES = (1, 3)  # seconds, before it is asked again
+_BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses that pass
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,21 @@ class Files:
         return None
 
     def ask_hub(self, repo: str, revision: str | None = None, *, part: bool = False) -> int:
-        """The bytes that HF_HOME lacks of `repo`; nothing is downloaded, and it takes seconds at most.
+        """The bytes that HF_HOME lacks of `repo`; nothing is downloaded, and it takes half a minute at most.
 
-        Raises what huggingface_hub raises where they could not be downloaded; `explain` words it.
+        A hub that is busy or hangs up is asked again. Raises what huggingface_hub raises where they could not be
+        downloaded; `explain` words it.
         """
+        for pause in _HUB_PAUSES:
+            try:
+                return self._ask_hub(repo, revision, part)
+            except (HTTPError, errors.HfHubHTTPError) as error:
+                if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in _BUSY:
+                    raise
+                time.sleep(pause)
+        return self._ask_hub(repo, revision, part)
+
+    def _ask_hub(self, repo: str, revision: str | None, part: bool) -> int:
         token = self._token()
         info = HfApi(token=token).model_info(repo, revision=revision, timeout=_HUB_SECONDS, files_metadata=True)
         wanted = [
@@ -120,9 +134,13 @@ class Files:
         if wanted:  # a gated repo shows everybody what it holds, and its files to some
             url = hf_hub_url(repo, wanted[0].rfilename, revision=info.sha)
             get_hf_file_metadata(url, token=token, timeout=_HUB_SECONDS)
-        blobs = CACHE / f"models--{repo.replace('/', '--')}" / "blobs"
+        blobs = _blobs(repo)
         names = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in wanted}
         return sum(file.size or 0 for file in wanted if not (blobs / str(names[file.rfilename])).exists())
+
+    def held_bytes(self, repo: str) -> int:
+        """What HF_HOME holds of `repo`, of all its revisions."""
+        return sum(file.stat().st_size for file in _blobs(repo).glob("*"))
 
     def explain(self, error: Exception, instead: str = "") -> str:
         """Why files cannot be had or used, in one line, and what to do; `instead` is what else there is."""
@@ -194,6 +212,10 @@ def check_folders(index: Mapping[str, Any], folder: Path) -> None:
 def components(index: Mapping[str, Any]) -> dict[str, str]:
     """Each component of a model_index.json with the name of its class; those that a model goes without are null."""
     return {name: str(value[1]) for name, value in index.items() if isinstance(value, list) and value[0]}
+
+
+def _blobs(repo: str) -> Path:
+    return CACHE / f"models--{repo.replace('/', '--')}" / "blobs"
 
 
 def cache_name() -> str:

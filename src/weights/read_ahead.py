@@ -8,7 +8,7 @@ from threading import Thread
 
 from huggingface_hub import snapshot_download
 
-from src.catalog import find_model
+from src.catalog import repo_of
 from src.settings import Settings
 from src.weights.files import Files
 from src.weights.host import host_memory
@@ -43,10 +43,9 @@ def read_ahead(
 
 
 def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable[[Path], None], share: float) -> None:
-    row = find_model(settings.model_name)
+    name = settings.model_name
     try:
-        repo = row.repo if row else settings.model_name
-        source = Files(settings, download).here(settings.model_name, repo, settings.model_revision)
+        source = Files(settings, download).here(name, repo_of(name), settings.model_revision)
         if source is None:
             return
         weights = sorted(source.folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
