@@ -25,7 +25,12 @@ from src.settings import Settings, runpod_api_key
 from src.weights.placement import GB, DoesNotFit
 
 _NO_IMAGE = f"REGISTRY/flux2-endpoint:{__version__}"
-_TEST_INPUT = "test_input.json"
+_TEST_INPUT, _ANSWER = "test_input.json", "answer.json"
+INTO_A_FILE = (
+    "python -c 'import base64, json; "
+    'open("picture.png", "wb").write(base64.b64decode(json.load(open("answer.json"))["output"]["images"][0]))'
+    "'"
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a row of the catalog: FLUX.1-dev, FLUX.2-klein-4B, flux-shapes ...")
     add("--gpu", required=True, help=f"one of {', '.join(card.name for card in CARDS)}")
     add("--image", default=_NO_IMAGE, help="as RunPod is to pull it; needed with --apply")
-    add("--name", help="of the template and of the endpoint; by default the model's")
+    add("--name", help="of the endpoint; by default the model's")
     add(
         "--set",
         action="append",
@@ -89,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--network-volume", metavar="ID", help="keeps what was downloaded, quantized and compiled for all workers")
     add("--registry-auth", metavar="ID", help="for an image that is not public")
     add("--apply", action="store_true", help="do it, by RUNPOD_API_KEY of the environment; without it nothing is sent")
-    add("--dry", action="store_false", dest="apply", help="only print it, as by default")
     add("--api", default=BASE, metavar="URL", help="RunPod's REST API (%(default)s)")
     return parser
 
@@ -171,9 +175,17 @@ def _described(endpoint: Endpoint) -> Iterator[str]:
     size = f"{model.width}x{model.height}, {model.num_inference_steps} steps"
     yield f"{model.name} on {card.name} ({card.pool}), endpoint {options.name}"
     yield f"  memory        {placement.mode}: {where}{host}; {'exact' if found.exact else 'not exact'}"
-    yield f"  one picture   {two_digits(found.seconds)} s {found.source} ({size})"
-    yield f"  1000 pictures ${two_digits(found.dollars)} {found.source}, at ${card.dollars:.5f} a second"
-    yield f"  disk          {endpoint.disk_gb} GB: the image, {model.download_gb:g} GB of weights, adapters and room"
+    if found.is_meaningful:
+        yield f"  one picture   {two_digits(found.seconds)} s {found.source} ({size})"
+        yield f"  1000 pictures ${two_digits(found.dollars)} {found.source}, at ${card.dollars:.5f} a second"
+    else:
+        yield f"  one picture   is too small for the model of cost ({size})"
+    kept = f"{model.download_gb:g} GB of weights, adapters and room"
+    if endpoint.volume_gb is None:
+        yield f"  disk          {endpoint.disk_gb} GB: the image, {kept}"
+    else:
+        yield f"  disk          {endpoint.disk_gb} GB: the image and room"
+        yield f"  volume        at least {endpoint.volume_gb} GB: {kept}"
     yield f"  time-outs     a job {endpoint.execution_seconds} s, an idle worker {options.idle_seconds} s"
     yield f"  workers       {options.workers_min} to {options.workers_max}"
     yield f"  cached model  {endpoint.model_reference or 'none: it ships with the image'}"
@@ -189,9 +201,8 @@ def _to_do(asked: _Asked) -> Iterator[str]:
     yield from endpoint.commands
     yield ""
     yield "Or by the REST API, which --apply does (all but the cached model, for which it has no field):"
-    for path, body in (("templates", endpoint.template), ("endpoints", endpoint.endpoint("TEMPLATE_ID"))):
-        yield f"POST {asked.api}/{path}"
-        yield json.dumps(body, indent=2)
+    yield f"POST {asked.api}/serverless"
+    yield json.dumps(endpoint.body, indent=2)
     yield ""
     yield from _first_picture("ENDPOINT_ID")
 
@@ -203,7 +214,7 @@ def _applied(asked: _Asked) -> Iterator[str]:
             "--apply wants RUNPOD_API_KEY in the environment: make one at https://console.runpod.io/user/settings"
         )
     endpoint_id, done = RunPod(key, asked.api).apply(asked.endpoint)
-    yield from done
+    yield done
     if asked.endpoint.model_reference:
         yield "The REST API has no field for the cached model: set it once in the console, by Edit Endpoint."
         yield f"  https://console.runpod.io/serverless/user/endpoint/{endpoint_id}"
@@ -215,7 +226,9 @@ def _applied(asked: _Asked) -> Iterator[str]:
 def _first_picture(endpoint_id: str) -> Iterator[str]:
     yield "The first picture:"
     yield f"curl -X POST https://api.runpod.ai/v2/{endpoint_id}/runsync \\"
-    yield f'  -H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json" -d @{_TEST_INPUT}'
+    yield f'  -H "Authorization: Bearer $RUNPOD_API_KEY" -H "Content-Type: application/json" -d @{_TEST_INPUT} \\'
+    yield f"  -o {_ANSWER}"
+    yield INTO_A_FILE
 
 
 if __name__ == "__main__":

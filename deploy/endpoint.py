@@ -1,6 +1,6 @@
-"""An endpoint before it is made: what RunPod's template and endpoint are set to, and the commands that make them.
+"""An endpoint before it is made: what RunPod's endpoint is set to, and the commands that make it.
 
-Shapes of the bodies: https://docs.runpod.io/api-reference, v1.
+Shape of the body: CreateEndpointRequest of https://docs.runpod.io/api-reference-v2/openapi.json.
 """
 
 from __future__ import annotations
@@ -13,17 +13,27 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from deploy.plan import Estimate, disk_gb, execution_seconds, init_seconds
+from deploy.plan import Estimate, disk_gb, execution_seconds, init_seconds, volume_gb
 from src.errors import Refused
 from src.settings import Settings
 
 MIN_CUDA = "13.0"  # of the host's driver: what torch 2.13 from PyPI is built with, and tests hold against locked/
-# Variables of an endpoint that are none of Settings: those of Hugging Face's library, of CUDA and of RunPod.
-OTHER_VARIABLES = ("HF_HOME", "HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "RUNPOD_INIT_TIMEOUT")
-VOLUME_HF_HOME = "/runpod-volume/huggingface"  # downloads that all workers of a network volume share
+# Variables of an endpoint that are none of Settings, but of Hugging Face's library, of CUDA and of RunPod: what each is
+# by default, and what it does.
+OTHER_VARIABLES: Mapping[str, tuple[str, str]] = {
+    "HF_HOME": ("`~/.cache/huggingface`; in the image `/home/worker/huggingface`", "where downloads are kept"),
+    "HF_HUB_CACHE": ("`hub` in `HF_HOME`", "where downloaded models are kept, if elsewhere"),
+    "HF_ENDPOINT": ("`https://huggingface.co`", "the hub, or a mirror of it, that models and adapters come from"),
+    "HF_HUB_OFFLINE": ("none", "1: nothing is asked of the hub; what is not there already ends the start"),
+    "CUDA_VISIBLE_DEVICES": ("all; the first is used", "which card"),
+    "RUNPOD_INIT_TIMEOUT": (
+        "`420`; `python -m deploy` and the Hub set it by the model's size",
+        "seconds that RunPod gives a start, download and all, before it starts the worker anew",
+    ),
+}
+# Folders that all workers of a network volume share.
+_ON_THE_VOLUME = {"HF_HOME": "/runpod-volume/huggingface", "LORA_CACHE_DIR": "/runpod-volume/lora-cache"}
 _QUEUE_DELAY = 4  # seconds that a job waits before RunPod starts another worker; RunPod's own default
-# What a body of RunPod's may say when something is made, and may not when it is changed.
-MADE_ONCE = frozenset({"isServerless", "category", "computeType"})
 _REFERENCE = "{{ RUNPOD_SECRET_%s }}"  # RunPod puts the value of the account's secret there
 
 
@@ -82,14 +92,19 @@ class Endpoint:
             variables["HF_TOKEN"] = _REFERENCE % "HF_TOKEN"
         if model.download_gb:
             variables["RUNPOD_INIT_TIMEOUT"] = str(init_seconds([model]))
-            if options.network_volume:
-                variables["HF_HOME"] = VOLUME_HF_HOME
+        if options.network_volume:
+            variables |= _ON_THE_VOLUME
         return variables | dict(self.pairs)
 
     @property
     def disk_gb(self) -> int:
         """Of the container."""
-        return disk_gb([self.estimate.model], self.settings)
+        return disk_gb([self.estimate.model], self.settings, on_a_volume=self.options.network_volume is not None)
+
+    @property
+    def volume_gb(self) -> int | None:
+        """What the network volume has to hold at least; None without one."""
+        return volume_gb(self.estimate, self.settings) if self.options.network_volume else None
 
     @property
     def execution_seconds(self) -> int:
@@ -104,39 +119,34 @@ class Endpoint:
         return f"https://huggingface.co/{repo}:{revision}" if on_the_hub else None
 
     @property
-    def template(self) -> dict[str, Any]:
-        """The body of POST /templates."""
-        options = self.options
-        auth = {"containerRegistryAuthId": options.registry_auth} if options.registry_auth else {}
-        return {
-            "name": options.name,
-            "imageName": options.image,
-            "isServerless": True,
-            "category": "NVIDIA",
-            "containerDiskInGb": self.disk_gb,
-            "env": self.env,
-            **auth,
-        }
+    def body(self) -> dict[str, Any]:
+        """What POST /v2/serverless takes. What is not wanted is said too, so that a change clears it.
 
-    def endpoint(self, template_id: str) -> dict[str, Any]:
-        """The body of POST /endpoints."""
-        options, card = self.options, self.estimate.card
-        volume = {"networkVolumeId": options.network_volume} if options.network_volume else {}
+        minCudaVersion and a list of allowedCudaVersions exclude each other: the list is said to be empty.
+        """
+        options = self.options
         return {
             "name": options.name,
-            "templateId": template_id,
-            "computeType": "GPU",
-            "gpuTypeIds": list(card.types),
-            "gpuCount": 1,
-            "minCudaVersion": MIN_CUDA,
-            "workersMin": options.workers_min,
-            "workersMax": options.workers_max,
-            "idleTimeout": options.idle_seconds,
-            "executionTimeoutMs": 1000 * self.execution_seconds,
-            "scalerType": "QUEUE_DELAY",
-            "scalerValue": _QUEUE_DELAY,
-            "flashboot": options.flash_boot,
-            **volume,
+            "type": "QUEUE",
+            "image": options.image,
+            "registry": options.registry_auth,
+            "disk": self.disk_gb,
+            "env": self.env,
+            "gpu": {
+                "pools": [self.estimate.card.pool],
+                "count": 1,
+                "minCudaVersion": MIN_CUDA,
+                "allowedCudaVersions": [],
+            },
+            "workers": {
+                "min": options.workers_min,
+                "max": options.workers_max,
+                "idleTimeout": options.idle_seconds,
+            },
+            "scaling": {"type": "QUEUE_DELAY", "queueDelay": _QUEUE_DELAY},
+            "networkVolumes": [options.network_volume] if options.network_volume else [],
+            "timeout": 1000 * self.execution_seconds,
+            "flashboot": "FLASHBOOT" if options.flash_boot else "OFF",
         }
 
     @property

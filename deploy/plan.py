@@ -19,10 +19,11 @@ WEIGHTS = Path(__file__).parent / "weights.json"  # made by `python -m benchmark
 MEASURED = ROOT / "benchmarks" / "results" / "gpu.json"
 _AS_SERVED = "+ compiled blocks"  # the way of benchmarks/gpu.py that a worker takes by itself
 
-IMAGE_GB = 6.3  # its layers with CUDA's libraries, unpacked
+_BUDGET = ROOT / "scripts" / "image-budget.json"  # megabytes that each image may have, unpacked
 _ROOM_GB = 10  # ControlNets and Redux (7 GB at most at a time), compiled blocks, logs
 _DISK_STEP_GB = 5
 
+_LEAST_SECONDS = 0.1  # with less, what takes the time is not what the cost model counts
 _EXECUTION_SECONDS = 600  # RunPod's own default
 _PICTURES, _SLACK = 4, 2  # a request's most pictures, and how much slower than modelled they may be
 _INIT_SECONDS = 420  # RunPod's own default: longer, and a worker is unhealthy
@@ -43,6 +44,11 @@ class Estimate:
     def exact(self) -> bool:
         """Whether the picture has the bytes that it would have with everything resident."""
         return self.placement.quantization is None
+
+    @property
+    def is_meaningful(self) -> bool:
+        """Whether `seconds` and `dollars` say something: they do not where the model is too small to be modelled."""
+        return self.measured or self.seconds >= _LEAST_SECONDS
 
     @property
     def dollars(self) -> float:
@@ -82,11 +88,29 @@ def nearest(model: Model, card: Card, settings: Settings) -> Estimate | None:
     return None
 
 
-def disk_gb(models: Iterable[Model], settings: Settings) -> int:
-    """Gigabytes of container disk for the image, the largest of `models`, adapters and what else is downloaded."""
-    largest = max(model.download_gb for model in models)
-    wanted = round(IMAGE_GB + largest + settings.lora_cache_gb + _ROOM_GB, 3)
-    return _DISK_STEP_GB * math.ceil(wanted / _DISK_STEP_GB)
+def image_gb() -> float:
+    """Gigabytes of the image with CUDA's libraries, at most."""
+    return float(json.loads(_BUDGET.read_text())["cuda"]["image"]) / 1000
+
+
+def disk_gb(models: Iterable[Model], settings: Settings, *, on_a_volume: bool = False) -> int:
+    """Gigabytes of container disk for the image, the largest of `models`, adapters and what else is downloaded.
+
+    Weights and adapters are `on_a_volume` where there is one.
+    """
+    kept = 0 if on_a_volume else max(model.download_gb for model in models) + settings.lora_cache_gb
+    return _disk(image_gb() + kept + _ROOM_GB)
+
+
+def volume_gb(found: Estimate, settings: Settings) -> int:
+    """Gigabytes of network volume for the weights, a quantized copy of them, adapters and what is compiled."""
+    weights = found.model.download_gb
+    copy = 0 if found.exact else weights / 2  # fp8's, the larger kind
+    return _disk(weights + copy + settings.lora_cache_gb + _ROOM_GB)
+
+
+def _disk(gigabytes: float) -> int:
+    return _DISK_STEP_GB * math.ceil(round(gigabytes, 3) / _DISK_STEP_GB)
 
 
 def execution_seconds(seconds: float) -> int:

@@ -1,6 +1,7 @@
-"""RunPod's REST API: a template and an endpoint by their name, made where there are none and changed where they differ.
+"""RunPod's REST API: an endpoint by its name, made where there is none and changed where it differs.
 
-Every answer that is no success, and none at all, is one sentence: what is wrong and what to do.
+Routes, bodies and answers: https://docs.runpod.io/api-reference-v2/openapi.json. Every answer that is no success, and
+none at all, is one sentence: what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from typing import Any
 
 import requests
 
-from deploy.endpoint import MADE_ONCE, Endpoint
+from deploy.endpoint import Endpoint
 from src.redaction import cut, redact
 
-BASE = "https://rest.runpod.io/v1"
+BASE = "https://api.runpod.io/v2"
 _SECONDS = 30
-_FLASH_BOOT = " -fb"  # RunPod's own suffix to the name of an endpoint with flash boot
+_PATH = "/serverless"
+# What UpdateEndpointRequest does not take, or what nobody wants changed.
+_MADE_ONCE = ("name", "type")
+_FLASH_BOOT = " -fb"  # what API v1 and the console add to the name of an endpoint with FlashBoot; of v2 nothing is said
 _MOST = 300  # characters of an answer that are repeated
 _KEYS = "https://console.runpod.io/user/settings"
 # What a status means; `{}` is what was asked.
@@ -46,46 +50,41 @@ class RunPod:
 
         self._session.auth = with_key
 
-    def apply(self, wanted: Endpoint) -> tuple[str, list[str]]:
-        """Let `wanted` be; the endpoint's id, and what was done, line by line.
+    def apply(self, wanted: Endpoint) -> tuple[str, str]:
+        """Let `wanted` be; the endpoint's id, and what was done, in a line.
 
-        What stands already is changed where it differs, and by that started anew, worker by worker. Raises RunPodError;
-        what was done before it stays, and another call goes on from there.
+        What stands already is changed where it differs, and by that started anew, worker by worker. Raises RunPodError.
         """
-        name = wanted.options.name
-        template_id, template = self._settle("templates", name, wanted.template)
-        endpoint_id, endpoint = self._settle("endpoints", name, wanted.endpoint(template_id))
-        return endpoint_id, [template, endpoint]
-
-    def _settle(self, kind: str, name: str, body: Mapping[str, Any]) -> tuple[str, str]:
-        noun = kind.removesuffix("s")
-        listed = self._ask("GET", f"/{kind}")
+        name, body = wanted.options.name, wanted.body
+        listed = self._ask("GET", _PATH)["endpoints"]
         alike = [each for each in listed if str(each.get("name", "")).removesuffix(_FLASH_BOOT) == name]
         if len(alike) > 1:
             ids = ", ".join(str(each["id"]) for each in alike)
-            raise RunPodError(f"there are {len(alike)} {kind} of the name {name} ({ids}): delete all but one")
+            raise RunPodError(f"there are {len(alike)} endpoints of the name {name} ({ids}): delete all but one")
         if not alike:
-            made = self._ask("POST", f"/{kind}", body)
-            return made["id"], f"{noun} {name} is made: {made['id']}"
-        found = alike[0]
-        for field in MADE_ONCE & body.keys() & found.keys():
-            if found[field] != body[field]:
-                raise RunPodError(
-                    f"the {noun} {name} is there with {field}={found[field]}, which nobody can change: choose another "
-                    "--name"
-                )
-        differs = {
-            field: value
-            for field, value in body.items()
-            if field not in MADE_ONCE and field != "name" and found.get(field) != value
-        }
-        if not differs:
-            return found["id"], f"{noun} {name} is as wanted: {found['id']}"
-        self._ask("PATCH", f"/{kind}/{found['id']}", differs)
-        return found["id"], f"{noun} {name} is changed ({', '.join(differs)}): {found['id']}"
+            made = self._ask("POST", _PATH, body)
+            return made["id"], f"endpoint {name} is made: {made['id']}"
+        (found,) = alike
+        if found.get("type", "QUEUE") != "QUEUE" or "cpu" in found:
+            kind = "runs on CPUs" if "cpu" in found else f"is of the type {found['type']}"
+            raise RunPodError(
+                f"the endpoint {name} is there and {kind}, which nobody can change: choose another --name"
+            )
+        differing = _differing(found, body)
+        if not differing:
+            return found["id"], f"endpoint {name} is as wanted: {found['id']}"
+        changed = self._ask("PATCH", f"{_PATH}/{found['id']}", differing)
+        # RunPod does not say that an empty list takes a volume off, nor that null takes a login off.
+        if kept := _differing(changed, differing):
+            raise RunPodError(
+                f"RunPod took the change of the endpoint {name} and kept its {', '.join(kept)}: change that in the "
+                f"console, at https://console.runpod.io/serverless/user/endpoint/{found['id']}"
+            )
+        said = (field if value else f"{field} cleared" for field, value in differing.items())
+        return found["id"], f"endpoint {name} is changed ({', '.join(said)}): {found['id']}"
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The answer's JSON: a list of objects for GET, an object with an id for others."""
+        """The answer's JSON: an object with a list of endpoints for GET, an object with an id for others."""
         asked = f"{method} {path}"
         try:
             answer = self._session.request(method, self._base + path, json=body, timeout=_SECONDS)
@@ -95,7 +94,7 @@ class RunPod:
             raise RunPodError(f"RunPod {_meaning(answer, asked)} (HTTP {answer.status_code})")
         try:
             found = answer.json()
-            whole = isinstance(found, list) if method == "GET" else isinstance(found["id"], str)
+            whole = isinstance(found["endpoints"], list) if method == "GET" else isinstance(found["id"], str)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -103,12 +102,40 @@ class RunPod:
         return found
 
 
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `wanted` that `found` has otherwise."""
+    return {
+        field: value
+        for field, value in wanted.items()
+        if field not in _MADE_ONCE and not _alike(found.get(field), value, whole=field == "env")
+    }
+
+
+def _alike(found: Any, wanted: Any, *, whole: bool = False) -> bool:
+    """Whether they are the same, where RunPod may leave out what is empty.
+
+    What it says of its own within an object (a pool's excluded types) does not count, unless the object is one `whole`.
+    """
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping) and not whole:
+        return all(_alike(found.get(name), value) for name, value in wanted.items())
+    return bool((found or None) == (wanted or None))
+
+
 def _meaning(answer: requests.Response, asked: str) -> str:
     if answer.status_code in _MEANINGS:
         return _MEANINGS[answer.status_code].format(asked)
     if answer.status_code >= 500:
         return f"fails at {asked}: nothing is wrong with what was asked; run the command again later"
-    return f"refuses {asked}: {_short(answer.text) or 'without a reason'}"
+    return f"refuses {asked}: {_short(_reason(answer)) or 'without a reason'}"
+
+
+def _reason(answer: requests.Response) -> str:
+    """What the API's description of a problem (RFC 9457) says, or the text where it is none."""
+    try:
+        problem = answer.json()
+        return ": ".join([problem["detail"], *problem.get("errors", ())])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return answer.text
 
 
 def _short(text: str) -> str:

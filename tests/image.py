@@ -277,7 +277,7 @@ def size(machine: Machine) -> str:
         amount, _, made_by = row.partition("\t")
         found[next(name for text, name in LAYERS.items() if text in made_by)] += float(amount) / 1e6
     found["image"] = sum(found.values())
-    budget = json.loads(BUDGET.read_text())
+    budget = json.loads(BUDGET.read_text())["cpu"]
     too_large = {name: round(found[name]) for name, most in budget.items() if found[name] > most}
     check(not too_large, f"{too_large} MB, and {BUDGET.name} allows {budget}")
     return ", ".join(f"{name} {megabytes:.0f}" for name, megabytes in found.items()) + " MB"

@@ -1,8 +1,12 @@
-"""A stand-in for RunPod's REST API (v1) over HTTP: templates and endpoints, bodies checked as its OpenAPI describes."""
+"""A stand-in for the endpoints of RunPod's REST API (v2) over HTTP: bodies are checked as its OpenAPI describes them.
+
+https://docs.runpod.io/api-reference-v2/openapi.json: CreateEndpointRequest, UpdateEndpointRequest, Endpoint.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,106 +22,133 @@ GPU_TYPES = (
     "NVIDIA A100-SXM4-80GB", "NVIDIA RTX A6000", "NVIDIA A100 80GB PCIe", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
     "NVIDIA L40", "NVIDIA B200",
 )  # fmt: skip
-_TEXT, _COUNT, _SWITCH = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
-_CUDA = {"enum": ["13.0", "12.9", "12.8", "12.7", "12.6", "12.5", "12.4", "12.3", "12.2", "12.1", "12.0", "11.8"]}
-_TEMPLATE: Mapping[str, Any] = {
+POOLS = (
+    "AMPERE_16",
+    "AMPERE_24",
+    "ADA_24",
+    "ADA_32_PRO",
+    "AMPERE_48",
+    "ADA_48_PRO",
+    "AMPERE_80",
+    "ADA_80_PRO",
+    "HOPPER_141",
+)
+_TEXT, _COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
+_CUDA = r"^\d+\.\d+$"
+
+
+def _closed(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    """An object of these properties and no others."""
+    return {
+        "type": "object", "additionalProperties": False, "properties": dict(properties), "required": list(required),
+    }  # fmt: skip
+
+
+_GPU: Mapping[str, Any] = {
+    "pools": {"type": "array", "minItems": 1, "items": {"enum": list(POOLS)}},
+    "excludedTypes": {"type": "array", "uniqueItems": True, "items": {"enum": list(GPU_TYPES)}},
+    "count": {"type": "integer", "minimum": 1},
+    "allowedCudaVersions": {"type": "array", "items": {"type": "string", "pattern": _CUDA}},
+}
+_CHANGED: Mapping[str, Any] = {
     "name": _TEXT,
-    "imageName": _TEXT,
-    "containerDiskInGb": _COUNT,
-    "containerRegistryAuthId": _TEXT,
+    "image": {"type": "string"},
+    "args": {"type": "string"},
+    "disk": {"type": "integer", "minimum": 1},
+    "ports": {"type": "array", "items": {"type": "string"}},
     "env": {"type": "object", "additionalProperties": {"type": "string"}},
-}
-_ENDPOINT: Mapping[str, Any] = {
-    "name": _TEXT,
+    "registry": {"type": ["string", "null"]},
+    "gpu": {
+        **_closed({**_GPU, "minCudaVersion": {"type": "string", "pattern": f"^$|{_CUDA}"}}),
+        "dependentRequired": {"excludedTypes": ["pools"]},
+    },
+    "workers": _closed(
+        {"min": _COUNT, "max": _COUNT, "idleTimeout": {"type": "integer", "minimum": 1, "maximum": 3600}}
+    ),
+    "scaling": {
+        "oneOf": [
+            _closed(
+                {"type": {"const": "QUEUE_DELAY"}, "queueDelay": {"type": "number", "minimum": 0.5}},
+                "type", "queueDelay",
+            ),
+            _closed(
+                {"type": {"const": "REQUEST_COUNT"}, "requestCount": {"type": "integer", "minimum": 1}},
+                "type", "requestCount",
+            ),
+        ]
+    },
+    "dataCenterIds": {"type": "array", "items": {"type": "string"}},
+    "networkVolumes": {"type": "array", "items": {"type": "string"}},
     "templateId": _TEXT,
-    "gpuTypeIds": {"type": "array", "minItems": 1, "items": {"enum": list(GPU_TYPES)}},
-    "gpuCount": {"type": "integer", "minimum": 1},
-    "minCudaVersion": _CUDA,
-    "allowedCudaVersions": {"type": "array", "items": _CUDA},
-    "workersMin": _COUNT,
-    "workersMax": _COUNT,
-    "idleTimeout": {"type": "integer", "minimum": 1, "maximum": 3600},
-    "executionTimeoutMs": {"type": "integer", "minimum": 1},
-    "scalerType": {"enum": ["QUEUE_DELAY", "REQUEST_COUNT"]},
-    "scalerValue": {"type": "integer", "minimum": 1},
-    "flashboot": _SWITCH,
-    "networkVolumeId": _TEXT,
+    "timeout": {"type": "integer"},
+    "flashboot": {"enum": ["OFF", "FLASHBOOT", "PRIORITY_FLASHBOOT"]},
+}  # fmt: skip
+_CREATED: Mapping[str, Any] = {
+    **_CHANGED,
+    "type": {"enum": ["QUEUE", "LOAD_BALANCER"]},
+    "gpu": _closed({**_GPU, "minCudaVersion": {"type": "string", "pattern": _CUDA}}, "pools"),
 }
-_ONCE: Mapping[str, Mapping[str, Any]] = {
-    "templates": {"isServerless": _SWITCH, "category": {"enum": ["NVIDIA", "AMD", "CPU"]}},
-    "endpoints": {"computeType": {"enum": ["GPU", "CPU"]}},
-}
-_FIELDS = {"templates": _TEMPLATE, "endpoints": _ENDPOINT}
-_REQUIRED = {"templates": ["name", "imageName"], "endpoints": ["templateId"]}
-_NOT_SHOWN = ("minCudaVersion", "flashboot")  # of an endpoint, when it is read
+# Without a templateId, which nobody here uses, an image is required too.
+SCHEMAS = {"POST": _closed(_CREATED, "name", "type", "scaling", "image"), "PATCH": _closed(_CHANGED)}
+# What an endpoint has where nobody set it.
+_DEFAULTS: Mapping[str, Any] = {
+    "args": "", "ports": [], "env": {}, "registry": None, "dataCenterIds": [], "networkVolumes": [], "flashboot": "OFF",
+    "createdAt": "2026-03-13T20:00:00Z",
+}  # fmt: skip
 
 
 class RestStandIn:
-    """`kept` holds what was made by kind and id; `asked` each request that came: method, path, body.
+    """`kept` holds the endpoints by id; `asked` each request that came: method, path, body.
 
-    `answers` has what is answered instead, once each, by method and kind: a status and a text.
+    `answers` has what is answered instead, once each, by method: a status and a text. What is named in `stays` is not
+    changed by a PATCH, which succeeds.
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, dict[str, dict[str, Any]]] = {"templates": {}, "endpoints": {}}
+        self.kept: dict[str, dict[str, Any]] = {}
         self.asked: list[tuple[str, str, Any]] = []
-        self.answers: dict[tuple[str, str], tuple[int, str]] = {}
+        self.answers: dict[str, tuple[int, str]] = {}
+        self.stays: set[str] = set()
         self.url = ""
-
-    @property
-    def template(self) -> dict[str, Any]:
-        """The only one."""
-        (found,) = self.kept["templates"].values()
-        return found
 
     @property
     def endpoint(self) -> dict[str, Any]:
         """The only one."""
-        (found,) = self.kept["endpoints"].values()
+        (found,) = self.kept.values()
         return found
 
     def answer(self, method: str, path: str, key: str | None, body: Any) -> tuple[int, str]:
         """The status and the body of one request."""
         self.asked.append((method, path, body))
-        _, _, kind, *rest = path.split("/")
         if key != f"Bearer {KEY}":
-            return 401, '{"error": "Unauthorized"}'
-        if instead := self.answers.pop((method, kind), None):
+            return _problem(401, "Unauthorized", "invalid bearer token")
+        if instead := self.answers.pop(method, None):
             return instead
-        kept = self.kept[kind]
+        route = re.fullmatch("/v2/serverless(?:/([^/]+))?", path)
+        if route is None or (route[1] is None) != (method in ("GET", "POST")):
+            return _problem(404, "Not Found", "resource not found")
         if method == "GET":
-            return 200, json.dumps([self._shown(kind, each) for each in kept.values()])
-        making = method == "POST"
-        schema = {
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {**_FIELDS[kind], **(_ONCE[kind] if making else {})},
-            "required": _REQUIRED[kind] if making else [],
-        }
-        try:
-            jsonschema.validate(body, schema)
-        except jsonschema.ValidationError as error:
-            return 400, json.dumps({"error": error.message})
-        if "templateId" in body and body["templateId"] not in self.kept["templates"]:
-            return 400, json.dumps({"error": "there is no such template"})
-        if making:
-            if kind == "templates" and body["name"] in [each["name"] for each in kept.values()]:
-                return 409, '{"error": "Template name must be unique"}'
-            id = f"{kind[:2]}{len(kept) + 1}"
-            kept[id] = {"id": id, **body}
-        else:
-            (id,) = rest
-            if id not in kept:
-                return 404, ""
-            kept[id] |= body
-        return 200, json.dumps(self._shown(kind, kept[id]))
+            return 200, json.dumps({"endpoints": list(self.kept.values())})
+        validator = jsonschema.Draft202012Validator(SCHEMAS[method])
+        if faults := [error.message for error in validator.iter_errors(body)]:
+            return _problem(422, "Unprocessable Entity", "Request validation failed.", *faults)
+        if body.get("gpu", {}).get("minCudaVersion") and body["gpu"].get("allowedCudaVersions"):
+            return _problem(400, "Bad Request", "minCudaVersion and allowedCudaVersions are mutually exclusive")
+        if method == "POST":
+            id = f"ep{len(self.kept) + 1}"
+            self.kept[id] = {**_DEFAULTS, "id": id, **body}
+            return 201, json.dumps(self.kept[id])
+        found = self.kept.get(route[1])
+        if found is None:
+            return _problem(404, "Not Found", "resource not found")
+        for field, value in body.items():
+            if field not in self.stays:
+                found[field] = {**found[field], **value} if field in ("gpu", "workers") else value
+        return 200, json.dumps(found)
 
-    @staticmethod
-    def _shown(kind: str, each: Mapping[str, Any]) -> dict[str, Any]:
-        """As RunPod tells it: endpoints with flash boot have a suffix, and not all that was set is told."""
-        suffix = " -fb" if each.get("flashboot") else ""
-        shown = {name: value for name, value in each.items() if kind == "templates" or name not in _NOT_SHOWN}
-        return shown | {"name": f"{each['name']}{suffix}"}
+
+def _problem(status: int, title: str, detail: str, *errors: str) -> tuple[int, str]:
+    return status, json.dumps({"title": title, "status": status, "detail": detail, "errors": errors})
 
 
 @contextmanager
@@ -141,7 +172,7 @@ def rest_api() -> Iterator[RestStandIn]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    stand_in.url = f"http://127.0.0.1:{server.server_port}/v1"
+    stand_in.url = f"http://127.0.0.1:{server.server_port}/v2"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield stand_in

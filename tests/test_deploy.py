@@ -18,13 +18,13 @@ from benchmarks.full_size import FULL_SIZE, sizes
 from deploy.__main__ import main
 from deploy.cards import CARDS, SHARE_OF_PEAK, find_card
 from deploy.endpoint import MIN_CUDA
-from deploy.plan import WEIGHTS, disk_gb, estimate, init_seconds, measured_seconds, weights_of
+from deploy.plan import WEIGHTS, disk_gb, estimate, image_gb, init_seconds, measured_seconds, weights_of
 from scripts.licences import locked
 from src.catalog import MODELS, Model, get_model
 from src.errors import InvalidSettings
 from src.settings import ROOT, Settings, runpod_api_key
 from src.weights.placement import GB
-from tests.runpod_rest import GPU_TYPES, KEY, RestStandIn, rest_api
+from tests.runpod_rest import GPU_TYPES, KEY, POOLS, RestStandIn, rest_api
 
 IMAGE = "ghcr.io/someone/flux2-endpoint:1.0"
 TOKEN = "{{ RUNPOD_SECRET_HF_TOKEN }}"
@@ -66,6 +66,7 @@ def test_every_model_of_the_catalog_has_its_layers(model: Model) -> None:
 def test_cards_are_those_of_runpod() -> None:
     assert {kind for card in CARDS for kind in card.types} <= set(GPU_TYPES)
     assert len({card.pool for card in CARDS}) == len(CARDS)
+    assert {card.pool for card in CARDS} <= set(POOLS)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,10 @@ def test_measured_seconds_win_where_there_are_some(tmp_path: Path) -> None:
 
 def test_disk_and_start_follow_the_bytes() -> None:
     dev, klein, shapes = (get_model(name) for name in ("FLUX.1-dev", "FLUX.2-klein-4B", "flux-shapes"))
-    assert [disk_gb([model], Settings()) for model in (dev, klein, shapes)] == [70, 55, 40]
-    assert disk_gb([shapes, dev], Settings()) == 70, "the largest"
+    assert [disk_gb([model], Settings()) for model in (dev, klein, shapes)] == [75, 55, 40]
+    assert disk_gb([shapes, dev], Settings()) == 75, "the largest"
     assert disk_gb([klein], Settings(lora_cache_gb=100)) == 135
+    assert image_gb() == json.loads((ROOT / "scripts" / "image-budget.json").read_text())["cuda"]["image"] / 1000
     assert [init_seconds([model]) for model in (dev, klein)] == [1800, 1080]
 
 
@@ -127,22 +129,16 @@ def test_disk_and_start_follow_the_bytes() -> None:
 # Container disk, seconds that a start may take, the worker's variables.
 WANTED: dict[str, tuple[int, dict[str, str]]] = {
     "FLUX.1-dev": (
-        70, {"MODEL_NAME": "black-forest-labs/FLUX.1-dev", "HF_TOKEN": TOKEN, "RUNPOD_INIT_TIMEOUT": "1800"},
+        75, {"MODEL_NAME": "black-forest-labs/FLUX.1-dev", "HF_TOKEN": TOKEN, "RUNPOD_INIT_TIMEOUT": "1800"},
     ),
     "FLUX.2-klein-4B": (
         55, {"MODEL_NAME": "black-forest-labs/FLUX.2-klein-4B", "RUNPOD_INIT_TIMEOUT": "1080"},
     ),
     "flux-shapes": (40, {"MODEL_NAME": "flux-shapes"}),
 }  # fmt: skip
-TYPES = {
-    "RTX 4090": ["NVIDIA GeForce RTX 4090"],
-    "A40": ["NVIDIA A40", "NVIDIA RTX A6000"],
-    "A100": ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"],
-    "H100": ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"],
-}
 
 
-@pytest.mark.parametrize("gpu", TYPES)
+@pytest.mark.parametrize("gpu", ["RTX 4090", "A40", "A100", "H100"])
 @pytest.mark.parametrize("model", WANTED)
 def test_every_setting_of_the_endpoint_is_right(
     model: str, gpu: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
@@ -150,34 +146,23 @@ def test_every_setting_of_the_endpoint_is_right(
     assert apply(api, model, gpu) == 0
     disk, env = WANTED[model]
     name = re.sub("[^a-z0-9]+", "-", model.lower())
-    assert api.template == {
-        "id": "te1",
+    assert api.asked[-1] == ("POST", "/v2/serverless", {
         "name": name,
-        "imageName": IMAGE,
-        "isServerless": True,
-        "category": "NVIDIA",
-        "containerDiskInGb": disk,
+        "type": "QUEUE",
+        "image": IMAGE,
+        "registry": None,
+        "disk": disk,
         "env": env,
-    }
-    assert api.endpoint == {
-        "id": "en1",
-        "name": name,
-        "templateId": "te1",
-        "computeType": "GPU",
-        "gpuTypeIds": TYPES[gpu],
-        "gpuCount": 1,
-        "minCudaVersion": "13.0",
-        "workersMin": 0,
-        "workersMax": 3,
-        "idleTimeout": 60,
-        "executionTimeoutMs": 600_000,
-        "scalerType": "QUEUE_DELAY",
-        "scalerValue": 4,
-        "flashboot": True,
-    }
+        "gpu": {"pools": [card(gpu).pool], "count": 1, "minCudaVersion": "13.0", "allowedCudaVersions": []},
+        "workers": {"min": 0, "max": 3, "idleTimeout": 60},
+        "scaling": {"type": "QUEUE_DELAY", "queueDelay": 4},
+        "networkVolumes": [],
+        "timeout": 600_000,
+        "flashboot": "FLASHBOOT",
+    })  # fmt: skip
     said = capsys.readouterr().out
-    assert f"template {name} is made: te1" in said
-    assert "curl -X POST https://api.runpod.ai/v2/en1/runsync" in said
+    assert f"endpoint {name} is made: ep1" in said
+    assert "curl -X POST https://api.runpod.ai/v2/ep1/runsync" in said
     assert ("Model: https://huggingface.co/" in said) == (model != "flux-shapes")
     assert ("accept the licence at https://huggingface.co/black-forest-labs/FLUX.1-dev" in said) == (
         model == "FLUX.1-dev"
@@ -192,31 +177,49 @@ def test_options_and_settings_reach_the_endpoint(api: RestStandIn) -> None:
         "--set", "MAX_PIXELS=1048576", "--set", "log_level=debug",
     ]  # fmt: skip
     assert apply(api, "FLUX.1-schnell", "A40", *more) == 0
-    assert api.template["name"] == api.endpoint["name"] == "mine"
-    assert api.template["containerRegistryAuthId"] == "auth1"
-    assert api.template["env"] == {
+    endpoint = api.endpoint
+    assert (endpoint["name"], endpoint["registry"]) == ("mine", "auth1")
+    assert endpoint["env"] == {
         "MODEL_NAME": "black-forest-labs/FLUX.1-schnell",
         "HF_TOKEN": TOKEN,
         "RUNPOD_INIT_TIMEOUT": "1800",
         "HF_HOME": "/runpod-volume/huggingface",
+        "LORA_CACHE_DIR": "/runpod-volume/lora-cache",
         "MAX_PIXELS": "1048576",
         "LOG_LEVEL": "debug",
     }
-    endpoint = api.endpoint
-    assert (endpoint["workersMin"], endpoint["workersMax"], endpoint["idleTimeout"]) == (1, 5, 300)
-    assert (endpoint["flashboot"], endpoint["networkVolumeId"]) == (False, "vol1")
+    assert endpoint["workers"] == {"min": 1, "max": 5, "idleTimeout": 300}
+    assert (endpoint["flashboot"], endpoint["networkVolumes"]) == ("OFF", ["vol1"])
+    assert endpoint["disk"] == 20, "weights and adapters are on the volume"
 
 
-def test_a_second_run_makes_and_changes_nothing(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    assert apply(api) == 0
+OPTIONS = ["--network-volume", "vol1", "--registry-auth", "auth1", "--no-flash-boot", "--set", "BATCH_SIZE=2"]
+
+
+@pytest.mark.parametrize("options", [[], OPTIONS])
+def test_a_second_run_makes_and_changes_nothing(
+    options: list[str], api: RestStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert apply(api, "FLUX.1-dev", "H100", *options) == 0
     before = json.dumps(api.kept)
     api.asked.clear()
     capsys.readouterr()
-    assert apply(api) == 0
+    assert apply(api, "FLUX.1-dev", "H100", *options) == 0
     assert json.dumps(api.kept) == before
-    assert [method for method, _, _ in api.asked] == ["GET", "GET", "PATCH"]
-    assert set(api.asked[-1][2]) == {"minCudaVersion", "flashboot"}, "what RunPod does not tell is said again"
-    assert "template flux-2-klein-4b is as wanted: te1" in capsys.readouterr().out
+    assert [method for method, _, _ in api.asked] == ["GET"]
+    assert "endpoint flux-1-dev is as wanted: ep1" in capsys.readouterr().out
+
+
+def test_what_runpod_leaves_out_or_adds_is_no_difference(api: RestStandIn) -> None:
+    assert apply(api) == 0
+    found = api.endpoint
+    del found["registry"], found["networkVolumes"], found["gpu"]["allowedCudaVersions"]
+    found["gpu"]["excludedTypes"] = ["NVIDIA H100 NVL"]
+    found["name"] += " -fb"
+    found["scaling"]["queueDelay"] = 4.0
+    api.asked.clear()
+    assert apply(api) == 0
+    assert [method for method, _, _ in api.asked] == ["GET"]
 
 
 def test_another_run_changes_what_differs(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,21 +228,74 @@ def test_another_run_changes_what_differs(api: RestStandIn, capsys: pytest.Captu
     capsys.readouterr()
     newer = IMAGE.replace("1.0", "1.1")
     assert apply(api, "FLUX.2-klein-4B", "A100", "--image", newer, "--set", "BATCH_SIZE=2") == 0
-    changed = [(path, set(body)) for method, path, body in api.asked if method == "PATCH"]
-    assert changed == [
-        ("/v1/templates/te1", {"imageName", "env"}),
-        ("/v1/endpoints/en1", {"gpuTypeIds", "minCudaVersion", "flashboot"}),
-    ]
-    assert (api.template["imageName"], api.template["env"]["BATCH_SIZE"]) == (newer, "2")
-    assert "template flux-2-klein-4b is changed (imageName, env): te1" in capsys.readouterr().out
+    method, path, body = api.asked[-1]
+    assert (method, path, set(body)) == ("PATCH", "/v2/serverless/ep1", {"image", "env", "gpu"})
+    assert (api.endpoint["image"], api.endpoint["env"]["BATCH_SIZE"]) == (newer, "2")
+    assert "endpoint flux-2-klein-4b is changed (image, env, gpu): ep1" in capsys.readouterr().out
 
 
-def test_what_failed_half_way_goes_on(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    api.answers["POST", "endpoints"] = (503, "busy")
-    assert apply(api) == 1
-    assert not api.kept["endpoints"]
+def test_what_is_no_longer_wanted_is_cleared_and_named(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert apply(api, "flux-shapes", "H100", *OPTIONS) == 0
+    capsys.readouterr()
+    assert apply(api, "flux-shapes") == 0
+    endpoint = api.endpoint
+    assert (endpoint["registry"], endpoint["networkVolumes"], endpoint["env"]) == (
+        None, [], {"MODEL_NAME": "flux-shapes"},
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "is changed (registry cleared, disk, env, networkVolumes cleared, flashboot): ep1" in said
+
+
+def test_what_stays_although_it_is_no_longer_wanted_is_said(
+    api: RestStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert apply(api, "flux-shapes", "H100", "--network-volume", "vol1") == 0
+    api.stays.add("networkVolumes")
+    text = fault(capsys, "--model", "flux-shapes", "--gpu", "H100", "--image", IMAGE, "--api", api.url, "--apply")
+    assert "kept its networkVolumes: change that in the console" in text
+    assert "endpoint/ep1" in text
+
+
+def test_a_list_of_cuda_versions_gives_way_to_the_least_one(api: RestStandIn) -> None:
+    """As an endpoint has that was made from the Hub."""
     assert apply(api) == 0
-    assert api.endpoint["templateId"] == api.template["id"]
+    api.endpoint["gpu"] |= {"allowedCudaVersions": ["13.0"], "minCudaVersion": None}
+    assert apply(api) == 0
+    assert (api.endpoint["gpu"]["minCudaVersion"], api.endpoint["gpu"]["allowedCudaVersions"]) == ("13.0", [])
+
+
+@pytest.mark.parametrize(
+    ("volume", "said"),
+    [
+        ((), ["disk          75 GB: the image, 33.7 GB of weights, adapters and room"]),
+        (
+            ("--network-volume", "vol1"),
+            [
+                "disk          20 GB: the image and room",
+                "volume        at least 65 GB: 33.7 GB of weights, adapters and room",
+            ],
+        ),
+        (
+            ("--network-volume", "vol1", "--set", "MEMORY_MODE=fp8", "--set", "LORA_CACHE_GB=50"),
+            ["volume        at least 115 GB"],
+        ),
+    ],
+)
+def test_what_is_kept_is_counted_where_it_is_kept(
+    volume: tuple[str, ...], said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "FLUX.1-dev", "--gpu", "H100", *volume]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in said if line not in shown] == []
+    assert ("volume  " in shown) == bool(volume)
+
+
+def test_the_shipped_model_is_too_small_for_the_model_of_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "flux-shapes", "--gpu", "4090"]) == 0
+    shown = capsys.readouterr().out
+    assert "one picture   is too small for the model of cost" in shown
+    assert "modelled" not in shown
+    assert "1000 pictures" not in shown
 
 
 # ---- what it says without --apply
@@ -253,10 +309,9 @@ def test_without_apply_nothing_is_sent_and_all_is_said(capsys: pytest.CaptureFix
         "exact",
         "1000 pictures $",
         "modelled",
-        "disk          70 GB",
+        "disk          75 GB",
         "cached model  https://huggingface.co/black-forest-labs/FLUX.1-dev:main",
-        "POST https://rest.runpod.io/v1/templates",
-        "POST https://rest.runpod.io/v1/endpoints",
+        "POST https://api.runpod.io/v2/serverless",
     ):
         assert part in said, part
     template, endpoint = (shlex.split(line) for line in said.splitlines() if line.startswith("runpodctl"))
@@ -281,7 +336,7 @@ def test_a_secret_is_sent_and_not_said(api: RestStandIn, capsys: pytest.CaptureF
     secret = "hf_abcdefghijklmnop"
     assert main(["--model", "FLUX.1-dev", "--gpu", "H100", "--set", f"HF_TOKEN={secret}"]) == 0
     assert apply(api, "FLUX.1-dev", "H100", "--set", f"HF_TOKEN={secret}") == 0
-    assert api.template["env"]["HF_TOKEN"] == secret
+    assert api.endpoint["env"]["HF_TOKEN"] == secret
     said = capsys.readouterr()
     assert secret not in said.out + said.err
 
@@ -348,34 +403,63 @@ def test_a_smaller_kind_of_weights_is_taken_where_it_is_asked_for(capsys: pytest
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (400, "refuses POST /templates: {\"error\": \"no such thing\"} (HTTP 400)"),
+        (400, "refuses POST /serverless: Request validation failed.: 'colour' is unknown (HTTP 400)"),
         (401, "does not know RUNPOD_API_KEY"),
         (402, "has too little credit"),
-        (403, "does not allow POST /templates to RUNPOD_API_KEY"),
-        (404, "has nothing at POST /templates"),
+        (403, "does not allow POST /serverless to RUNPOD_API_KEY"),
+        (404, "has nothing at POST /serverless"),
         (409, "choose another --name"),
+        (422, "refuses POST /serverless: Request validation failed.: 'colour' is unknown (HTTP 422)"),
         (429, "had too many requests"),
-        (500, "fails at POST /templates"),
-        (503, "fails at POST /templates"),
+        (500, "fails at POST /serverless"),
+        (503, "fails at POST /serverless"),
     ],
 )  # fmt: skip
 def test_each_refusal_of_runpods_is_a_sentence(
     status: int, said: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.answers["POST", "templates"] = (status, '{"error": "no such thing"}')
+    problem = {"title": "A title", "detail": "Request validation failed.", "errors": ["'colour' is unknown"]}
+    api.answers["POST"] = (status, json.dumps(problem))
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
     assert said in text
     assert f"(HTTP {status})" in text
-    assert api.kept == {"templates": {}, "endpoints": {}}
+    assert api.kept == {}
 
 
+@pytest.mark.parametrize(("text", "said"), [("<html>no</html>", "<html>no</html>"), ("", "without a reason")])
+def test_a_refusal_that_is_no_problem_is_repeated(
+    text: str, said: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.answers["POST"] = (400, text)
+    shown = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
+    assert f"refuses POST /serverless: {said} (HTTP 400)" in shown
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"imageName": IMAGE}, "imageName"),
+        ({"gpuTypeIds": ["NVIDIA H200"]}, "gpuTypeIds"),
+        ({"type": "QUEUE"}, "type"),
+        ({"gpu": {"pools": ["ADA_24"], "id": "NVIDIA H200"}}, "id"),
+        ({"workers": {"idle": 5}}, "idle"),
+    ],
+)
+def test_the_stand_in_names_what_runpod_does_not_take(body: dict[str, Any], named: str, api: RestStandIn) -> None:
+    assert apply(api) == 0
+    status, text = api.answer("PATCH", "/v2/serverless/ep1", f"Bearer {KEY}", body)
+    assert status == 422
+    assert f"'{named}' was unexpected" in text
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("text", ["<html>", "{}", "[]", "null", ""])
 def test_an_answer_of_another_kind_is_a_sentence(
-    text: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
+    text: str, method: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.answers["POST", "templates"] = (200, text)
+    api.answers[method] = (200, text)
     said = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
-    assert said.startswith("RunPod's answer to POST /templates is not what its API describes")
+    assert said.startswith(f"RunPod's answer to {method} /serverless is not what its API describes")
 
 
 def test_a_wrong_key_and_none_are_two_sentences(
@@ -392,20 +476,26 @@ def test_a_wrong_key_and_none_are_two_sentences(
 
 def test_a_host_that_cannot_be_reached_is_a_sentence(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/v2"
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", address, "--apply")
     assert text.startswith(f"RunPod cannot be reached at {address}: ")
 
 
-def test_a_template_of_pods_is_not_touched(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
-    api.kept["templates"]["te9"] = {"id": "te9", "name": "flux-shapes", "isServerless": False}
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"type": "LOAD_BALANCER"}, "is of the type LOAD_BALANCER"), ({"cpu": [{"id": "cpu5c"}]}, "runs on CPUs")],
+)
+def test_an_endpoint_of_another_kind_is_not_touched(
+    other: dict[str, Any], said: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.kept["ep9"] = {"id": "ep9", "name": "flux-shapes", **other}
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
-    assert "the template flux-shapes is there with isServerless=False" in text
+    assert f"the endpoint flux-shapes is there and {said}" in text
     assert [method for method, _, _ in api.asked] == ["GET"]
 
 
 def test_two_of_one_name_are_not_touched(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert apply(api, "flux-shapes") == 0
-    api.kept["endpoints"]["en9"] = {**api.endpoint, "id": "en9"}
+    api.kept["ep9"] = {**api.endpoint, "id": "ep9"}
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
-    assert "there are 2 endpoints of the name flux-shapes (en1, en9): delete all but one" in text
+    assert "there are 2 endpoints of the name flux-shapes (ep1, ep9): delete all but one" in text

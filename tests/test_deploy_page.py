@@ -25,7 +25,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
 }
 ADDRESSES = (
     r"https://api\.runpod\.ai/v2/\$ENDPOINT_ID/(runsync|health|status/\$JOB_ID)",
-    r"https://rest\.runpod\.io/v1/networkvolumes",
+    r"https://api\.runpod\.io/v2/network-volumes",
 )
 # What stands in capitals on the page and is no setting.
 OTHER_NAMES = {"IMAGE", "ENDPOINT_ID", "JOB_ID", "RUNPOD_API_KEY", "BAKE_MODEL", "IN_QUEUE", "IN_PROGRESS"}
@@ -51,7 +51,7 @@ def runs(command: str) -> None:
     words = shlex.split(command.replace("$IMAGE", "ghcr.io/you/flux2-endpoint:1.0"))[3:]
     with rest_api() as stand_in:
         assert main([*words, "--api", stand_in.url]) == 0
-        assert bool(stand_in.kept["endpoints"]) == ("--apply" in words)
+        assert bool(stand_in.kept) == ("--apply" in words)
 
 
 def builds(command: str) -> None:

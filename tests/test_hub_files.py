@@ -196,7 +196,7 @@ def test_presets_are_models_that_the_worker_knows(name: str) -> None:
 
 def test_the_disk_holds_the_largest_preset_and_the_pools_all_of_them() -> None:
     config = hub()["config"]
-    assert config["containerDiskInGb"] == 70
+    assert config["containerDiskInGb"] == 75
     assert config["gpuIds"].split(",") == [card.pool for card in CARDS]
 
 
