@@ -1,4 +1,4 @@
-"""`python -m deploy.hub`: RunPod Hub's two files, made from the settings, the catalog and the placement.
+"""RunPod Hub's two files, made from the settings, the catalog and the placement; `make docs` writes them.
 
 What the Hub reads: https://docs.runpod.io/hub/publishing-guide. Tests hold the files in .runpod to what is made here.
 """
@@ -13,13 +13,12 @@ from deploy.cards import CARDS, Card
 from deploy.endpoint import MIN_CUDA
 from deploy.plan import disk_gb, estimate, init_seconds
 from src.catalog import Model, get_model
-from src.settings import ROOT, Settings
+from src.settings import ROOT, SET_BY_RUNPOD, Settings
 from src.weights.placement import DoesNotFit
 
 FOLDER = ROOT / ".runpod"
 DEFAULT = "FLUX.2-klein-4B"  # not gated: it runs without a token
 PRESETS = ("FLUX.1-dev", "FLUX.1-schnell", DEFAULT, "flux-shapes")
-SET_BY_RUNPOD = frozenset({"runpod_endpoint_id", "runpod_realtime_port"})
 # What most operators choose from; all other rows are folded away.
 _FREQUENT = frozenset(
     {
@@ -143,8 +142,3 @@ def _row(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 def written(content: Mapping[str, Any]) -> str:
     """A file's text."""
     return json.dumps(content, indent=2) + "\n"
-
-
-if __name__ == "__main__":
-    for file, make in FILES.items():
-        (FOLDER / file).write_text(written(make()))

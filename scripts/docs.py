@@ -1,4 +1,4 @@
-"""`make docs`: what README and docs/ repeat of the code and of measured results, made from them; tests hold it.
+"""`make docs`: what README, docs/ and .runpod/ repeat of the code and of measured results; tests hold them to it.
 
 A page is written by hand but for what stands between its marks, <!-- name --> and <!-- end -->. BLOCKS says which page
 has which marks, and what makes the text between them.
@@ -18,6 +18,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from benchmarks.readme import TABLES, figures, table
+from deploy import hub
+from deploy.cards import CARDS, Card
+from deploy.endpoint import OTHER_VARIABLES
+from deploy.plan import disk_gb, estimate, init_seconds, nearest, two_digits
 from scripts.examples import EXAMPLES, SHIPPED, pictures_of
 from src.catalog import (
     CONTROLNETS,
@@ -34,14 +38,16 @@ from src.catalog import (
 )
 from src.request.aliases import ALIASES, INSTEAD, NAMED_SIZES, OTHER_PROGRAMS, WITHOUT_EFFECT
 from src.request.schema import CONTROL_OPTIONS, SINGLES, Borders, Control, Lora, Request
-from src.settings import ROOT, Settings
+from src.settings import ROOT, SET_BY_RUNPOD, Settings
+from src.weights.placement import GB, DoesNotFit
 
 # How a table names a family.
 FAMILY_NAMES: Mapping[str, str] = {
     "kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev",
 }  # fmt: skip
 _ENTRIES: Mapping[str, type[BaseModel]] = {"loras": Lora, "controls": Control, "outpaint": Borders}
-_BY_RUNPOD = "set by RunPod"  # how a setting's description begins that nobody else sets
+# The models that the table of cards shows; the others fit and cost as one of them does.
+ON_CARDS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev")
 
 
 def rows(heads: Iterable[str], cells: Iterable[Iterable[str]]) -> str:
@@ -273,7 +279,7 @@ def settings() -> str:
         (
             (f"`{name.upper()}`", _shown(field.default), str(field.description), allowed(properties[name]))
             for name, field in Settings.model_fields.items()
-            if not str(field.description).startswith(_BY_RUNPOD)
+            if name not in SET_BY_RUNPOD
         ),
     )
 
@@ -284,6 +290,59 @@ def _shown(default: object) -> str:
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def other_variables() -> str:
+    """Variables of an endpoint that libraries and RunPod read."""
+    return rows(
+        ("variable", "default", "what it is"),
+        ((f"`{name}`", default, what) for name, (default, what) in OTHER_VARIABLES.items()),
+    )
+
+
+# Deploying
+
+
+def cards() -> str:
+    """What each card makes of each model."""
+    return rows(
+        ("model", "card", "`MEMORY_MODE`", "on the card", "exact", "one picture", "1000 pictures"),
+        ((f"`{name}`", card.name, *_on_a_card(get_model(name), card)) for name in ON_CARDS for card in CARDS),
+    )
+
+
+def _on_a_card(model: Model, card: Card) -> tuple[str, ...]:
+    try:
+        found = estimate(model, card, Settings())
+        mode = f"`auto`: {found.placement.mode}"
+    except DoesNotFit:
+        instead = nearest(model, card, Settings())
+        if instead is None:
+            return ("none fits", *[""] * 4)
+        found, mode = instead, f"`{instead.placement.mode}`, asked for"
+    return (
+        mode,
+        f"{found.placement.peak / GB:.1f} of {card.memory_gb} GB",
+        "yes" if found.exact else "no",
+        f"{two_digits(found.seconds)} s, {found.source}",
+        f"${two_digits(found.dollars)}, {found.source}",
+    )
+
+
+def disks() -> str:
+    """What each model wants of a worker's disk and start."""
+    return rows(
+        ("model", "download", "container disk", "`RUNPOD_INIT_TIMEOUT`"),
+        (
+            (
+                f"`{model.name}`",
+                f"{model.download_gb:g} GB" if model.download_gb else "none",
+                f"{disk_gb([model], Settings())} GB",
+                f"{init_seconds([model])} s" if model.download_gb else "RunPod's own",
+            )
+            for model in MODELS
+        ),
+    )
 
 
 # How it is built
@@ -323,7 +382,8 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "docs: without effect": without_effect,
         "docs: refused": refused,
     },
-    "docs/settings.md": {"docs: settings": settings},
+    "docs/settings.md": {"docs: settings": settings, "docs: other variables": other_variables},
+    "docs/deploy.md": {"docs: cards": cards, "docs: disks": disks},
     "docs/architecture.md": {"docs: ladder": ladder},
     "docs/performance.md": {f"benchmarks/results/{name}.json": partial(table, name) for name in TABLES},
 }
@@ -342,10 +402,12 @@ def filled(page: str, text: str) -> str:
 
 
 def main() -> None:
-    """Write the pages anew."""
+    """Write the pages anew, and RunPod Hub's files."""
     for page in BLOCKS:
         file = ROOT / page
         file.write_text(filled(page, file.read_text()))
+    for name, make in hub.FILES.items():
+        (hub.FOLDER / name).write_text(hub.written(make()))
 
 
 if __name__ == "__main__":

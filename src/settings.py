@@ -290,6 +290,12 @@ def read_dotenv() -> None:
             os.environ.setdefault(name, value)
 
 
+# What no operator sets, by how its description begins.
+SET_BY_RUNPOD = frozenset(
+    name for name, field in Settings.model_fields.items() if str(field.description).startswith("set by RunPod")
+)
+
+
 def runpod_api_key(environment: Mapping[str, str] | None = None) -> str | None:
     """RUNPOD_API_KEY, by which `python -m deploy` speaks to RunPod; a worker has no use for it.
 

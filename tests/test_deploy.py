@@ -17,7 +17,7 @@ import pytest
 from benchmarks.full_size import FULL_SIZE, sizes
 from deploy.__main__ import main
 from deploy.cards import CARDS, SHARE_OF_PEAK, find_card
-from deploy.endpoint import MIN_CUDA
+from deploy.endpoint import MIN_CUDA, OTHER_VARIABLES
 from deploy.plan import WEIGHTS, disk_gb, estimate, image_gb, init_seconds, measured_seconds, weights_of
 from scripts.licences import locked
 from src.catalog import MODELS, Model, get_model
@@ -262,6 +262,12 @@ def test_a_list_of_cuda_versions_gives_way_to_the_least_one(api: RestStandIn) ->
     api.endpoint["gpu"] |= {"allowedCudaVersions": ["13.0"], "minCudaVersion": None}
     assert apply(api) == 0
     assert (api.endpoint["gpu"]["minCudaVersion"], api.endpoint["gpu"]["allowedCudaVersions"]) == ("13.0", [])
+
+
+@pytest.mark.parametrize("name", OTHER_VARIABLES)
+def test_variables_of_the_libraries_and_of_runpod_are_taken(name: str, api: RestStandIn) -> None:
+    assert apply(api, "FLUX.2-klein-4B", "H100", "--set", f"{name}=1") == 0
+    assert api.endpoint["env"][name] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""docs/deploy.md: each of its commands is run, or held against what it names; its tables are the placement's."""
+"""docs/deploy.md: each of its commands is run, or held against what it names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from deploy.__main__ import main
 from deploy.endpoint import OTHER_VARIABLES
-from deploy.tables import PAGE, TABLES, filled
 from src.settings import ROOT, Settings
 from tests.runpod_rest import KEY, rest_api
 
+PAGE = ROOT / "docs" / "deploy.md"
 # Of docker's, curl's and runpodctl's options those that the page uses, as their manuals have them.
 OPTIONS: Mapping[str, frozenset[str]] = {
     "docker build": frozenset({"-t", "--build-arg", "--secret"}),
@@ -102,12 +102,6 @@ def test_the_commands_lead_from_an_image_to_a_picture() -> None:
     steps = [begins(command) for command in commands()]
     way = ["docker build", "docker push", "python -m deploy", "curl"]
     assert [steps.index(step) for step in way] == sorted(steps.index(step) for step in way)
-
-
-def test_the_tables_are_those_of_the_placement() -> None:
-    text = PAGE.read_text()
-    assert all(f"<!-- python -m deploy.tables: {name} -->" in text for name in TABLES)
-    assert filled(text) == text, "run python -m deploy.tables"
 
 
 def test_every_setting_that_it_names_is_one() -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.readme import RESULTS, TABLES
+from deploy.endpoint import OTHER_VARIABLES
 from scripts.docs import BLOCKS, filled
 from scripts.examples import EXAMPLES, FOLDER, draw, drawn_modes, with_pictures
 from src import __version__
@@ -21,11 +22,9 @@ from src.catalog import FAMILIES, FORMATS, MEMORY_MODES, MODELS, SPEEDS, get_mod
 from src.engine import load_engine
 from src.errors import WorkerError
 from src.job import Job
-from src.settings import ROOT, Settings
+from src.settings import ROOT, SET_BY_RUNPOD, Settings
 from tests.small_models import small
 
-OF_BACKENDS = {"HF_HOME", "CUDA_VISIBLE_DEVICES"}  # variables that they read by themselves
-SET_BY_RUNPOD = {"runpod_endpoint_id", "runpod_realtime_port"}
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/*.md")])
 
 
@@ -63,8 +62,7 @@ def test_every_mark_is_one_that_is_filled(page: Path) -> None:
     begun = marks[::2]
     assert begun == [mark for mark in marks if mark != "end"]
     assert marks[1::2] == ["end"] * len(begun)
-    ours = {mark for mark in begun if not mark.startswith("python -m ")}  # which says who fills it
-    assert ours == set(BLOCKS.get(str(page.relative_to(ROOT)), {}))
+    assert set(begun) == set(BLOCKS.get(str(page.relative_to(ROOT)), {}))
 
 
 def test_every_table_of_results_is_on_a_page() -> None:
@@ -119,9 +117,9 @@ def test_every_setting_has_its_row_with_its_default_and_its_line_in_the_example(
         if field.default not in (None, "", (), False):
             assert str(field.default).removesuffix(".0").lower() in shown[name].lower(), name
     others = {name for row in rows("docs/settings.md", "| variable | default | what it is |") for name in names(row[0])}
-    assert others == OF_BACKENDS
+    assert others == set(OTHER_VARIABLES)
     example = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    assert set(example) <= set(shown) | OF_BACKENDS
+    assert set(example) <= set(shown) | set(OTHER_VARIABLES)
     assert set(fields) - set(example) == {"RUNPOD_MODEL_CACHE"}
 
 

@@ -13,9 +13,9 @@ from pydantic import Field
 
 import deploy.hub
 from deploy.cards import CARDS
-from deploy.hub import FILES, FOLDER, INPUTS, PRESETS, SET_BY_RUNPOD, hub, hub_tests, written
+from deploy.hub import FILES, FOLDER, INPUTS, PRESETS, hub, hub_tests, written
 from src.catalog import MEMORY_MODES, QUANTIZATIONS, get_model
-from src.settings import Settings
+from src.settings import SET_BY_RUNPOD, Settings
 from tests.runpod_rest import GPU_TYPES
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -107,7 +107,7 @@ def rows() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_what_the_code_makes_and_what_the_hub_reads(name: str) -> None:
     text = (FOLDER / name).read_text()
-    assert text == written(FILES[name]()), "run python -m deploy.hub"
+    assert text == written(FILES[name]()), "run make docs"
     jsonschema.validate(json.loads(text), SCHEMAS[name], cls=jsonschema.Draft202012Validator)
 
 
