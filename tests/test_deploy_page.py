@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from deploy.__main__ import main
+from deploy.__main__ import INTO_A_FILE, main
 from deploy.endpoint import OTHER_VARIABLES
+from scripts.docs import cards
 from src.settings import ROOT, Settings
 from tests.runpod_rest import KEY, rest_api
 
 PAGE = ROOT / "docs" / "deploy.md"
 # Of docker's, curl's and runpodctl's options those that the page uses, as their manuals have them.
 OPTIONS: Mapping[str, frozenset[str]] = {
+    "git clone": frozenset(),
+    "docker login": frozenset(),
     "docker build": frozenset({"-t", "--build-arg", "--secret"}),
     "docker push": frozenset(),
-    "curl": frozenset({"-X", "-H", "-d"}),
+    "curl": frozenset({"-X", "-H", "-d", "-o"}),
     "runpodctl serverless logs": frozenset({"--follow"}),
 }
 ADDRESSES = (
@@ -28,7 +35,7 @@ ADDRESSES = (
     r"https://api\.runpod\.io/v2/network-volumes",
 )
 # What stands in capitals on the page and is no setting.
-OTHER_NAMES = {"IMAGE", "ENDPOINT_ID", "JOB_ID", "RUNPOD_API_KEY", "BAKE_MODEL", "IN_QUEUE", "IN_PROGRESS"}
+OTHER_NAMES = {"IMAGE", "ENDPOINT_ID", "JOB_ID", "RUNPOD_API_KEY", "BAKE_MODEL", "IN_QUEUE", "IN_PROGRESS", "COMPLETED"}
 
 
 def commands() -> list[str]:
@@ -78,8 +85,40 @@ def sets(command: str) -> None:
     assert f"${name}" in PAGE.read_text() or name == "RUNPOD_API_KEY"
 
 
+def enters(command: str) -> None:
+    """`cd`: the folder that the clone makes."""
+    assert re.search(rf"^git clone https://\S+/{command.split()[1]}\.git$", PAGE.read_text(), re.MULTILINE)
+
+
+def makes(command: str) -> None:
+    """`make`: a target that there is."""
+    assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text()
+
+
+def activates(command: str) -> None:
+    """The environment that `make` makes."""
+    (folder,) = re.findall(r"^VENV := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert command == f". {folder}/bin/activate"
+
+
+def logs_in(command: str) -> None:
+    """`docker login`: to the registry of the image."""
+    assert f"export IMAGE={command.split()[2]}/" in PAGE.read_text()
+
+
+def says(command: str) -> None:
+    """`python -c`: what `python -m deploy` says too; it is run below."""
+    assert command == INTO_A_FILE
+
+
 CHECKS: Mapping[str, Callable[[str], None]] = {
+    "git clone": lambda _: None,
+    "cd": enters,
+    "make": makes,
+    ".": activates,
+    "docker login": logs_in,
     "python -m deploy": runs,
+    "python -c": says,
     "docker build": builds,
     "docker push": lambda _: None,
     "curl": asks,
@@ -100,8 +139,40 @@ def test_each_command_runs_or_names_what_there_is(command: str, monkeypatch: pyt
 
 def test_the_commands_lead_from_an_image_to_a_picture() -> None:
     steps = [begins(command) for command in commands()]
-    way = ["docker build", "docker push", "python -m deploy", "curl"]
+    way = [
+        "git clone", "cd", "make", ".", "docker login", "docker build", "docker push", "python -m deploy", "curl",
+        "python -c",
+    ]  # fmt: skip
     assert [steps.index(step) for step in way] == sorted(steps.index(step) for step in way)
+    made = next(number for number, command in enumerate(commands()) if command.endswith("--apply"))
+    assert steps.index("docker push") < made < steps.index("curl")
+
+
+def test_the_way_ends_with_a_picture(tmp_path: Path) -> None:
+    """The last command, on what the handler answers to the request that the page sends."""
+    from handler import handler
+
+    sent = json.loads((ROOT / "test_input.json").read_text())
+    answer = {"delayTime": 1, "executionTime": 2, "id": "job", "output": handler({"id": "job", **sent})}
+    (tmp_path / "answer.json").write_text(json.dumps({**answer, "status": "COMPLETED"}))
+    _, *words = shlex.split(INTO_A_FILE)
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (128, 128))
+
+
+def test_the_volume_holds_the_model_that_is_shown_on_it(capsys: pytest.CaptureFixture[str]) -> None:
+    (volume,) = (command for command in commands() if "network-volumes" in command)
+    (deployed,) = (command for command in commands() if "--network-volume " in command)
+    assert main(shlex.split(deployed.replace("--apply", ""))[3:]) == 0
+    (least,) = re.findall(r"volume +at least (\d+) GB", capsys.readouterr().out)
+    body = json.loads(shlex.split(volume)[-1])
+    assert body["size"] >= int(least)
+    assert set(body) == {"name", "size", "dataCenter"}, "as CreateNetworkVolumeRequest has them"
+
+
+def test_it_says_whether_somebody_measured_the_cards() -> None:
+    assert (", measured" in cards()) != ("Nobody has measured these cards yet" in " ".join(PAGE.read_text().split()))
 
 
 def test_every_setting_that_it_names_is_one() -> None:
