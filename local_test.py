@@ -9,9 +9,10 @@ import argparse
 import base64
 import json
 import logging
-import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from src.job import Progress
 from src.redaction import redact
 from src.request.schema import PICTURES, Request
 from src.response.encode import read_parameters
+from src.serving.logs import log, quiet_libraries
+from src.weights.disk import why_not_writable
 
 ROOT = Path(__file__).resolve().parent
 _GAP = 4  # pixels between the pictures of a contact sheet
@@ -33,17 +36,24 @@ _GAP = 4  # pixels between the pictures of a contact sheet
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 when pictures were saved, 1 with one line on stderr when not."""
     options = _parser().parse_args(arguments)
-    logging.getLogger("worker").addHandler(logging.NullHandler())  # the one line below says it all
+    with _log_lines(logging.WARNING if options.quiet else logging.INFO) as lines:
+        return _run(options, lines)
+
+
+def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
     try:
         event = _event(options)
+        if not {"describe", "dry_run"} & event["input"].keys():
+            _check_output(options.output)
         started = time.perf_counter()
-        print(f"model    {get_settings().model_name}")
+        print(f"model    {get_settings().model_name}", flush=True)
         engine = get_engine()
         load = time.perf_counter() - started
         if options.picture:
             _check_maker(options.picture, engine.model.name, engine.revision)
     except (WorkerError, OSError, ValueError) as error:
         return _fail(str(error))
+    lines.setLevel(logging.WARNING)  # the bar and the table say the rest
 
     with _Bar(disable=options.quiet) as bar:
         response = handler(event, bar.show)
@@ -56,11 +66,38 @@ def main(arguments: list[str] | None = None) -> int:
         for path in _save(response, options.output):
             print(f"saved    {path}")
     except OSError as error:
-        folder, user = options.output.resolve(), os.geteuid()
-        remedy = f"chown {user} {folder}, or give another --output"
-        return _fail(f"the picture cannot be saved as user {user} in {folder} ({error}): {remedy}")
+        return _fail(f"the pictures cannot be saved in {options.output.resolve()}: {error}")
     _report(response["metadata"], load, bar.steps)
     return 0
+
+
+def _check_output(folder: Path) -> None:
+    """Raise OSError where pictures could not be saved, before seconds or hours go into them."""
+    if unwritable := why_not_writable(folder):
+        raise OSError(f"{folder.resolve()} {unwritable}, or give another --output")
+
+
+class _Lines(logging.Handler):
+    """Plain lines on stderr, above the bar; of what fails the one line of `_fail` is enough."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR:
+            prefix = "warning: " if record.levelno == logging.WARNING else ""
+            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _log_lines(level: int) -> Iterator[_Lines]:
+    """The worker's log as lines from `level` on, and other libraries quiet."""
+    quiet_libraries()
+    lines, before = _Lines(level), log.level
+    log.addHandler(lines)
+    log.setLevel(level)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(before)
 
 
 class _Bar:
@@ -88,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, default=ROOT / "test_input.json", help='a file of {"input": {...}}')
     parser.add_argument("--from", type=Path, dest="picture", metavar="PICTURE", help="repeat what made this picture")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no stages and no progress bars")
     fields = parser.add_argument_group("fields of the request")
     for name, field in Request.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
@@ -176,6 +213,7 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
         if text is None:
             continue  # it was uploaded
         paths.append(folder / f"{seed}.{suffix}")
+        paths[-1].unlink(missing_ok=True)  # it may be another user's
         paths[-1].write_bytes(base64.b64decode(text))
     if len(paths) > 1:
         pictures = [Image.open(path) for path in paths]
@@ -184,6 +222,7 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
         for column, picture in enumerate(pictures):
             sheet.paste(picture, (column * (width + _GAP), 0))
         paths.append(folder / "contact-sheet.png")
+        paths[-1].unlink(missing_ok=True)
         sheet.save(paths[-1])
     return paths
 

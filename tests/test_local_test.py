@@ -5,14 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import local_test
 from local_test import _value, main
+from src.errors import ModelUnavailable
+from src.serving.logs import log
 from src.settings import ROOT
 
 
@@ -32,6 +37,45 @@ def test_the_test_input_becomes_a_picture_and_a_table(tmp_path: Path) -> None:
         assert any(row.strip().startswith(line) for row in run.stdout.splitlines()), line
     assert f"saved    {tmp_path / '42.png'}" in run.stdout
     assert "denoise: 100%" in run.stderr or "8/8" in run.stderr
+    lines = run.stderr.splitlines()
+    assert [line for line in lines if line.startswith("start: ")], run.stderr
+    assert any(line.startswith("start: weights read in ") for line in lines)
+    assert "torchao" not in run.stderr
+    assert "pytree" not in run.stderr
+
+
+def test_where_no_picture_can_be_saved_no_model_is_loaded() -> None:
+    """By a user who is not root."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        code = (
+            "import os, sys, local_test, huggingface_hub.utils; os.geteuid() or os.setuid(10001); "
+            f"sys.exit(local_test.main(['--output', '{folder}/outputs']))"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env={**os.environ, "MODEL_NAME": "/no/such/model"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert (run.returncode, run.stdout) == (1, "")
+    assert re.fullmatch(r"error: \S+/outputs cannot be written by user .*, or give another --output\n", run.stderr)
+
+
+def test_what_only_hinders_a_start_is_a_line_also_of_a_quiet_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> object:
+        log.info("start: done")
+        log.warning("there is no NVIDIA driver")
+        raise ModelUnavailable("nothing is loaded")
+
+    monkeypatch.setattr(local_test, "get_engine", load)
+    level, handlers = log.level, list(log.handlers)
+    for options, expected in (([], ["start: done"]), (["--quiet"], [])):
+        assert main([*options, "--output", str(tmp_path)]) == 1
+        assert capsys.readouterr().err.splitlines() == [
+            *expected, "warning: there is no NVIDIA driver", "error: nothing is loaded",
+        ]  # fmt: skip
+    assert (log.level, log.handlers) == (level, handlers)
 
 
 def test_fields_are_options_and_several_pictures_get_a_contact_sheet(tmp_path: Path) -> None:
@@ -75,10 +119,10 @@ def test_an_error_is_one_line_and_exit_code_1(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main([*arguments, "--quiet", "--output", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1  # more than that may be said of the machine
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
 
 
 def test_the_test_input_suits_every_model() -> None:

@@ -30,7 +30,7 @@ _LIBRARIES = {
         ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub", "urllib3", "filelock", "botocore"),
         logging.WARNING,
     ),
-    "torchao": logging.ERROR,
+    **dict.fromkeys(("torchao", "diffusers.quantizers.torchao"), logging.ERROR),
     "torch.utils._pytree": logging.ERROR,
 }
 
@@ -79,9 +79,16 @@ def keep_secrets_out() -> None:
     logging.raiseExceptions = False  # what cannot be written would be printed as it is
 
 
-def _keep_secrets_out_of_the_rest() -> None:
-    """What prints by itself: the SDK's logger, the hub's, and Python where nobody catches an exception."""
+def quiet_libraries() -> None:
+    """From now on other libraries write what an operator can do something about."""
     import huggingface_hub.utils  # noqa: F401 - it sets its own level when it is imported, so before ours
+
+    for library, level in _LIBRARIES.items():
+        logging.getLogger(library).setLevel(level)
+
+
+def _keep_secrets_out_of_the_rest() -> None:
+    """What prints by itself: the SDK's logger, and Python where nobody catches an exception."""
     from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where nothing is served
 
     sdk = RunPodLogger()  # one for all of its modules
@@ -111,8 +118,7 @@ def configure(settings: Settings) -> None:
     log.setLevel(settings.log_level)
     log.propagate = False
     _keep_secrets_out_of_the_rest()
-    for library, level in _LIBRARIES.items():
-        logging.getLogger(library).setLevel(level)
+    quiet_libraries()
 
 
 def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", level: int = logging.INFO) -> None:
