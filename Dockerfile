@@ -11,7 +11,7 @@ RUN apt-get update \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 worker \
-    && install -d -o worker -g worker /app/outputs /home/worker/huggingface \
+    && install -d -m 2775 -o worker -g worker /app/outputs /home/worker/huggingface \
     && python3 -m venv --without-pip /opt/venv
 WORKDIR /app
 
@@ -26,6 +26,7 @@ ENV PATH=/opt/venv/bin:${PATH} \
     UV_LINK_MODE=copy \
     UV_COMPILE_BYTECODE=1 \
     HOME=/home/worker \
+    USER=worker \
     HF_HOME=/home/worker/huggingface \
     DIFFUSERS_VERBOSITY=error \
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
@@ -57,7 +58,8 @@ RUN --mount=type=bind,from=installer,source=/opt/uv/bin,target=/opt/uv/bin \
 
 # BAKE_MODEL=true puts MODEL_NAME's files into the image, and the worker then asks no hub for them:
 #   docker build --build-arg BAKE_MODEL=true --secret id=HF_TOKEN,env=HF_TOKEN -t flux2-endpoint .
-# A stage of its own: what is copied out of it stays the same layer while the files do.
+# A stage of its own: what is copied out of it stays the same layer while the files do. What was downloaded is kept by the
+# builder (`docker builder prune` frees it), so that a build after a change downloads what the hub has anew alone.
 FROM packages AS weights
 ARG MODEL_NAME=FLUX.1-dev
 ARG MODEL_REVISION
@@ -67,6 +69,7 @@ COPY models models
 COPY src/*.py src/
 COPY src/weights src/weights
 RUN --mount=type=secret,id=HF_TOKEN \
+    --mount=type=cache,target=/var/cache/huggingface \
     if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; export HF_TOKEN; fi; \
     python -m src.weights.bake "${BAKE_MODEL}"
 

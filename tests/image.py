@@ -15,6 +15,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,7 @@ class Machine:
     hub: Hub
     folder: Path  # of this run
     volumes: list[str]
+    torch: str  # the build argument TORCH
 
     def volume(self) -> str:
         """A new volume, empty and root's; gone with the run."""
@@ -260,7 +262,7 @@ def stop_seconds() -> float:
 
 
 def build(machine: Machine) -> str:
-    """To the end, as a build without CUDA; its layers within the budget."""
+    """To the end, with the labels that it is given."""
     labels = {"VERSION": src.__version__, "REVISION": call("git", "rev-parse", "HEAD").strip()}
     done = machine.tool.build(IMAGE, *(word for k, v in labels.items() for word in ("--build-arg", f"{k}={v}")))
     check(done.returncode == 0, done.stdout[-4000:])
@@ -277,9 +279,9 @@ def size(machine: Machine) -> str:
         amount, _, made_by = row.partition("\t")
         found[next(name for text, name in LAYERS.items() if text in made_by)] += float(amount) / 1e6
     found["image"] = sum(found.values())
-    budget = json.loads(BUDGET.read_text())["cpu"]
+    budget = json.loads(BUDGET.read_text())[machine.torch]
     too_large = {name: round(found[name]) for name, most in budget.items() if found[name] > most}
-    check(not too_large, f"{too_large} MB, and {BUDGET.name} allows {budget}")
+    check(not too_large, f"{too_large} MB, and {BUDGET.name} allows {budget} with TORCH={machine.torch}")
     return ", ".join(f"{name} {megabytes:.0f}" for name, megabytes in found.items()) + " MB"
 
 
@@ -368,13 +370,32 @@ def rights(machine: Machine) -> str:
 
 
 def alone(machine: Machine) -> str:
-    """No RunPod, no network, no volume: says what it is and how to go on, draws, and says where the picture is."""
+    """No RunPod, no network, no volume: says what it is and how to go on, draws, and says where the picture is.
+
+    What it says to type works.
+    """
     with machine.container("--network", "none", "--env", "MODEL_NAME=flux-shapes", IMAGE) as container:
         status = container.wait()
         check(status == 0, container.logs()[-2000:])
-        for text in ("RunPod is not here", "--rp_api_host 0.0.0.0", "outputs:/app/outputs"):
-            container.line(text)
-        return container.line("saved")
+        container.line("RunPod is not here")
+        picture, served = container.line("local_test.py --prompt"), container.line("--rp_api_host 0.0.0.0")
+        for command in (picture, served):
+            check("-e MODEL_NAME=flux-shapes" in command and "flux2-endpoint" in command, command)
+        said = container.line("saved")
+    folder = machine.folder / "typed"
+    folder.mkdir()
+    words = shlex.split(picture.replace("$PWD", str(folder.parent)).replace("/outputs:", "/typed:"))[1:]
+    machine.tool(*(IMAGE if word == "flux2-endpoint" else word for word in words))
+    check(list(folder.glob("*.png")), picture)
+    return f"{said}; `{picture}` draws"
+
+
+def pod(machine: Machine) -> str:
+    """On a pod of RunPod's, which starts again what ends, the API is served."""
+    variables = ["--env", "RUNPOD_POD_ID=pod", "--env", "MODEL_NAME=flux-shapes"]
+    with machine.container("--publish", "127.0.0.1:8792:8000", *variables, IMAGE) as container:
+        answer = first_picture("http://127.0.0.1:8792/runsync", container.logs)
+        return f"{container.line('This is a pod')} POST /runsync: {answer}"
 
 
 def own_volume(machine: Machine) -> str:
@@ -392,13 +413,38 @@ def own_volume(machine: Machine) -> str:
 
 
 def host_folder(machine: Machine) -> str:
-    """A folder of the host's for the pictures, which docker makes as root."""
-    folder = machine.folder / "outputs"
+    """Folders of the host's for the pictures: root's, as docker makes them, and a user's, empty and with a picture.
+
+    A user's remains theirs, and the pictures are too; what is downloaded is shared by all.
+    """
+    said = []
+    downloads = machine.volume()
+    for owner, files in ((0, 0), (0, 1), (1000, 0), (1000, 1)):
+        folder = machine.folder / f"outputs-{owner}-{files}"
+        folder.mkdir()
+        for path in (*[folder / "1.png"][:files], folder):
+            path.touch()
+            os.chown(path, owner, owner)
+        mounts = ["--volume", f"{folder}:/app/outputs", "--volume", f"{downloads}:/home/worker/huggingface"]
+        options = [*mounts, "--env", "MODEL_NAME=flux-shapes", IMAGE]
+        wrote = machine.tool("run", "--rm", *options, "sh", "-c", 'mkdir -p "$HF_HOME/hub" && touch "$HF_HOME/hub/$$"')
+        wrote += machine.tool("run", "--rm", *options, "python", "local_test.py", *SMALL, "--seed", "1")
+        picture, worker = folder / "1.png", owner or WORKER
+        owners = (picture.stat().st_uid, folder.stat().st_uid)
+        check(picture.stat().st_size and owners == (worker, worker), f"{owners}: {wrote}")
+        said.append(f"of user {owner} with {files} files: the picture is user {owners[0]}'s")
+    return "; ".join(said)
+
+
+def unwritable_outputs(machine: Machine) -> str:
+    """Where no picture can be saved that is said before the model is loaded."""
+    folder = machine.folder / "unwritable"
     folder.mkdir()
-    options = ["--volume", f"{folder}:/app/outputs", "--env", "MODEL_NAME=flux-shapes"]
-    said = machine.tool("run", "--rm", *options, IMAGE, "python", "local_test.py", *SMALL)
-    check(list(folder.glob("*.png")), said)
-    return f"{next(folder.glob('*.png')).name} is on the host"
+    options = ["--volume", f"{folder}:/app/outputs", "--env", "MODEL_NAME=flux-shapes", "--user", str(WORKER)]
+    done = machine.tool.attempt("run", "--rm", *options, IMAGE, "python", "local_test.py", *SMALL)
+    line = done.stdout.strip()
+    check(done.returncode == 1 and "cannot be written" in line and "model" not in line and "\n" not in line, line)
+    return line
 
 
 def roots_volume(machine: Machine) -> str:
@@ -448,9 +494,13 @@ def gated() -> Repo:
 
 
 def baked(machine: Machine) -> str:
-    """A gated model in the image: it starts without a network, without a token, and after the repo is gone."""
-    machine.hub.repos["black-forest-labs/FLUX.1-schnell"] = gated()
-    arguments = {"BAKE_MODEL": "Yes", "MODEL_NAME": "FLUX.1-schnell", "HF_ENDPOINT": machine.hub.url}
+    """A gated model in the image: it starts without a network, without a token, and after the repo is gone.
+
+    A build that bakes it anew downloads no file again.
+    """
+    name = f"someone/gated-{os.getpid()}"  # a new one: the builder keeps what was downloaded
+    machine.hub.repos[name] = gated()
+    arguments = {"BAKE_MODEL": "Yes", "MODEL_NAME": name, "HF_ENDPOINT": machine.hub.url}
     words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
     refused = machine.tool.build(f"{IMAGE}-refused", *words)
     check(refused.returncode != 0 and "is gated" in refused.stdout, refused.stdout[-2000:])
@@ -460,7 +510,12 @@ def baked(machine: Machine) -> str:
     check(TOKEN not in machine.tool("history", "--no-trunc", BAKED), "the token is in the history")
     check(TOKEN not in machine.tool("inspect", BAKED), "the token is in the image's configuration")
     check(not in_layers(machine.tool, BAKED, TOKEN.encode()), "the token is in a layer")
-    del machine.hub.repos["black-forest-labs/FLUX.1-schnell"]
+    asked = len(machine.hub.asked)
+    again = machine.tool.build(f"{IMAGE}-refused", *words, "--build-arg", "MODEL_REVISION=main")
+    check(again.returncode == 0 and f"{name} is in the image" in again.stdout, again.stdout[-3000:])
+    files = [path for path, _ in machine.hub.asked[asked:] if "/resolve/" in path]
+    check(len(machine.hub.asked) > asked and not files, f"asked for again: {files}")
+    del machine.hub.repos[name]
     said = []
     for network in (["--network", "none"], ["--network", "host", "--env", f"HF_ENDPOINT={machine.hub.url}"]):
         asked = machine.hub.requests
@@ -492,8 +547,10 @@ def api(machine: Machine) -> str:
         return f"POST /runsync: {first_picture('http://127.0.0.1:8791/runsync', container.logs)}"
 
 
-def first_picture(address: str, logs: Callable[[], str], seconds: float = 120) -> str:
-    """The status of the first answer."""
+def first_picture(
+    address: str, logs: Callable[[], str], seconds: float = 120, running: Callable[[], bool] = lambda: True
+) -> str:
+    """The status of the first answer, by what is `running`."""
     body = json.dumps({"input": {"prompt": "a red star", "seed": 1}}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})  # noqa: S310
     deadline = time.monotonic() + seconds
@@ -502,28 +559,11 @@ def first_picture(address: str, logs: Callable[[], str], seconds: float = 120) -
             with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
                 answer = json.load(response)
         except OSError:
-            check(time.monotonic() < deadline, logs()[-2000:])
+            check(running() and time.monotonic() < deadline, logs()[-2000:])
             time.sleep(0.5)
         else:
             check(answer["output"]["images"], str(answer)[:500])
             return f"{answer['status']} with {len(answer['output']['images'][0])} characters of base64"
-
-
-def compose(machine: Machine) -> str:
-    """`docker compose --profile cpu up`: the API on port 8000."""
-    command = compose_command(machine.tool)
-    if command is None:
-        return "skipped: no docker compose"
-    override = machine.folder / "compose.yaml"
-    override.write_text(json.dumps({"services": {"cpu": {"image": IMAGE}}}))  # as built above
-    files = ["--file", "compose.yaml", "--file", str(override), "--project-name", f"{IMAGE}-{os.getpid()}"]
-
-    up = functools.partial(call, *command, *files, "--profile", "cpu")
-    try:
-        up("up", "--detach", "--no-build")
-        return f"POST /runsync: {first_picture('http://127.0.0.1:8000/runsync', lambda: up('logs'))}"
-    finally:
-        up("down", "--volumes")
 
 
 def compose_command(tool: Tool) -> list[str] | None:
@@ -534,48 +574,70 @@ def compose_command(tool: Tool) -> list[str] | None:
 
 
 def readme_commands() -> list[str]:
-    """The README's docker commands, word for word."""
+    """The README's commands for containers, word for word."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
-    return [line for line in lines if re.match(r"([A-Z_]+=\S+ )?docker (build|run) ", line)]
+    return [line for line in lines if re.match(r"mkdir |([A-Z_]+=\S+ )?docker ", line)]
 
 
 def readme(machine: Machine) -> str:
-    """Word for word, in a terminal; a `docker` of ours adds what this machine needs, and leaves out a card it lacks."""
+    """Word for word, in a terminal; a `docker` of ours adds what this machine needs, and leaves out a card it lacks.
+
+    So that nothing of that name is replaced, images and compose's project have names of this script's.
+    """
     machine.hub.repos |= {f"black-forest-labs/FLUX.1-{name}": gated() for name in ("dev", "schnell")}
     programs = machine.folder / "bin"
     programs.mkdir()
-    build = shlex.join([*machine.tool.build_options, "--build-arg", f"HF_ENDPOINT={machine.hub.url}"])
+    image, options = f"{IMAGE}-readme", [*machine.tool.build_options, "--build-arg", f"HF_ENDPOINT={machine.hub.url}"]
+    arguments = dict(word.split("=", 1) for word in options if "=" in word)
+    override = machine.folder / "compose.yaml"
+    override.write_text(
+        json.dumps({"services": {"cpu": {"image": f"{image}:cpu", "build": {"network": "host", "args": arguments}}}})
+    )
+    project = ["--file", "compose.yaml", "--file", str(override), "--project-name", f"{IMAGE}-{os.getpid()}"]
     run = shlex.join(["--network", "host", "--env", f"HF_ENDPOINT={machine.hub.url}"])
+    composer = compose_command(machine.tool)
     shim = f"""#!/bin/sh
         verb=$1
         shift
         [ "$1 $2" = "--gpus all" ] && {"false" if has_card() else "shift 2"}
         case $verb in
-            build) exec {machine.tool.command} build {build} "$@" ;;
+            build) exec {machine.tool.command} build {shlex.join(options)} "$@" ;;
             run) exec {machine.tool.command} run {run} "$@" ;;
+            compose) exec {shlex.join([*(composer or ["false"]), *project])} "$@" ;;
         esac
+        exec {machine.tool.command} "$verb" "$@"
         """
     (programs / "docker").write_text(shim)
     (programs / "docker").chmod(0o755)
     environment = {**machine.tool.environment, "PATH": f"{programs}:{os.environ['PATH']}"}
     said = [] if has_card() else ["(without --gpus all: there is no card)"]
     commands = readme_commands()
-    check(commands, "the README has no docker command")
+    check({"build", "run", "compose"} <= {word for command in commands for word in command.split()}, f"{commands}")
     for command in commands:
         begun = time.monotonic()
-        # Images of these names may be there already, and are not this script's.
-        status, text = in_terminal(command.replace("flux2-endpoint", f"{IMAGE}-readme"), environment)
+        shown = command.partition(" #")[0].strip()
+        served = "http://127.0.0.1:8000/runsync" if " up" in command else ""
+        if "compose" in command and composer is None:
+            said.append(f"`{shown}` left out: there is no docker compose")
+            continue
+        try:
+            status, text = in_terminal(command.replace("flux2-endpoint", image), environment, served)
+        finally:
+            if served and composer:
+                call(*composer, *project, "--profile", "cpu", "down", "--volumes")
         check(status == 0, f"{command}: {text[-3000:]}")
-        seen = re.findall(r"saved .*|\S+ is in the image: .*", text)
-        check(seen or ("run" not in command.split() and "BAKE" not in command), text[-3000:])
-        line = seen[-1] if seen else "built"
-        said.append(f"`{command.partition(' #')[0].strip()}` {time.monotonic() - begun:.0f} s: {line.strip()}")
+        seen = re.findall(r"saved .*|\S+ is in the image: .*|POST /runsync: .*", text)
+        check(seen or not re.search(r"docker run|BAKE|compose", command), text[-3000:])
+        said.append(f"`{shown}` {time.monotonic() - begun:.0f} s: {seen[-1].strip() if seen else 'done'}")
     return "; ".join(said)
 
 
-def in_terminal(command: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """The status of a shell's command, and what it wrote into its terminal."""
+def in_terminal(command: str, environment: Mapping[str, str], serves: str = "") -> tuple[int, str]:
+    """The status of a shell's command, and what it wrote into its terminal.
+
+    What `serves` at an address is interrupted, as by Ctrl-C, once it has answered there, and its status is 0 then.
+    """
     ours, its = pty.openpty()
     process = subprocess.Popen(
         ["/bin/sh", "-c", command], cwd=ROOT, env=dict(environment), stdin=its, stdout=its, stderr=its,
@@ -583,16 +645,30 @@ def in_terminal(command: str, environment: Mapping[str, str]) -> tuple[int, str]
     )  # fmt: skip
     os.close(its)
     written = bytearray()
-    with suppress(OSError):  # the terminal's end
-        while chunk := os.read(ours, 1 << 16):
-            written += chunk
-    os.close(ours)
-    return process.wait(), written.decode(errors="replace").replace("\r", "\n")
+
+    def read() -> None:
+        with suppress(OSError):  # the terminal's end
+            while chunk := os.read(ours, 1 << 16):
+                written.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    answer = ""
+    try:
+        if serves:
+            answer = first_picture(serves, written.decode, 900, lambda: process.poll() is None)
+    finally:
+        if serves and process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        status = process.wait()
+        reader.join()
+        os.close(ours)
+    return 0 if answer else status, written.decode(errors="replace").replace("\r", "\n") + f"POST /runsync: {answer}"
 
 
 CASES: tuple[Callable[[Machine], str], ...] = (
-    build, size, build_refused, job_as_root, job_as_worker, read_only, rights, alone, own_volume, host_folder,
-    roots_volume, unwritable_home, tokens, baked, api, compose, readme, terminated,
+    build, size, build_refused, job_as_root, job_as_worker, read_only, rights, alone, pod, own_volume,
+    host_folder, unwritable_outputs, roots_volume, unwritable_home, tokens, baked, api, readme, terminated,
 )  # fmt: skip
 
 
@@ -604,16 +680,17 @@ def main(command: str, *names: str) -> int:
         print(f"{command}: {tool('--version').strip()}", flush=True)
         base = base_image(tool)
         print(f"base image: {base or 'by its digest'} ({time.monotonic() - begun:.0f} s)", flush=True)
-        tool.build_options += ["--network", "host", "--build-arg", "TORCH=cpu"]
+        torch = os.environ.get("TORCH", "cpu")
+        tool.build_options += ["--network", "host", "--build-arg", f"TORCH={torch}"]
         if base:
             tool.build_options += ["--build-arg", f"BASE_IMAGE={base}"]
-        if index := torch_index(stack):
+        if torch == "cpu" and (index := torch_index(stack)):
             tool.build_options += ["--build-arg", f"TORCH_CPU_INDEX={index}"]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         stand_in, hub = StandIn(), Hub()
         stack.callback(stand_in.close)
         stack.callback(hub.close)
-        machine = Machine(tool, stand_in, hub, folder, [])
+        machine = Machine(tool, stand_in, hub, folder, [], torch)
         failed = 0
         for case in CASES:
             if names and not any(name in case.__name__ for name in names):

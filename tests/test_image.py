@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from src.settings import ROOT, Settings
 from src.weights import bake
 from src.weights.files import Files
 from tests.hub import REVISION, Hub, Repo
+from tests.image import BUDGET, LAYERS, readme_commands
 
 SHIPPED = ROOT / "models" / "flux-shapes"
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -46,7 +49,8 @@ def test_the_image_says_of_which_version_it_is() -> None:
 def test_the_entry_point_gives_up_its_rights_for_the_images_user() -> None:
     (user,) = re.findall(r"useradd .*--uid (\d+)", DOCKERFILE)
     assert f"\nworker={user}\n" in ENTRY_POINT
-    assert "setpriv --reuid $worker --regid $worker --clear-groups --no-new-privs" in ENTRY_POINT
+    assert "user=$worker group=$worker" in ENTRY_POINT
+    assert "setpriv --reuid $user --regid $group --groups $worker --no-new-privs" in ENTRY_POINT
     assert not re.findall(r"^(USER|ADD|EXPOSE)|sudo|setuid", DOCKERFILE, re.MULTILINE)
     assert "chown -R" not in ENTRY_POINT, "a volume may hold a million files"
 
@@ -64,8 +68,86 @@ def test_compose_knows_a_card_and_a_machine_without_one() -> None:
     assert (cpu["profiles"], gpu["profiles"]) == (["cpu"], ["gpu"])
     assert cpu["build"]["args"] == {"TORCH": "cpu"}
     assert cpu["environment"]["MODEL_NAME"] == "flux-shapes"
-    assert " ".join(cpu["command"]) in ENTRY_POINT, "what the entry point says of the API"
-    assert {volume.partition(":")[0] for volume in cpu["volumes"]} == config["volumes"].keys()
+    assert f'api="{" ".join(cpu["command"])}"' in ENTRY_POINT
+    assert cpu["volumes"] == ["huggingface:/home/worker/huggingface", "./outputs:/app/outputs"]
+    assert config["volumes"].keys() == {"huggingface"}
+
+
+def test_the_readme_has_the_commands_of_the_specification_and_a_run_of_each_is_a_case() -> None:
+    commands = [command.partition(" #")[0].strip() for command in readme_commands()]
+    assert "docker build -t flux2-endpoint ." in commands
+    assert "docker run --gpus all -it --rm -e HF_TOKEN=your_token flux2-endpoint" in commands
+    assert "docker run -it --rm -e MODEL_NAME=flux-shapes flux2-endpoint" in commands
+    assert "docker compose --profile cpu up --build" in commands
+    assert sum("docker " in line for line in (ROOT / "README.md").read_text().splitlines()) >= len(commands) - 1
+
+
+@pytest.mark.parametrize("torch", ["cpu", "cuda"])
+def test_the_budget_knows_each_build_of_torch(torch: str) -> None:
+    assert f"{torch}) set --" in DOCKERFILE
+    budget = json.loads(BUDGET.read_text())[torch]
+    assert {"image", "torch"} <= budget.keys() <= {*LAYERS.values(), "image"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "begins"),
+    [
+        ({}, "This is a FLUX worker for RunPod, and RunPod is not here"),
+        ({"RUNPOD_POD_ID": "pod"}, "This is a pod of RunPod's"),
+        ({"RUNPOD_POD_ID": "pod", "RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1"}, "handler.py\n"),
+        ({"RUNPOD_REALTIME_PORT": "8000"}, "handler.py\n"),
+    ],
+)
+def test_what_the_container_starts_is_what_the_place_wants(
+    variables: dict[str, str], begins: str, tmp_path: Path
+) -> None:
+    """By the entry point itself, with a `python` that says its arguments; not as root, who would give folders away."""
+    (tmp_path / "python").write_text('#!/bin/sh\nshift\necho "$@"\n')
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_NAME": "flux-shapes", **variables}
+    said = subprocess.run(
+        ["/bin/sh", ROOT / "scripts" / "entrypoint.sh", "python", "-u", "handler.py"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.startswith(begins)
+    started = said.stdout.splitlines()[-1]
+    if begins.startswith("This is a pod"):
+        assert started == "handler.py --rp_serve_api --rp_api_host 0.0.0.0"
+    elif begins.startswith("This"):
+        assert started == "local_test.py"
+        assert '-e MODEL_NAME=flux-shapes -v "$PWD/outputs:/app/outputs"' in said.stdout
+        assert "..." not in said.stdout
+
+
+def test_a_model_that_is_baked_again_is_not_downloaded_again(hub: Hub, tmp_path: Path) -> None:
+    """And the image has the files of the present commit alone."""
+    repo, downloads = "someone/cached", tmp_path / "downloads"
+    hub.repos[repo] = Repo(SHIPPED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL_NAME", repo)
+        assert bake.main("true", tmp_path / "first", downloads) is None
+        old = downloads / f"models--{repo.replace('/', '--')}"
+        for stale in (old / "blobs" / "stale", old / "snapshots" / "stale" / "config.json", old / "refs" / "stale"):
+            stale.parent.mkdir(exist_ok=True)
+            stale.write_text("stale")
+        asked = len(hub.asked)
+        assert bake.main("true", tmp_path / "second", downloads) is None
+    del hub.repos[repo]
+    paths = [path for path, _ in hub.asked[asked:]]
+    assert paths, "the hub says which commit is the newest"
+    assert not [path for path in paths if "/resolve/" in path]
+    first, second = (
+        {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.is_file() and ".no_exist" not in file.parts
+        }
+        for folder in (tmp_path / "first", tmp_path / "second")
+    )
+    assert first == second
+    assert not [path for path in second if "stale" in path]
 
 
 @pytest.mark.parametrize("said", ["true", "True", "1", "yes", "ON"])
@@ -76,7 +158,7 @@ def test_a_baked_model_is_used_as_it_is_and_no_hub_is_asked(
     monkeypatch.setenv("MODEL_NAME", "FLUX.1-schnell")
     monkeypatch.setenv("HF_TOKEN", "hf_opens")
     monkeypatch.setitem(hub.repos, "black-forest-labs/FLUX.1-schnell", GATED)
-    assert bake.main(said, tmp_path / "weights") is None
+    assert bake.main(said, tmp_path / "weights", tmp_path / "downloads") is None
     monkeypatch.delitem(hub.repos, "black-forest-labs/FLUX.1-schnell")
     asked = hub.requests
     files = Files(Settings(), baked=tmp_path / "weights")
@@ -96,7 +178,7 @@ def test_what_cannot_be_baked_is_a_sentence(hub: Hub, tmp_path: Path, monkeypatc
     assert bake.main("maybe", tmp_path) == "BAKE_MODEL=maybe: must be one of true, 1, yes, on, false, 0, no, off"
     monkeypatch.setitem(hub.repos, "black-forest-labs/FLUX.1-dev", GATED)
     monkeypatch.setenv("MODEL_NAME", "FLUX.1-dev")
-    said = bake.main("true", tmp_path)
+    said = bake.main("true", tmp_path, tmp_path / "downloads")
     assert said is not None
     assert said.startswith("MODEL_NAME=FLUX.1-dev: is gated: accept its licence")
     assert "--secret id=HF_TOKEN,env=HF_TOKEN" in said

@@ -1,15 +1,17 @@
 """`python -m src.weights.bake true`: the model's files into the image while it is built.
 
 They are the very ones that a worker looks for, and src/weights/files.py finds them there. HF_TOKEN opens gated repos.
+They are downloaded into a cache of the builder's: the next build downloads only what has changed on the hub.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import errors, snapshot_download
 
 from src.catalog import repo_of
 from src.errors import WorkerError
@@ -17,11 +19,21 @@ from src.redaction import redact
 from src.settings import Settings
 from src.weights.files import BAKED, Files
 
+DOWNLOADS = Path("/var/cache/huggingface")  # a mount of the Dockerfile's
 _SPELLINGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def main(bake_model: str, folder: Path = BAKED) -> str | None:
-    """Download MODEL_NAME into `folder` where `bake_model` says so; a sentence where that cannot be."""
+def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> str | None:
+    """MODEL_NAME's files into `folder`, by way of `downloads`, where `bake_model` says so.
+
+    A sentence where that cannot be.
+    """
+
+    def download(*, local_files_only: bool = False, **wanted: Any) -> str:
+        if local_files_only:  # an earlier build's may be an older commit
+            raise errors.LocalEntryNotFoundError("the hub is asked")
+        return str(snapshot_download(cache_dir=downloads, **wanted))
+
     folder.mkdir(exist_ok=True)
     wanted = _SPELLINGS.get(bake_model.strip().lower())
     if wanted is None:
@@ -33,14 +45,30 @@ def main(bake_model: str, folder: Path = BAKED) -> str | None:
     except WorkerError as error:
         return redact(str(error))
     name = settings.model_name
-    files = Files(settings, partial(snapshot_download, cache_dir=folder), folder)
+    files = Files(settings, download, folder)
     try:
         source = files.find(name, repo_of(name), settings.model_revision)
+        if source.folder.is_relative_to(downloads):
+            _copy(source.folder, folder)
     except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
         why = files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
         return redact(f"MODEL_NAME={name}: {why}")
     print(f"{name} is in the image: {source.revision or source.folder}")
     return None
+
+
+def _copy(snapshot: Path, cache: Path) -> None:
+    """One snapshot of a cache of the hub's into another, which has its files, no older ones, and the refs to it."""
+    repo = snapshot.parent.parent
+    copied = cache / repo.name
+    shutil.copytree(snapshot, copied / "snapshots" / snapshot.name, symlinks=True, dirs_exist_ok=True)
+    others = {file.resolve() for file in snapshot.rglob("*") if file.is_symlink()}
+    others |= {ref for ref in (repo / "refs").rglob("*") if ref.is_file() and ref.read_text() == snapshot.name}
+    others |= {*(repo / "trees").glob(f"{snapshot.name}.json")}  # the list by which it is known to be whole
+    for file in others:
+        target = copied / file.relative_to(repo)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, target)
 
 
 if __name__ == "__main__":
