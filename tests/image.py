@@ -384,8 +384,9 @@ def alone(machine: Machine) -> str:
         said = container.line("saved")
     folder = machine.folder / "typed"
     folder.mkdir()
-    words = shlex.split(picture.replace("$PWD", str(folder.parent)).replace("/outputs:", "/typed:"))[1:]
-    machine.tool(*(IMAGE if word == "flux2-endpoint" else word for word in words))
+    others = {"$PWD/outputs:": f"{folder}:", "huggingface:": f"{machine.volume()}:", "flux2-endpoint": IMAGE}
+    typed = functools.reduce(lambda text, name: text.replace(name, others[name], 1), others, picture)
+    machine.tool(*shlex.split(typed)[1:])
     check(list(folder.glob("*.png")), picture)
     return f"{said}; `{picture}` draws"
 
@@ -583,7 +584,7 @@ def readme_commands() -> list[str]:
 def readme(machine: Machine) -> str:
     """Word for word, in a terminal; a `docker` of ours adds what this machine needs, and leaves out a card it lacks.
 
-    So that nothing of that name is replaced, images and compose's project have names of this script's.
+    So that nothing of that name is used, images, the volume and compose's project have names of this script's.
     """
     machine.hub.repos |= {f"black-forest-labs/FLUX.1-{name}": gated() for name in ("dev", "schnell")}
     programs = machine.folder / "bin"
@@ -596,7 +597,7 @@ def readme(machine: Machine) -> str:
     )
     project = ["--file", "compose.yaml", "--file", str(override), "--project-name", f"{IMAGE}-{os.getpid()}"]
     run = shlex.join(["--network", "host", "--env", f"HF_ENDPOINT={machine.hub.url}"])
-    composer = compose_command(machine.tool)
+    composer, downloads = compose_command(machine.tool), machine.volume()
     shim = f"""#!/bin/sh
         verb=$1
         shift
@@ -621,8 +622,9 @@ def readme(machine: Machine) -> str:
         if "compose" in command and composer is None:
             said.append(f"`{shown}` left out: there is no docker compose")
             continue
+        typed = command.replace("flux2-endpoint", image).replace("-v huggingface:", f"-v {downloads}:")
         try:
-            status, text = in_terminal(command.replace("flux2-endpoint", image), environment, served)
+            status, text = in_terminal(typed, environment, served)
         finally:
             if served and composer:
                 call(*composer, *project, "--profile", "cpu", "down", "--volumes")
