@@ -29,7 +29,7 @@ fi
 
 if [ "$(id -u)" = 0 ]; then
     user=$worker group=$worker
-    owner=$(stat -c %u /app/outputs)
+    owner=$(stat -c %u /app/outputs 2>/dev/null || echo 0)
     if [ "$owner" != 0 ] && [ "$owner" != "$worker" ]; then # so the pictures are theirs who mounted it
         user=$owner group=$(stat -c %g /app/outputs)
         chown "$user" /home/worker 2>/dev/null || true

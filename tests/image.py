@@ -37,7 +37,8 @@ from tests.runpod_stand_in import JobRecord, StandIn
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ROOT / "models" / "flux-shapes"
 BUDGET = ROOT / "scripts" / "image-budget.json"
-IMAGE, BAKED, BASE = "flux-worker-test", "flux-worker-test-baked", "flux-worker-test-base"
+TORCH = os.environ.get("TORCH", "cpu")  # the build argument
+IMAGE, BAKED, BASE = (f"flux-worker-test-{name}" for name in (TORCH, "baked", "base"))
 TOKEN = "hf_inTheHubOfTheTests"
 WORKER = 10001  # the user that the worker becomes
 # What made a layer, and what it is called in the budget; the first that fits.
@@ -152,7 +153,6 @@ class Machine:
     hub: Hub
     folder: Path  # of this run
     volumes: list[str]
-    torch: str  # the build argument TORCH
 
     def volume(self) -> str:
         """A new volume, empty and root's; gone with the run."""
@@ -279,9 +279,9 @@ def size(machine: Machine) -> str:
         amount, _, made_by = row.partition("\t")
         found[next(name for text, name in LAYERS.items() if text in made_by)] += float(amount) / 1e6
     found["image"] = sum(found.values())
-    budget = json.loads(BUDGET.read_text())[machine.torch]
+    budget = json.loads(BUDGET.read_text())[TORCH]
     too_large = {name: round(found[name]) for name, most in budget.items() if found[name] > most}
-    check(not too_large, f"{too_large} MB, and {BUDGET.name} allows {budget} with TORCH={machine.torch}")
+    check(not too_large, f"{too_large} MB, and {BUDGET.name} allows {budget} with TORCH={TORCH}")
     return ", ".join(f"{name} {megabytes:.0f}" for name, megabytes in found.items()) + " MB"
 
 
@@ -682,17 +682,16 @@ def main(command: str, *names: str) -> int:
         print(f"{command}: {tool('--version').strip()}", flush=True)
         base = base_image(tool)
         print(f"base image: {base or 'by its digest'} ({time.monotonic() - begun:.0f} s)", flush=True)
-        torch = os.environ.get("TORCH", "cpu")
-        tool.build_options += ["--network", "host", "--build-arg", f"TORCH={torch}"]
+        tool.build_options += ["--network", "host", "--build-arg", f"TORCH={TORCH}"]
         if base:
             tool.build_options += ["--build-arg", f"BASE_IMAGE={base}"]
-        if torch == "cpu" and (index := torch_index(stack)):
+        if TORCH == "cpu" and (index := torch_index(stack)):
             tool.build_options += ["--build-arg", f"TORCH_CPU_INDEX={index}"]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         stand_in, hub = StandIn(), Hub()
         stack.callback(stand_in.close)
         stack.callback(hub.close)
-        machine = Machine(tool, stand_in, hub, folder, [], torch)
+        machine = Machine(tool, stand_in, hub, folder, [])
         failed = 0
         for case in CASES:
             if names and not any(name in case.__name__ for name in names):
