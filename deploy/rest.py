@@ -65,22 +65,23 @@ class RunPod:
             made = self._ask("POST", _PATH, body)
             return made["id"], f"endpoint {name} is made: {made['id']}"
         (found,) = alike
-        if found.get("type", "QUEUE") != "QUEUE" or "cpu" in found:
-            kind = "runs on CPUs" if "cpu" in found else f"is of the type {found['type']}"
+        kind = "CPU" if found.get("cpu") else found.get("type", "QUEUE")
+        if kind != "QUEUE":
             raise RunPodError(
-                f"the endpoint {name} is there and {kind}, which nobody can change: choose another --name"
+                f"the endpoint {name} is there, of the kind {kind}, which nobody can change: choose another --name"
             )
         differing = _differing(found, body)
         if not differing:
             return found["id"], f"endpoint {name} is as wanted: {found['id']}"
         changed = self._ask("PATCH", f"{_PATH}/{found['id']}", differing)
-        # RunPod does not say that an empty list takes a volume off, nor that null takes a login off.
-        if kept := _differing(changed, differing):
+        # The API's description does not say that an empty list takes a volume off, nor that null takes a login off.
+        cleared = {field: value for field, value in differing.items() if not value}
+        if kept := _differing(changed, cleared):
             raise RunPodError(
                 f"RunPod took the change of the endpoint {name} and kept its {', '.join(kept)}: change that in the "
                 f"console, at https://console.runpod.io/serverless/user/endpoint/{found['id']}"
             )
-        said = (field if value else f"{field} cleared" for field, value in differing.items())
+        said = (f"{field} cleared" if field in cleared else field for field in differing)
         return found["id"], f"endpoint {name} is changed ({', '.join(said)}): {found['id']}"
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -133,7 +134,7 @@ def _reason(answer: requests.Response) -> str:
     """What the API's description of a problem (RFC 9457) says, or the text where it is none."""
     try:
         problem = answer.json()
-        return ": ".join([problem["detail"], *problem.get("errors", ())])
+        return " ".join([problem["detail"], *problem.get("errors", ())])
     except (ValueError, KeyError, TypeError, AttributeError):
         return answer.text
 

@@ -409,13 +409,13 @@ def test_a_smaller_kind_of_weights_is_taken_where_it_is_asked_for(capsys: pytest
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (400, "refuses POST /serverless: Request validation failed.: 'colour' is unknown (HTTP 400)"),
+        (400, "refuses POST /serverless: Request validation failed. 'colour' is unknown (HTTP 400)"),
         (401, "does not know RUNPOD_API_KEY"),
         (402, "has too little credit"),
         (403, "does not allow POST /serverless to RUNPOD_API_KEY"),
         (404, "has nothing at POST /serverless"),
         (409, "choose another --name"),
-        (422, "refuses POST /serverless: Request validation failed.: 'colour' is unknown (HTTP 422)"),
+        (422, "refuses POST /serverless: Request validation failed. 'colour' is unknown (HTTP 422)"),
         (429, "had too many requests"),
         (500, "fails at POST /serverless"),
         (503, "fails at POST /serverless"),
@@ -489,14 +489,14 @@ def test_a_host_that_cannot_be_reached_is_a_sentence(api: RestStandIn, capsys: p
 
 @pytest.mark.parametrize(
     ("other", "said"),
-    [({"type": "LOAD_BALANCER"}, "is of the type LOAD_BALANCER"), ({"cpu": [{"id": "cpu5c"}]}, "runs on CPUs")],
+    [({"type": "LOAD_BALANCER"}, "of the kind LOAD_BALANCER"), ({"cpu": [{"id": "cpu5c"}]}, "of the kind CPU")],
 )
 def test_an_endpoint_of_another_kind_is_not_touched(
     other: dict[str, Any], said: str, api: RestStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.kept["ep9"] = {"id": "ep9", "name": "flux-shapes", **other}
     text = fault(capsys, "--model", "flux-shapes", "--gpu", "A40", "--image", IMAGE, "--api", api.url, "--apply")
-    assert f"the endpoint flux-shapes is there and {said}" in text
+    assert f"the endpoint flux-shapes is there, {said}" in text
     assert [method for method, _, _ in api.asked] == ["GET"]
 
 
