@@ -665,7 +665,8 @@ def in_terminal(command: str, environment: Mapping[str, str], serves: str = "") 
         status = process.wait()
         reader.join()
         os.close(ours)
-    return 0 if answer else status, written.decode(errors="replace").replace("\r", "\n") + f"POST /runsync: {answer}"
+    text = written.decode(errors="replace").replace("\r", "\n")
+    return (0, f"{text}\nPOST /runsync: {answer}") if answer else (status, text)
 
 
 CASES: tuple[Callable[[Machine], str], ...] = (
