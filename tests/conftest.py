@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each of them has a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything imports huggingface_hub or builds the worker's settings.
-_hub = Hub()
-os.environ.update(MODEL_NAME="flux-shapes", HF_ENDPOINT=_hub.url, HF_HUB_DISABLE_TELEMETRY="1")
+_hub, _home = Hub(), tempfile.TemporaryDirectory()
+os.environ.update(MODEL_NAME="flux-shapes", HF_ENDPOINT=_hub.url, HF_HOME=_home.name, HF_HUB_DISABLE_TELEMETRY="1")
 for name in Settings.model_fields.keys() - {"model_name"}:
     if name.startswith("runpod_"):
         os.environ.pop(name.upper(), None)  # the SDK reads these too, and an empty one is no number to it
