@@ -475,7 +475,7 @@ def test_fifty_cancels_at_random_steps(stand_in: StandIn, tmp_path: Path) -> Non
             step_seconds.append(seconds["seconds"]["denoise"] / 8)
             released = next(line for line in process.lines() if line.get("device") == "free" and line["job"] == victim)
             free_after.append(released["at"] - cancelled_at)
-    turns = [(line["at"], line["device"]) for line in process.lines() if "device" in line]
+    turns = [(line["at"], line["device"]) for line in process.lines() if "at" in line]
     assert [kind for _, kind in sorted(turns)] == ["taken", "free"] * (len(turns) // 2), "two at once"
     assert len(turns) >= 2 * 101
     late = [after - step for after, step in zip(free_after, step_seconds, strict=True)]
