@@ -237,6 +237,7 @@ def test_damaged_weights(copy: Path) -> None:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 bytes"), "not enough memory"),
         (ValueError("two\nlines"), "ValueError: two lines"),
     ],
+    ids=lambda value: type(value).__name__,  # no folder of this process
 )  # fmt: skip
 def test_what_the_machine_lacks(error: Exception, words: str) -> None:
     def download(**arguments: Any) -> str:
