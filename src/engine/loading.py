@@ -27,7 +27,7 @@ from src.engine.quantization import Quantizer
 from src.errors import ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
-from src.weights.files import Files, Source, check_folders, check_whole
+from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
 from src.weights.placement import Weights, Work, choose_placement
 
 
@@ -79,8 +79,7 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
     except WorkerError:
         raise
     except Exception as error:
-        instead = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
-        raise ModelUnavailable(f"{name}: {files.explain(error, instead)}") from error
+        raise ModelUnavailable(f"{name}: {files.explain(error, INSTEAD)}") from error
     engine = Engine(
         pipeline,
         model,

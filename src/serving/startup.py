@@ -18,11 +18,10 @@ from src.errors import DeviceFailed, ModelUnavailable, WorkerFault, refusal
 from src.settings import Settings
 from src.stages import START
 from src.weights.disk import free_bytes, why_not_writable
-from src.weights.files import CACHE, Files, Source, cache_name
+from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name
 
 log = logging.getLogger("worker")
 
-_INSTEAD = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
 _DRIVER = "libcuda.so.1"
 
 
@@ -55,7 +54,7 @@ def find_files(settings: Settings) -> None:
                     used = "%s is used as it is, at revision %s: for another name it in MODEL_REVISION, or remove %s"
                     log.info(used, wanted.name, source.revision, source.folder)
             except Exception as error:
-                raise ModelUnavailable(f"{wanted.name}: {files.explain(error, _INSTEAD)}") from error
+                raise ModelUnavailable(f"{wanted.name}: {files.explain(error, INSTEAD)}") from error
             if not wanted.part:
                 facts |= {"folder": str(source.folder), "revision": source.revision}
         facts["downloaded_bytes"] = downloaded
@@ -93,7 +92,7 @@ def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) ->
                 missing.append(0)
                 missing[-1] = files.ask_hub(wanted.repo, wanted.revision, part=wanted.part)
         except Exception as error:  # noqa: BLE001 - all faults at once
-            why = files.explain(error, _INSTEAD)
+            why = files.explain(error, INSTEAD)
             if wanted.gated and settings.hf_token is None and "HF_TOKEN" not in why:
                 why += "; it is gated, so HF_TOKEN must be set too"
             yield WorkerFault(wanted.name, why, code)

@@ -51,6 +51,7 @@ _ANSWERS: Mapping[int, str] = {
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+INSTEAD = "MODEL_NAME=flux-shapes runs the small model that ships with this worker"
 CACHE = Path(constants.HF_HUB_CACHE)  # where the hub's files are kept
 BAKED = ROOT / "weights"  # the same for what src/weights/bake.py put into the image
 
