@@ -23,6 +23,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "quantization": ("requirements-quantization.txt", IMAGE),
     "development": ("requirements-dev.txt", (*IMAGE, "quantization")),
     "fuzz": ("requirements-fuzz.txt", ()),
+    "client": ("requirements-client.txt", ()),
     "build": ("requirements-build.txt", ()),
     "supply": ("requirements-supply.txt", ()),
 }
