@@ -1,8 +1,9 @@
 """`python -m benchmarks.accuracy`: does the shipped model draw what it is asked for?
 
-Every colour x shape x background (280 prompts, one seed each) and 100 pairs go through handler(); the judge of
-training/judge.py, which tests hold to drawn scenes, looks at what came back. So do 70 with the shipped LoRA and 50 with
-the shipped ControlNet. Writes results/accuracy.json and grids of samples: samples.png, outline.png, edges.png.
+Every colour x shape x background (280 prompts, one seed each), 600 sentences of newcomers and 100 pairs go through
+handler(); the judge of training/judge.py, which tests hold to drawn scenes, looks at what came back. So do 70 with the
+shipped LoRA and 50 with the shipped ControlNet. Writes results/accuracy.json and grids of samples: samples.png,
+wordings.png, outline.png, edges.png.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -19,10 +21,11 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.wordings import FORMS, newcomers
 from src.plan.preprocessors import canny_edges
 from training import judge
-from training.report import sample_grid
-from training.scenes import COLOURS, draw, every_prompt, some_anywhere, some_pairs
+from training.report import captioned, sample_grid
+from training.scenes import COLOURS, Scene, draw, every_prompt, some_anywhere, some_pairs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,18 +35,28 @@ OUTLINE = {"path": "flux-shapes-outline/pytorch_lora_weights.safetensors", "scal
 def main() -> None:
     os.environ.update(MODEL_NAME="flux-shapes", LORA_DIR=str(ROOT / "models"))
     accuracy, misses = measure()
-    figures = {**accuracy, "pairs": measure_pairs(), "outline": measure_outline(), "edges": measure_edges()}
-    (RESULTS / "accuracy.json").write_text(json.dumps({**figures, "misses": misses}, indent=2) + "\n")
+    wordings, unheard = measure(newcomers())
+    figures = {
+        **accuracy,
+        "wordings": wordings,
+        "pairs": measure_pairs(),
+        "outline": measure_outline(),
+        "edges": measure_edges(),
+    }
+    (RESULTS / "accuracy.json").write_text(json.dumps({**figures, "misses": [*misses, *unheard]}, indent=2) + "\n")
     sample_grid(generate).save(RESULTS / "samples.png", optimize=True)
+    wordings_grid().save(RESULTS / "wordings.png", optimize=True)
     sample_grid(partial(generate, loras=[OUTLINE])).save(RESULTS / "outline.png", optimize=True)
     edge_grid().save(RESULTS / "edges.png", optimize=True)
     print(json.dumps(figures, indent=2))
 
 
-def measure() -> tuple[dict[str, float], list[dict[str, str | None]]]:
-    """The shares of right answers, and what was wrong."""
+def measure(
+    prompts: Iterable[tuple[str, Scene]] | None = None,
+) -> tuple[dict[str, float], list[dict[str, str | None]]]:
+    """The shares of right answers on prompts of one shape, or on every one in plain words, and what was wrong."""
     right, misses, count = Counter[str](), [], 0
-    for seed, (prompt, scene) in enumerate(every_prompt()):
+    for seed, (prompt, scene) in enumerate(every_prompt() if prompts is None else prompts):
         picture = generate(prompt, seed=seed)
         wanted = {"centre": scene.things[0].colour, "background": scene.background, "shape": scene.things[0].shape}
         seen = {
@@ -116,6 +129,12 @@ def measure_edges(count: int = 50) -> dict[str, float]:
         "iou_at_0": round(mean(overlaps[0.0]), 4),
         "at_least_0.7": sum(iou >= 0.7 for iou in overlaps[1.0]) / count,
     }
+
+
+def wordings_grid(count: int = 12) -> Image.Image:
+    """One prompt of every fifth form, with what came of it."""
+    some = list(newcomers(each=1))[:: len(FORMS) // count][:count]
+    return captioned([(generate(prompt, seed=1), prompt) for prompt, _ in some], columns=4)
 
 
 def edge_grid(count: int = 8) -> Image.Image:

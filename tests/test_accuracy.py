@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.accuracy import generate, measure
+from benchmarks.wordings import FORMS, newcomers
 from src.catalog import SCHEDULERS
 from training import judge
 from training.report import sample_grid
@@ -18,6 +19,13 @@ def test_the_shipped_model_draws_what_it_is_asked_for() -> None:
     assert accuracy["centre"] >= 0.97, misses
     assert accuracy["background"] >= 0.97, misses
     assert accuracy["shape"] >= 0.85, misses
+
+
+@pytest.mark.slow
+def test_the_shipped_model_understands_newcomers() -> None:
+    accuracy, misses = measure(newcomers(each=3))
+    assert accuracy["prompts"] == 3 * len(FORMS) == 180
+    assert min(accuracy[name] for name in ("centre", "background", "shape")) >= 0.95, misses
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
+from benchmarks.wordings import FORMS
 from src.settings import ROOT
 from training import judge
 from training.flow import Guided, velocity
 from training.loop import CHECKPOINT_EVERY, fit
 from training.scenes import (
+    COLOUR_WORDS,
     COLOURS,
     PLACES,
     SHAPE_WORDS,
@@ -27,6 +30,7 @@ from training.scenes import (
     sample,
     some_pairs,
 )
+from training.sentences import RULES, ask
 from training.text import SEQUENCE_LENGTH, TextEncoders, clip_tokenizer, t5_tokenizer
 
 
@@ -85,9 +89,60 @@ def test_every_caption_fits_into_the_models_sequence() -> None:
     assert max(len(tokenizer(caption).input_ids) for caption in captions) <= SEQUENCE_LENGTH
 
 
+def test_what_everybody_asks_mostly_fits_too_and_is_never_unknown() -> None:
+    tokenizer, rng = t5_tokenizer(), random.Random(1)
+    read = [tokenizer(ask(sample(rng), rng)).input_ids for _ in range(2_000)]
+    assert sum(len(ids) <= SEQUENCE_LENGTH for ids in read) >= 0.85 * len(read)
+    assert not any(tokenizer.unk_token_id in ids for ids in read)
+
+
+def test_sentences_name_every_colour_and_shape_unless_a_letter_slipped() -> None:
+    rng, named = random.Random(3), 0
+    for _ in range(1_000):
+        scene = sample(rng)
+        words = ask(scene, rng).lower()
+        named += all(
+            any(name in words for name in (colour, *COLOUR_WORDS[colour])) or colour == scene.background
+            for colour in (thing.colour for thing in scene.things)
+        )
+    assert named >= 850  # the others have a slip, or one of the rarer synonyms
+    assert len({ask(lone("red", "star", "blue"), random.Random(seed)) for seed in range(50)}) == 50
+
+
+def test_every_rule_of_the_grammar_can_be_reached_and_every_name_is_one() -> None:
+    said = {"said", "thing", "other", "relation", "place", "rest", "ground", "size", "ink", "form", "any", "bar"}
+    used = {name for texts, _ in RULES.values() for text in texts for name in re.findall(r"\{([a-z ]+)\}", text)}
+    assert used - RULES.keys() == said
+    assert RULES.keys() - used == {"request", "one", "two", "noun"}
+
+
+def test_no_form_of_the_test_is_in_the_grammar() -> None:
+    assert len(FORMS) == len(set(FORMS)) == 60
+    rng = random.Random(4)
+    asked = {ask(lone("red", "star", "blue"), rng).lower().strip(" .!?") for _ in range(20_000)}
+    forms = {
+        f.format(
+            colour="red",
+            shape="star",
+            background="blue",
+            Colour="red",
+            Shape="star",
+            Background="blue",
+            COLOUR="red",
+            SHAPE="star",
+            BACKGROUND="blue",
+        )
+        .replace("a(n)", "a")
+        .lower()
+        .strip(" .!?")
+        for f in FORMS
+    }
+    assert not asked & forms
+
+
 def test_unknown_words_are_spelt_not_lost() -> None:
-    pieces = t5_tokenizer().tokenize("a redd zebra")
-    assert "".join(pieces).replace("▁", " ").strip() == "a redd zebra"
+    pieces = t5_tokenizer().tokenize("A redd (ZEBRA)")
+    assert "".join(pieces).replace("▁", " ").split() == ["a", "redd", "zebra"]
     ids = clip_tokenizer()("zebra 🔴").input_ids
     assert ids.count(clip_tokenizer().eos_token_id) == 1, "an end token within the prompt would cut it"
 

@@ -1,0 +1,141 @@
+"""`python -m training.language` teaches flux-shapes' text encoders how everybody asks; the transformer stays as it is.
+
+Where a sentence of `sentences.ask` is read, the transformer is to say what it says of the same scene in plain words, as
+the encoders read them before: its velocities, and CLIP's vector, are the lesson. So the LoRA, the ControlNet and what
+guidance distillation made stay right.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from training import networks, text
+from training.flow import NATIVE, SMALL, Encoded, encode_scenes, times
+from training.loop import fit
+from training.scenes import PLACES, RELATIONS, Scene, describe, sample
+from training.sentences import ask
+from training.text import TextEncoders
+
+STEPS = 6_000
+BATCH = 96  # sentences a step
+DRAWN = 16  # of which so many go through the transformer
+SCENES = {SMALL: 6_000, NATIVE: 1_500}
+NOISE = 1.3  # near the flow's: what only the prompt can tell
+ROOT = Path(__file__).parent
+
+
+def plain(scene: Scene) -> str:
+    """The scene in the words that the model was first trained on most."""
+    nouns = []
+    for thing in scene.things:
+        words = f"{'' if thing.size == 'medium' else thing.size} {thing.colour} {thing.shape}".strip()
+        nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
+    if len(nouns) > 1:
+        subject = f" {RELATIONS[scene.layout][2][0]} ".join(nouns)
+    else:
+        where = PLACES[scene.layout][1][0] if scene.layout in PLACES else ""
+        subject = f"{nouns[0]} {where}".strip()
+    return f"{subject} on {'an' if scene.background[0] in 'aeiou' else 'a'} {scene.background} background"
+
+
+def _pieces(tokenizer: CLIPTokenizer | T5Tokenizer) -> dict[str, int]:
+    return {piece.lower(): number for piece, number in sorted(tokenizer.get_vocab().items(), reverse=True)}
+
+
+def _widened(
+    network: CLIPTextModel | T5EncoderModel,
+    wider: CLIPTextModel | T5EncoderModel,
+    old: CLIPTokenizer | T5Tokenizer,
+    new: CLIPTokenizer | T5Tokenizer,
+) -> None:
+    """Put what `network` knows into `wider`, which is the same but for a vocabulary of more words."""
+    table, rows = network.get_input_embeddings().weight, wider.get_input_embeddings().weight
+    with torch.no_grad():
+        state = {name: value for name, value in network.state_dict().items() if value.shape != table.shape}
+        wider.load_state_dict(state, strict=False)
+        rows.copy_(table.mean(0) + torch.randn_like(rows) * table.std(0) / 2)
+        known = _pieces(old)
+        for piece, number in new.get_vocab().items():
+            if piece in known:
+                rows[number] = table[known[piece]]
+
+
+def widen(text_encoders: TextEncoders, run: Path) -> TextEncoders:
+    """The same encoders with the vocabulary of today's sentences, its new words not yet learnt."""
+    torch.manual_seed(6)
+    wider = text.untrained(run)
+    _widened(text_encoders.text_encoder, wider.text_encoder, text_encoders.tokenizer, wider.tokenizer)
+    _widened(text_encoders.text_encoder_2, wider.text_encoder_2, text_encoders.tokenizer_2, wider.tokenizer_2)
+    return wider
+
+
+def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
+    """Text encoders that understand everybody, for the pipeline's own transformer."""
+    transformer, teacher = pipeline.transformer.requires_grad_(False), TextEncoders.of(pipeline)
+    pupil = widen(teacher, run)
+    encoded = {size: encode_scenes(pipeline.vae, *size, count) for size, count in SCENES.items()}
+    look = text.Look()
+    parts = nn.ModuleDict({**pupil.encoders(), "look": look, "tell": nn.Linear(networks.T5_DIM, text.CHOICES)})
+
+    def loss(_: int, rng: random.Random) -> Tensor:
+        size = rng.choices((SMALL, NATIVE), (7, 1))[0]
+        drawn = DRAWN if size == SMALL else DRAWN // 3
+        picks = rng.sample(range(len(encoded[size].scenes)), drawn)
+        scenes = [encoded[size].scenes[i] for i in picks] + [sample(rng) for _ in range(BATCH - drawn)]
+        captions = [(ask if rng.random() < 0.8 else describe)(scene, rng) for scene in scenes]
+        pooled, states = pupil.read(captions)
+        with torch.no_grad():
+            wanted_pooled, wanted_states = teacher.read([plain(scene) for scene in scenes])
+        inputs = _noised(encoded[size], picks, size)
+        with torch.no_grad():
+            wanted = _velocity(transformer, wanted_pooled[:drawn], wanted_states[:drawn], inputs)
+        found = _velocity(transformer, pooled[:drawn], states[:drawn], inputs)
+        drawing = nn.functional.mse_loss(found, wanted)
+        meaning = nn.functional.mse_loss(pooled, wanted_pooled) / wanted_pooled.var()
+        told = text.told(parts["tell"](states.mean(1)), scenes) + text.looked(look(states), scenes)
+        return 10 * drawing + meaning + 0.1 * told
+
+    rates = {"text_encoder": 1e-3, "text_encoder_2": 1e-3, "look": 2e-3, "tell": 2e-3}
+    fit("language", parts, loss, run=run, steps=STEPS, learning_rate=rates, average=0.995)
+    return pupil
+
+
+def _noised(batch: Encoded, picks: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
+    latents = batch.latents[picks].float()
+    t = times(len(picks), latents.shape[1], NOISE)
+    return {
+        "hidden_states": torch.lerp(latents, torch.randn_like(latents), t[:, None, None]),
+        "timestep": t,
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
+    }
+
+
+def _velocity(transformer: nn.Module, pooled: Tensor, states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    nowhere = torch.zeros(text.SEQUENCE_LENGTH, 3)
+    found: Tensor = transformer(
+        **inputs, pooled_projections=pooled, encoder_hidden_states=states, txt_ids=nowhere, return_dict=False
+    )[0]
+    return found
+
+
+def main() -> None:
+    run, output = ROOT / "run", ROOT.parent / "models" / "flux-shapes"
+    run.mkdir(parents=True, exist_ok=True)
+    pipeline = FluxPipeline.from_pretrained(output, dtype=torch.float32)
+    learnt = train(pipeline, run)
+    for tokenizer in (learnt.tokenizer, learnt.tokenizer_2):
+        tokenizer.backend_tokenizer.no_padding()  # of the training's batches
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.save_pretrained(output / ("tokenizer" if tokenizer is learnt.tokenizer else "tokenizer_2"))
+    for name, network in learnt.encoders().items():
+        network.to(torch.bfloat16).save_pretrained(output / name)
+
+
+if __name__ == "__main__":
+    main()
