@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from PIL import Image
 
-from training import autoencoder, flow, networks, report, text
+from training import autoencoder, flow, language, networks, report, text
 
 ROOT = Path(__file__).parent
 
@@ -31,9 +31,6 @@ def main() -> None:
     text_encoders = text.bind(text.train(run), run)
     parts = flow.train(vae, text_encoders, run, flow.SECOND_ROUND, first["transformer"])
 
-    for tokenizer in (text_encoders.tokenizer, text_encoders.tokenizer_2):
-        tokenizer.backend_tokenizer.no_padding()  # of the training's batches
-        tokenizer.backend_tokenizer.no_truncation()
     pipeline = FluxPipeline(
         scheduler=networks.scheduler(),
         vae=vae,
@@ -41,6 +38,7 @@ def main() -> None:
         tokenizer_2=text_encoders.tokenizer_2,
         **parts,
     )
+    pipeline.register_modules(**vars(language.train(pipeline, run)))
     # bfloat16, as FLUX.1 is stored: the same weights then serve a CPU in float32 and a card in bfloat16.
     pipeline.to(torch.bfloat16).save_pretrained(output)
     report.loss_curve(run, output / "loss.png")

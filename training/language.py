@@ -103,6 +103,9 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
 
     rates = {"text_encoder": 1e-3, "text_encoder_2": 1e-3, "look": 2e-3, "tell": 2e-3}
     fit("language", parts, loss, run=run, steps=STEPS, learning_rate=rates, average=0.995)
+    for tokenizer in (pupil.tokenizer, pupil.tokenizer_2):
+        tokenizer.backend_tokenizer.no_padding()  # of the training's batches
+        tokenizer.backend_tokenizer.no_truncation()
     return pupil
 
 
@@ -128,13 +131,8 @@ def main() -> None:
     run, output = ROOT / "run", ROOT.parent / "models" / "flux-shapes"
     run.mkdir(parents=True, exist_ok=True)
     pipeline = FluxPipeline.from_pretrained(output, dtype=torch.float32)
-    learnt = train(pipeline, run)
-    for tokenizer in (learnt.tokenizer, learnt.tokenizer_2):
-        tokenizer.backend_tokenizer.no_padding()  # of the training's batches
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.save_pretrained(output / ("tokenizer" if tokenizer is learnt.tokenizer else "tokenizer_2"))
-    for name, network in learnt.encoders().items():
-        network.to(torch.bfloat16).save_pretrained(output / name)
+    pipeline.register_modules(**vars(train(pipeline, run)))
+    pipeline.to(torch.bfloat16).save_pretrained(output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ STAGES = {
     "full": "... at 128x128",
     "longer": "... and longer",
     "guided": "... guidance by heart",
+    "language": "text: everybody's words",
 }
 SAMPLES = (
     "a red circle on a blue background",
