@@ -77,6 +77,7 @@ FROM packages
 COPY models models
 COPY --from=weights /app/weights weights
 COPY scripts/entrypoint.sh handler.py local_test.py test_input.json ./
+COPY client client
 COPY src src
 ARG MODEL_NAME=FLUX.1-dev
 ARG MODEL_REVISION

@@ -19,18 +19,19 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from client.output import contact_sheet, save
+from client.values import each_picture, picture, typed
 from handler import get_engine, get_settings, handler
 from src.catalog import FORMATS
 from src.errors import WorkerError
 from src.job import Progress
 from src.redaction import redact
-from src.request.schema import PICTURES, Request
+from src.request.schema import Request
 from src.response.encode import read_parameters
 from src.serving.logs import log, quiet_libraries
 from src.weights.disk import why_not_writable
 
 ROOT = Path(__file__).resolve().parent
-_GAP = 4  # pixels between the pictures of a contact sheet
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,8 +152,8 @@ def _event(options: argparse.Namespace) -> dict[str, Any]:
 
 def _carried(file: Path) -> dict[str, Any]:
     """What the picture's file carries: its event, and who made it."""
-    with Image.open(file) as picture:
-        carried = read_parameters(picture)
+    with Image.open(file) as opened:
+        carried = read_parameters(opened)
     if carried is None:
         raise ValueError(f"{file}: carries no request; only this worker's own pictures do")
     return carried
@@ -171,34 +172,8 @@ def _check_maker(file: Path, model: str, revision: str | None) -> None:
 
 
 def _value(name: str, text: str) -> object:
-    """An option's text as JSON where the field takes numbers; the request says whether it is right."""
-    if name in PICTURES:
-        return _picture(text)
-    if name == "init_images" and not text.startswith("["):
-        return [_picture(part.strip()) for part in text.split(",")]
-    schema = Request.model_json_schema()["properties"][name]
-    kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
-    if "string" in kinds and not ("array" in kinds and text.startswith("[")):
-        return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if name == "init_images" and isinstance(value, list):
-        return [_picture(text) if isinstance(text, str) else text for text in value]
-    if name == "controls" and isinstance(value, list):
-        entries = [entry for entry in value if isinstance(entry, dict) and isinstance(entry.get("image"), str)]
-        for entry in entries:
-            entry["image"] = _picture(entry["image"])
-    return value
-
-
-def _picture(text: str) -> str:
-    """The file of that name as a request carries it; what names no file stays."""
-    try:
-        return base64.b64encode(Path(text).read_bytes()).decode("ascii")
-    except (OSError, ValueError):
-        return text
+    """An option's text as a value of the field, with the files of pictures that it names."""
+    return each_picture(name, typed(name, text), picture)
 
 
 def _save(response: dict[str, Any], folder: Path) -> list[Path]:
@@ -213,17 +188,11 @@ def _save(response: dict[str, Any], folder: Path) -> list[Path]:
         if text is None:
             continue  # it was uploaded
         paths.append(folder / f"{seed}.{suffix}")
-        paths[-1].unlink(missing_ok=True)  # it may be another user's
-        paths[-1].write_bytes(base64.b64decode(text))
+        save(paths[-1], base64.b64decode(text))
     if len(paths) > 1:
-        pictures = [Image.open(path) for path in paths]
-        width, height = pictures[0].size
-        sheet = Image.new("RGB", (len(pictures) * (width + _GAP) - _GAP, height), "white")
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (column * (width + _GAP), 0))
-        paths.append(folder / "contact-sheet.png")
-        paths[-1].unlink(missing_ok=True)
-        sheet.save(paths[-1])
+        sheet = folder / "contact-sheet.png"
+        contact_sheet(paths, sheet, columns=len(paths))
+        paths.append(sheet)
     return paths
 
 

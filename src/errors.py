@@ -86,6 +86,7 @@ class WorkerError(Exception):
 
     code: ClassVar[str]
     refresh_worker: ClassVar[bool] = False
+    retryable: ClassVar[bool] = False  # whether the same request may fare better when it is sent again
 
     def __init__(self, message: str) -> None:
         super().__init__(cut(message, _MOST_OF_MESSAGE))
@@ -161,24 +162,28 @@ class ModelUnavailable(WorkerError):
     """The model, or what one request wants beside it, cannot be loaded, and why."""
 
     code = "model_unavailable"
+    retryable = True
 
 
 class AdapterUnavailable(WorkerError):
     """An adapter cannot be had now, by a trouble of the worker's own: its disk, its way to the hub."""
 
     code = "adapter_unavailable"
+    retryable = True
 
 
 class OutOfMemory(WorkerError):
     """The device or the host ran out of memory; what was held is free again."""
 
     code = "out_of_memory"
+    retryable = True
 
 
 class WorkerUnavailable(WorkerError):
     """The worker is short of something now: room on a disk, file handles, threads, its bucket."""
 
     code = "worker_unavailable"
+    retryable = True
 
 
 class GenerationFailed(WorkerError):
@@ -209,6 +214,7 @@ class DeviceFailed(WorkerError):
     """The device is broken until the process is replaced (a CUDA error sticks to its process)."""
 
     code = "device_failed"
+    retryable = True
     refresh_worker = True
 
 
@@ -216,6 +222,7 @@ class InternalError(WorkerError):
     """A fault of ours."""
 
     code = "internal_error"
+    retryable = True
 
 
 def of_the_machine(error: BaseException) -> WorkerError | None:

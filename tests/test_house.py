@@ -13,7 +13,7 @@ from pathlib import Path
 
 from src.settings import ROOT
 
-PARTS = ("src", "deploy", "tests", "benchmarks", "training", "fuzz")
+PARTS = ("src", "client", "deploy", "tests", "benchmarks", "training", "fuzz")
 CODE = [ROOT / "handler.py", ROOT / "local_test.py", *(file for part in PARTS for file in (ROOT / part).rglob("*.py"))]
 # Words of our own for what the field has words for, and those.
 RETIRED = {
