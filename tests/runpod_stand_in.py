@@ -6,6 +6,7 @@ The real SDK takes jobs from it and posts results to it; the real `runpod` clien
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ REFUSALS = ("400", "401", "403", "404", "413")
 ANSWERS = ("page", "empty", "nothing", "garbage", "huge")  # with HTTP 200, but for nothing
 EVERY_KIND = ("429", "500", "502", "drop", "slow", *REFUSALS, *ANSWERS, "unanswered")
 _HUGE = 100_000_000  # bytes
+# What RunPod documents for an endpoint: requests in 10 seconds, and at once.
+LIMITS = {"run": (1000, 200), "status": (2000, 400), "cancel": (100, 20)}
 
 
 @dataclass
@@ -51,6 +54,8 @@ class JobRecord:
     workers: list[str] = field(default_factory=list)  # that it was handed to
     repeats: int = 0  # of a result whose answer was lost
     refused_bytes: list[int] = field(default_factory=list)
+    ended: float | None = None  # by time.monotonic
+    simulated: bool = False
 
     def public(self) -> dict[str, Any]:
         """As /status tells it."""
@@ -96,12 +101,27 @@ class StandIn:
         refused: int = 400,
         poll_seconds: float = 5.0,
         way_seconds: float = 0.0,
+        client_faults: Faults | None = None,
+        forget_after: float = 1800.0,
+        simulate: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        seconds_a_job: float = 0.0,
     ) -> None:
-        """`way_seconds` is how long a request, and again its answer, is on its way."""
+        """`way_seconds` is how long a request, and again its answer, is on its way.
+
+        `client_faults` are those of /run, /status and /cancel. A result is forgotten `forget_after` seconds. `simulate`
+        makes a job's output of its input where there is no worker, one after another in `seconds_a_job` each.
+        """
         self.jobs: dict[str, JobRecord] = {}
         self.pings: list[dict[str, str]] = []
         self.most_in_hand = 0
         self.faults = faults or Faults(0)
+        self.client_faults = client_faults or Faults(0)
+        self.key = ""  # that clients must have, where it is set
+        self.calls: defaultdict[str, list[float]] = defaultdict(list)  # of clients, by route: when they came
+        self.over_limit: Counter[str] = Counter()  # calls that were more than RunPod takes
+        self._at_once: Counter[str] = Counter()
+        self._forget_after = forget_after
+        self._simulate, self._seconds_a_job, self._free_at = simulate, seconds_a_job, 0.0
         self.polls = 0
         self._max_body = max_body
         self._refused = refused
@@ -272,8 +292,65 @@ class StandIn:
 
     # ---- the client's side
 
-    async def _run(self, request: web.Request) -> web.Response:
+    async def _run(self, request: web.Request) -> web.StreamResponse:
+        return await self._limited(request, "run", "", self._run_job)
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        return await self._limited(request, "status", request.match_info["id"], self._tell_status)
+
+    async def _cancel(self, request: web.Request) -> web.StreamResponse:
+        return await self._limited(request, "cancel", request.match_info["id"], self._cancel_by_client)
+
+    async def _limited(
+        self,
+        request: web.Request,
+        route: str,
+        what: str,
+        answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """The answer of a client's route, within RunPod's limits and with faults."""
+        if request.match_info["endpoint"] != ENDPOINT:
+            return web.json_response({"error": "endpoint not found"}, status=404)
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        now = time.monotonic()
+        calls, (in_10_seconds, at_once) = self.calls[route], LIMITS[route]
+        calls.append(now)
+        self._at_once[route] += 1
+        try:
+            recent = sum(1 for at in itertools.takewhile(lambda at: at > now - 10, reversed(calls)))
+            if recent > in_10_seconds or self._at_once[route] > at_once:
+                self.over_limit[route] += 1
+                return web.Response(status=429, headers={"Retry-After": "1"})
+            kind = self.client_faults.next(route, what)
+            match kind:
+                case None:
+                    return await answer(request)
+                case "429":
+                    soon = email.utils.formatdate(time.time() + 1, usegmt=True)
+                    return web.Response(status=429, headers={"Retry-After": random.choice(["1", soon])})
+                case "drop":
+                    return _dropped(request)
+                case "unanswered":
+                    await answer(request)
+                    return _dropped(request)
+                case "slow":
+                    await asyncio.sleep(1.0)
+                    return await answer(request)
+                case "page" | "empty" | "garbage":
+                    return web.Response(text={"page": "<!DOCTYPE html>", "empty": "[]", "garbage": '{"id'}[kind])
+                case status:
+                    return web.Response(status=int(status))
+        finally:
+            self._at_once[route] -= 1
+
+    async def _run_job(self, request: web.Request) -> web.Response:
         job = await self._add(await request.json())
+        if self._simulate is not None:
+            self._queue.remove(job.id)
+            self._encoded.pop(job.id)
+            job.simulated = True
+            job.ended = self._free_at = max(self._free_at, time.monotonic()) + self._seconds_a_job
         return web.json_response({"id": job.id, "status": job.status})
 
     async def _runsync(self, request: web.Request) -> web.Response:
@@ -281,23 +358,34 @@ class StandIn:
         await self._until(lambda: job.status in FINAL, 90)
         return web.json_response(job.public())
 
-    async def _status(self, request: web.Request) -> web.Response:
-        if failed := await self._fail(request, "status", request.match_info["id"]):
+    async def _tell_status(self, request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        if failed := await self._fail(request, "status", id):
             return failed
-        return web.json_response(self.jobs[request.match_info["id"]].public())
+        job = self.jobs.get(id)
+        if job is None or (job.ended is not None and time.monotonic() > job.ended + self._forget_after):
+            return web.json_response({"error": "job not found"}, status=404)
+        if job.simulated and job.ended is not None and job.status not in FINAL and time.monotonic() >= job.ended:
+            job.status = "COMPLETED"
+        if job.simulated and job.status == "COMPLETED":
+            assert self._simulate is not None
+            return web.json_response({**job.public(), "output": self._simulate(job.input), "executionTime": 100})
+        return web.json_response(job.public())
 
-    async def _cancel(self, request: web.Request) -> web.Response:
+    async def _cancel_by_client(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] not in self.jobs:
+            return web.json_response({"error": "job not found"}, status=404)
         await self._cancel_job(request.match_info["id"])
         return web.json_response(self.jobs[request.match_info["id"]].public())
 
     async def _cancel_job(self, id: str) -> None:
         job = self.jobs[id]
-        if job.status == "IN_QUEUE":
+        if job.status == "IN_QUEUE" and not job.simulated:
             self._queue.remove(id)
         elif job.status == "IN_PROGRESS":
             self._stops[job.workers[-1]].append(id)
         if job.status not in FINAL:
-            job.status = "CANCELLED"
+            job.status, job.ended = "CANCELLED", time.monotonic()
         await self._notify()
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -351,6 +439,7 @@ class StandIn:
             self._encoded.pop(job.id, None)
             if job.status not in FINAL:
                 job.status = "FAILED" if "error" in posted else "COMPLETED"
+                job.ended = time.monotonic()
             await self._notify()
             if job.id in self._unanswered:
                 return _dropped(request)
