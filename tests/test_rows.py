@@ -125,7 +125,7 @@ def test_pictures_are_named_by_their_files_and_read_when_they_are_sent(tmp_path:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     sent = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     assert len(sent) < 1_000
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"prompt": "x", "image": "a.png", "controls": [{"image": "a.png", "type": "canny"}]},
         {"prompt": "x", "init_images": ["a.png", "https://example.com/a.png", sent]},
         {"prompt": "x", "init_image": f"data:image/png;base64,{sent}"},
