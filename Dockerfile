@@ -76,7 +76,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
 FROM packages
 COPY models models
 COPY --from=weights /app/weights weights
-COPY scripts/entrypoint.sh handler.py local_test.py test_input.json ./
+COPY scripts/entrypoint.sh handler.py local_test.py web.py test_input.json ./
 COPY client client
 COPY src src
 ARG MODEL_NAME=FLUX.1-dev

@@ -297,15 +297,27 @@ SET_BY_RUNPOD = frozenset(
 
 
 def runpod_api_key(environment: Mapping[str, str] | None = None) -> str | None:
-    """RUNPOD_API_KEY, by which `python -m deploy` speaks to RunPod; a worker has no use for it.
+    """RUNPOD_API_KEY, by which `python -m deploy` and the clients speak to RunPod; a worker has no use for it.
 
     Raises InvalidSettings where no header can carry it.
     """
-    key = SecretStr(_plain((os.environ if environment is None else environment).get("RUNPOD_API_KEY", "")))
+    return _key("RUNPOD_API_KEY", environment)
+
+
+def web_token(environment: Mapping[str, str] | None = None) -> str | None:
+    """WEB_TOKEN, which whoever asks `python web.py` must have; None where there is none.
+
+    Raises InvalidSettings where no header can carry it.
+    """
+    return _key("WEB_TOKEN", environment)
+
+
+def _key(name: str, environment: Mapping[str, str] | None) -> str | None:
+    key = SecretStr(_plain((os.environ if environment is None else environment).get(name, "")))
     try:
         return _sendable(_kept(key)).get_secret_value() or None
     except ValueError as error:
-        raise InvalidSettings(f"RUNPOD_API_KEY {error}") from None
+        raise InvalidSettings(f"{name} {error}") from None
 
 
 def _plain(value: str) -> str:

@@ -155,7 +155,7 @@ START = (
     ),
 )  # fmt: skip
 WORD_OTHERS = {"explain", "_too_little"}  # functions that word what was raised elsewhere
-OF_NO_START = {"runpod_api_key"}  # but of `python -m deploy`
+OF_NO_START = {"runpod_api_key", "web_token", "_key"}  # but of `python -m deploy` and web.py
 LEAST_WORDING = 12  # characters of a message's longest part: with less it is a frame around another message
 
 

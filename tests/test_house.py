@@ -14,7 +14,12 @@ from pathlib import Path
 from src.settings import ROOT
 
 PARTS = ("src", "client", "deploy", "tests", "benchmarks", "training", "fuzz")
-CODE = [ROOT / "handler.py", ROOT / "local_test.py", *(file for part in PARTS for file in (ROOT / part).rglob("*.py"))]
+CODE = [
+    ROOT / "handler.py",
+    ROOT / "local_test.py",
+    ROOT / "web.py",
+    *(file for part in PARTS for file in (ROOT / part).rglob("*.py")),
+]
 # Words of our own for what the field has words for, and those.
 RETIRED = {
     "told": "summary", "heard": "adapter_weights", "hears": "reads", "hearing": "ControlDefaults", "beside": "outside",

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from src.job import Progress
+from src.response.progress import Watcher
 from src.serving import sdk
-from src.serving.loop import Watcher
 from src.settings import ROOT
 from tests.runpod_stand_in import ANSWERS, EVERY_KIND, REFUSALS, Faults, JobRecord, StandIn, WorkerProcess, worker
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
@@ -18,10 +19,10 @@ log = logging.getLogger("worker")
 _CHILDREN_SECONDS = 0.5  # to end by themselves
 
 
-def leave_at_once(*_: object) -> None:
-    """Answer SIGTERM where nothing is in hand: a clean end would wait for downloads and for the device's thread."""
+def leave_at_once(number: int = signal.SIGTERM, *_: object) -> None:
+    """Answer a signal where nothing is in hand: a clean end would wait for downloads and for the device's thread."""
     if multiprocessing.parent_process() is None:  # the SDK's process for pings has this from its parent
-        log.info("stopping because of SIGTERM%s", START.under_way())
+        log.info("stopping because of %s%s", signal.Signals(number).name, START.under_way())
     leave(0)
 
 

@@ -87,14 +87,20 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(level)
 
 
-def _keep_secrets_out_of_the_rest() -> None:
-    """What prints by itself: the SDK's logger, and Python where nobody catches an exception."""
-    from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where nothing is served
+def _keep_secrets_out_of_the_sdk() -> None:
+    """Its logger prints by itself."""
+    from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where RunPod is not served
 
     sdk = RunPodLogger()  # one for all of its modules
 
     def write(message: object, message_level: str = "INFO", job_id: object = None) -> None:
         RunPodLogger.log(sdk, redact(str(message)), message_level, job_id and redact(str(job_id)))
+
+    sdk.log = write
+
+
+def _keep_secrets_out_of_python() -> None:
+    """It prints by itself where nobody catches an exception."""
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         log.critical("nobody caught a %s", kind.__name__, exc_info=(kind, error, trace))
@@ -103,12 +109,11 @@ def _keep_secrets_out_of_the_rest() -> None:
         if arguments.exc_value is not None:
             uncaught(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
-    sdk.log = write
     sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
 
 
-def configure(settings: Settings) -> None:
-    """Send this worker's log to stderr."""
+def configure(settings: Settings, *, sdk: bool = True) -> None:
+    """Send this worker's log to stderr; `sdk` says whether RunPod's loop writes too."""
     keep_secrets_out()
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -117,7 +122,9 @@ def configure(settings: Settings) -> None:
     log.addHandler(handler)
     log.setLevel(settings.log_level)
     log.propagate = False
-    _keep_secrets_out_of_the_rest()
+    _keep_secrets_out_of_python()
+    if sdk:
+        _keep_secrets_out_of_the_sdk()
     quiet_libraries()
 
 
