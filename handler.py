@@ -33,9 +33,11 @@ from src.plan.plan import Plan, make_plan
 from src.redaction import redact
 from src.request.adapters import AdapterStore
 from src.request.images import load_pictures
+from src.request.openai import own_call
 from src.request.reading import Reading, read_request
 from src.response.delivery import deliver, encodable
 from src.response.describe import describe, show_plan
+from src.response.openai import in_openai_form
 from src.response.storage import BroughtBucket, Bucket, read_bucket
 from src.serving.logs import job_ended, keep_secrets_out, log
 from src.settings import Settings
@@ -96,14 +98,18 @@ def _load_engine() -> Engine:
     return load_engine(get_settings())
 
 
-def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Answer one job, `{"id": ..., "input": {...}}`; never raises. `on_progress` gets every step."""
+def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> Any:
+    """Answer one job, `{"id": ..., "input": {...}}`, with a dict; never raises. `on_progress` gets every step.
+
+    A call of OpenAI's API is answered as RunPod passes it on: a list of one where pictures were asked for.
+    """
     return answer(event, Job.of(event, on_progress=on_progress))
 
 
-def answer(event: object, job: Job) -> dict[str, Any]:
+def answer(event: object, job: Job) -> Any:
     """`handler`, for whoever holds the job and may stop it."""
-    return respond(event, job, get_settings, get_engine, get_bucket)
+    answered = respond(event, job, get_settings, get_engine, get_bucket)
+    return in_openai_form(event, answered, lambda: get_engine().model)
 
 
 def respond(
@@ -117,8 +123,9 @@ def respond(
     include_traceback, plan, brought = False, None, BroughtBucket()
     try:
         include_traceback = settings().include_traceback
-        reading, brought = read_request(event), read_bucket(event, settings(), job)
-        reading = reading._replace(faults=(*reading.faults, *brought.faults))
+        call = own_call(event, lambda: engine().model)
+        reading, brought = read_request(call.event), read_bucket(event, settings(), job)
+        reading = reading._replace(faults=(*call.faults, *reading.faults, *brought.faults))
         if reading.request.describe and not reading.faults:
             job_ended(job, "described", None)
             return encodable(describe(engine().model, engine().revision, settings(), engine().loaded()))
@@ -128,7 +135,7 @@ def respond(
             return encodable(show_plan(plan))
         job.work = plan.work
         engine().fetch(plan, job.step_aside)
-        destination = brought.bucket or bucket()  # before anything is drawn that could not be delivered
+        destination = call.destination(brought.bucket or bucket())  # before anything is drawn in vain
         generation = job.on_device(lambda: engine().run(plan, job.report))
         response = deliver(
             generation,

@@ -116,6 +116,26 @@ KLEIN_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What OpenAI's `quality` asks of a model; None is what it does by itself."""
+
+    speed: str | None = None  # a row of SPEEDS
+    num_inference_steps: int | None = None
+
+
+# By OpenAI's names, the least work first.
+MANY_STEPS: Mapping[str, Quality] = MappingProxyType(
+    {"low": Quality("fast", 20), "medium": Quality("balanced", 28), "high": Quality()}
+)
+FEW_STEPS: Mapping[str, Quality] = MappingProxyType(
+    {"low": Quality(num_inference_steps=2), "medium": Quality(), "high": Quality()}
+)
+OWN_STEPS: Mapping[str, Quality] = MappingProxyType(
+    {"low": Quality("fast"), "medium": Quality("balanced"), "high": Quality()}
+)
+
+
+@dataclass(frozen=True)
 class Model:
     """One model. `repo` is its hub id, or the folder it ships in below the project's root."""
 
@@ -135,6 +155,7 @@ class Model:
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
     architecture: str = "FLUX.1"  # what ControlNets and Redux are made for
     control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
+    qualities: Mapping[str, Quality] = field(default_factory=lambda: MANY_STEPS)
 
     @property
     def base(self) -> ModeSpec:
@@ -150,6 +171,7 @@ _DEV = "FLUX.1 [dev] Non-Commercial License"
 _NON_COMMERCIAL = "FLUX Non-Commercial License"
 _KLEIN: Mapping[str, Any] = {
     "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
+    "qualities": FEW_STEPS,
 }  # fmt: skip
 _KLEIN_BASE: Mapping[str, Any] = {
     "modes": KLEIN_BASE_MODES, "guidance_scale": 4.0, "architecture": "FLUX.2-klein",
@@ -166,6 +188,7 @@ MODELS: tuple[Model, ...] = (
         num_inference_steps=4,
         guidance_scale=3.5,
         max_sequence_length=256,
+        qualities=FEW_STEPS,
     ),
     _flux(
         "FLUX.1-Krea-dev",
@@ -243,6 +266,7 @@ MODELS: tuple[Model, ...] = (
         guidance_scale=3.5,
         max_sequence_length=32,
         architecture="flux-shapes",
+        qualities=OWN_STEPS,
     ),
 )
 

@@ -140,7 +140,7 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         **_each("the worker draws with the model that it was started with", "model", "model_id", "model_name"),
         **_each(
             "requests are not told apart by who sent them",
-            "user", "user_id", "metadata", "request_id", "taskType", "taskUUID", "includeCost",
+            "user", "user_id", "safety_identifier", "metadata", "request_id", "taskType", "taskUUID", "includeCost",
         ),
         **_each(
             "the worker uses the tokens of its own settings, and none that a request holds",
@@ -149,6 +149,8 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         ),
         **_each("pictures are opaque and come whole", "background", "partial_images", "transparent_bg"),
         **_each("FLUX has no refiner", "refine"),
+        **_each("how much of a picture may change is said by strength", "input_fidelity"),
+        **_each("FLUX plans nothing ahead of drawing", "complexity"),
         **_each("send shift or scheduler instead", "base_shift", "max_shift", "sigma_schedule", "use_beta_schedule"),
         **_each("true_cfg_scale above 1 alone turns guidance on", "use_real_cfg", "use_cfg_zero"),
         **_each("send negative_prompt with true_cfg_scale instead", "nag_scale", "nag_end", "nag_tau", "nag_alpha"),
@@ -163,8 +165,8 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
 # What was meant for another program or another kind of model: such a request gets this one sentence.
 _REFINER = "belongs to Stable Diffusion XL's refiner, which FLUX does not have; leave it out and ask for "
 _REFINER += "num_inference_steps and guidance_scale as FLUX takes them"
-_OPENAI = 'is a call of OpenAI\'s API, which this worker does not serve; send {"prompt": ...} as the input of /run or '
-_OPENAI += "/runsync instead"
+_OPENAI = "belongs to a call of OpenAI's API, whose openai_route is missing; send openai_route with it, "
+_OPENAI += "/v1/images/generations say"
 _WEB_UI = "is a call of the Stable Diffusion web UI, which this worker does not run; send prompt, width, height, "
 _WEB_UI += "num_inference_steps and other fields directly in input instead"
 OTHER_PROGRAMS: Mapping[str, str] = MappingProxyType(
@@ -172,7 +174,7 @@ OTHER_PROGRAMS: Mapping[str, str] = MappingProxyType(
         "workflow": "is a workflow of ComfyUI, which this worker does not run; send prompt, width, height, "
         "num_inference_steps and other fields directly in input instead",
         **_each(_WEB_UI, "api", "payload"),
-        **_each(_OPENAI, "openai_route", "openai_input"),
+        "openai_input": _OPENAI,
         **_each(
             _REFINER, "refiner_inference_steps", "high_noise_frac", "refine_steps", "refiner_strength", "refiner_prompt"
         ),

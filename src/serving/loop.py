@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
-Answer = Callable[[object, Job], dict[str, Any]]
+Answer = Callable[[object, Job], Any]
 
 _JOBS_OF_THE_SDKS_LOOP = 3  # where it cannot be replaced: keeps a device that needs a second a picture busy
 _PROGRESS_SHARE = 5  # times as long as the latest update took passes until the next
@@ -201,7 +201,7 @@ class Worker:
         held = [Held(job, watcher.seconds_left()) for job, watcher in self._in_hand.items()]
         return self._prefetch.wanted(held, coming, delivered_bytes)
 
-    async def run(self, event: dict[str, Any]) -> dict[str, Any]:
+    async def run(self, event: dict[str, Any]) -> Any:
         """The SDK's handler: the answer to one job. A cancelled job is stopped, and gone before this returns."""
         watcher = Watcher()
         job = Job.of(
@@ -222,11 +222,12 @@ class Worker:
                 del self._in_hand[job]
                 self._learn(job, running.result())
 
-    def _learn(self, job: Job, response: dict[str, Any]) -> None:
-        """How long jobs take, and whether the device still works."""
-        if job.device_seconds is not None and response.get("status") == "success":
+    def _learn(self, job: Job, response: Any) -> None:
+        """How long jobs take, and whether the device still works; pictures for OpenAI's clients are a list."""
+        succeeded = isinstance(response, list) or response.get("status") == "success"
+        if job.device_seconds is not None and succeeded:
             self._prefetch.observe(job.device_seconds, job.work, job.seconds.get("prepare", 0.0))
-        if response.get("refresh_worker"):
+        if isinstance(response, dict) and response.get("refresh_worker"):
             self.exit_status = 1
             self._stop("a device that failed")
             if self._in_hand:

@@ -207,7 +207,7 @@ class LocalEndpoint:
         }
 
     def close(self) -> None:
-        """Take no more jobs, and cancel those in hand: whoever waits is found at once."""
+        """Take no more jobs, and cancel those in hand: whoever waits gets an answer at once."""
         self._closed = True
         for id, taken in list(self._open.items()):
             self._stop(taken)
