@@ -23,7 +23,7 @@ from src.serving import leaving, logs
 from src.settings import Settings, runpod_api_key, web_token
 from src.stages import START
 from src.web.app import make_app
-from src.web.endpoint import RunPodEndpoint
+from src.web.endpoint import NotAnswered, RunPodEndpoint, UnknownJob
 from src.web.guard import LOOPBACK
 
 log = logging.getLogger("worker")
@@ -105,7 +105,8 @@ def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
 
 def _deployed(id: str) -> RunPodEndpoint:
     """An endpoint of RunPod's; raises InvalidSettings where it cannot be asked."""
-    from client.transport import Forgotten, Transport
+    from client.errors import ClientError, Forgotten, JobFailed
+    from client.transport import Transport
 
     from src.web.deployed import DeployedEndpoint
 
@@ -113,7 +114,15 @@ def _deployed(id: str) -> RunPodEndpoint:
         raise InvalidSettings(f"--endpoint {id}: an endpoint's id is letters and digits, as RunPod's console shows it")
     if (key := runpod_api_key()) is None:
         raise InvalidSettings("--endpoint wants RUNPOD_API_KEY, which stays with this server")
-    return DeployedEndpoint(id, Transport(id, key), Forgotten)
+
+    def explain(error: Exception) -> Exception:
+        if isinstance(error, Forgotten):
+            return UnknownJob()
+        if isinstance(error, ClientError):
+            return NotAnswered(400 if isinstance(error, JobFailed) else 502, redact(str(error)))
+        return error
+
+    return DeployedEndpoint(id, Transport(id, key), explain)
 
 
 class _Server(uvicorn.Server):

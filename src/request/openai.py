@@ -23,6 +23,7 @@ _ELSEWHERE: Mapping[str, str] = MappingProxyType(
 _QUALITIES: Mapping[str, str | None] = MappingProxyType(
     {"auto": None, "standard": None, "hd": "high", "xhigh": "high", "max": "high"}
 )
+MOST_PARTIAL = 3  # pictures on their way
 BEST = "high"  # what a model does by itself
 _FORMATS = ("b64_json", "url")
 # A field of ours, and OpenAI's that it may have come as.
@@ -88,8 +89,8 @@ def openai_name(event: Any, field: str) -> str:
 
 def asked_quality(event: Any, model: Model) -> str:
     """The row of `model`'s qualities that a call asks for."""
-    quality = openai_input(event).get("quality")
-    name = _QUALITIES.get(quality, quality) if isinstance(quality, str) else None
+    quality = str(openai_input(event).get("quality"))
+    name = _QUALITIES.get(quality, quality)
     return name if name in model.qualities else BEST
 
 
@@ -135,8 +136,11 @@ def _pictures(event: Mapping[Any, Any], route: str, model: Model) -> OpenAICall:
     if fields.pop("stream", False) not in (False, 0):
         message = "is not possible through RunPod's queue, which gives answers whole; leave it out here, or ask web.py"
         faults.append(Fault("stream", message))
-    if fields.get("partial_images") == 0:
-        del fields["partial_images"]
+    partial = fields.pop("partial_images", 0)
+    if type(partial) is not int or not 0 <= partial <= MOST_PARTIAL:
+        faults.append(Fault("partial_images", f"must be an integer from 0 to {MOST_PARTIAL}, got {show(partial)}"))
+    elif partial and all("preview" in spec.takes for spec in model.modes.values()):
+        fields.setdefault("preview", True)
     if (background := fields.pop("background", "auto")) not in ("auto", "opaque"):
         faults.append(Fault("background", f"must be opaque or auto, as FLUX draws no transparency: {show(background)}"))
 

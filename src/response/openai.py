@@ -101,7 +101,7 @@ def _started_from(event: Any) -> int:
 
 
 def _usage(metadata: Mapping[str, Any], started_from: int) -> dict[str, Any]:
-    """What the model reads and draws, in its own tokens: text as long as it is padded to, pictures as they are drawn."""
+    """What the model reads and draws, in its own tokens: text as it is padded, pictures as they are drawn."""
     pictures = len(metadata["seeds"])
     image = -(-metadata["width"] // _TOKEN) * -(-metadata["height"] // _TOKEN)
     text, read, drawn = metadata["max_sequence_length"] * pictures, image * started_from * pictures, image * pictures

@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from src.catalog import FORMATS
 from src.response.encode import read_parameters
 from src.web.bodies import BadBody, Bodies
-from src.web.endpoint import NotTaken, RunPodEndpoint, UnknownJob
+from src.web.endpoint import NotAnswered, RunPodEndpoint, UnknownJob
 from src.web.guard import Guard, failure
+from src.web.openai import add_openai
 
 PAGE = Path(__file__).parent / "page"
 # https://docs.runpod.io/serverless/endpoints/send-requests
@@ -64,6 +65,7 @@ def make_app(
     _answer_errors(app)
     _add_page(app, endpoint.name, api, page)
     _add_runpod(app, endpoint, bodies)
+    add_openai(app, endpoint, bodies)
 
     @app.post("/parameters")
     async def parameters(request: HttpRequest) -> Response:
@@ -80,8 +82,8 @@ def _answer_errors(app: FastAPI) -> None:
         return Response(body, status, headers, "application/json")
 
     @app.exception_handler(BadBody)
-    @app.exception_handler(NotTaken)
-    async def refused(request: HttpRequest, error: BadBody | NotTaken) -> Response:
+    @app.exception_handler(NotAnswered)
+    async def refused(request: HttpRequest, error: BadBody | NotAnswered) -> Response:
         return answer(request, error.status, str(error), "invalid_request")
 
     @app.exception_handler(UnknownJob)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
-from src.web.endpoint import FINAL, NotTaken, UnknownJob
+from src.web.endpoint import FINAL, NotAnswered, UnknownJob
+
+T = TypeVar("T")
 
 DESCRIBE = {"describe": True}
 DESCRIBED_SECONDS = 600.0  # how long what a worker says of itself is taken for true
@@ -39,41 +41,55 @@ class Transport(Protocol):
         """Close them."""
 
 
+class _Described(NamedTuple):
+    """The job that asked the worker what it can do."""
+
+    id: str
+    body: bytes | None  # its good end
+    until: float  # by time.monotonic
+
+
 class DeployedEndpoint:
-    """`forgotten` is what `transport` raises for a job that RunPod does not know any more."""
+    """`explain` makes UnknownJob or NotAnswered of what `transport` raises; what it does not know it gives back."""
 
     poll_seconds = 1.0
 
-    def __init__(self, name: str, transport: Transport, forgotten: type[Exception]) -> None:
+    def __init__(self, name: str, transport: Transport, explain: Callable[[Exception], Exception]) -> None:
         self.name = name
         self._transport = transport
-        self._forgotten = forgotten
-        self._described: tuple[str, bytes | None, float] | None = None  # the job's id, its end, until when
+        self._explain = explain
+        self._described: _Described | None = None
+
+    async def _ask(self, asked: Awaitable[T]) -> T:
+        try:
+            return await asked
+        except Exception as error:
+            raise self._explain(error) from error
 
     async def run(self, event: Mapping[str, Any], _size: int, /) -> str:
         """Pass a job on; one that asks for a description alone is the one that asked before."""
         if odd := sorted(event.keys() - {"input"}):
-            raise NotTaken(400, f"{', '.join(odd)}: not passed on from here; send input alone")
+            raise NotAnswered(400, f"{', '.join(odd)}: not passed on from here; send input alone")
         if event["input"] != DESCRIBE:
-            return await self._transport.run(event["input"])
-        if self._described is None or self._described[2] < time.monotonic():
-            id = await self._transport.run(DESCRIBE)
-            self._described = (id, None, time.monotonic() + DESCRIBED_SECONDS)
-        return self._described[0]
+            return await self._ask(self._transport.run(event["input"]))
+        if self._described is None or self._described.until < time.monotonic():
+            id = await self._ask(self._transport.run(DESCRIBE))
+            self._described = _Described(id, None, time.monotonic() + DESCRIBED_SECONDS)
+        return self._described.id
 
     async def status(self, id: str) -> bytes:
         """RunPod's body."""
-        described = self._described
-        if described and described[0] == id and described[1]:
-            return described[1]
+        described = self._described if self._described and self._described.id == id else None
+        if described and described.body:
+            return described.body
         try:
-            found = await self._transport.status(id)
-        except self._forgotten:
-            found = {"status": "FORGOTTEN"}
+            found = await self._ask(self._transport.status(id))
+        except UnknownJob:
+            found = {}
         body = json.dumps(found).encode()
-        if described and described[0] == id and found.get("status") in (*FINAL, "FORGOTTEN"):
-            self._described = (id, body, described[2]) if found["status"] == "COMPLETED" else None
-        if found["status"] == "FORGOTTEN":
+        if described and found.get("status") in (*FINAL, None):
+            self._described = described._replace(body=body) if found.get("status") == "COMPLETED" else None
+        if not found:
             raise UnknownJob
         return body
 
@@ -89,14 +105,11 @@ class DeployedEndpoint:
 
     async def cancel(self, id: str) -> bytes:
         """RunPod's body."""
-        try:
-            return json.dumps(await self._transport.cancel(id)).encode()
-        except self._forgotten:
-            raise UnknownJob from None
+        return json.dumps(await self._ask(self._transport.cancel(id))).encode()
 
     async def health(self) -> dict[str, Any]:
         """RunPod's body."""
-        return await self._transport.health()
+        return await self._ask(self._transport.health())
 
     def close(self) -> None:
         """Its jobs go on: whoever sent them may ask elsewhere."""

@@ -12,8 +12,8 @@ class UnknownJob(Exception):
     """There is no job of this id, or its result is not kept any more."""
 
 
-class NotTaken(Exception):
-    """Why a job is not taken: `status` of HTTP, and a sentence."""
+class NotAnswered(Exception):
+    """Why there is no answer of the endpoint's: `status` of HTTP, and a sentence."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class RunPodEndpoint(Protocol):
     poll_seconds: float  # between two looks at a job that somebody waits for
 
     async def run(self, event: Mapping[str, Any], size: int, /) -> str:
-        """Take a job, of `size` bytes as it came; its id. Raises NotTaken."""
+        """Take a job, of `size` bytes as it came; its id. Raises NotAnswered."""
 
     async def status(self, id: str) -> bytes:
         """JSON of `{"id", "status"}` and, by the status, `output` or `error`. Raises UnknownJob."""

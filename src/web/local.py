@@ -21,7 +21,7 @@ from src.errors import InternalError
 from src.job import Job
 from src.job_queue import JobQueue
 from src.response.progress import Watcher
-from src.web.endpoint import NotTaken, UnknownJob
+from src.web.endpoint import NotAnswered, UnknownJob
 
 log = logging.getLogger("worker")
 Answer = Callable[[object, Job], Any]
@@ -87,13 +87,13 @@ class LocalEndpoint:
         self._closed = False
 
     async def run(self, event: Mapping[str, Any], size: int, /) -> str:
-        """Take a job; raises NotTaken where too many are open, or where it wants what only RunPod does."""
+        """Take a job; raises NotAnswered where too many are open, or where it wants what only RunPod does."""
         if odd := sorted({"webhook", "policy"} & event.keys()):
-            raise NotTaken(400, f"{', '.join(odd)}: read by RunPod alone; leave it out here, and ask /status")
+            raise NotAnswered(400, f"{', '.join(odd)}: read by RunPod alone; leave it out here, and ask /status")
         held = sum(job.size for job in self._open.values())
         if self._closed or len(self._open) >= MOST_JOBS or held + size > MOST_JOB_BYTES:
             why = "is ending" if self._closed else f"has {len(self._open):,} jobs of {held / 1e6:.0f} MB in hand"
-            raise NotTaken(429, f"this server {why} and takes no more now; send the request again later")
+            raise NotAnswered(429, f"this server {why} and takes no more now; send the request again later")
         id = str(uuid.uuid4())
         taken = self._open[id] = _Open(size)
         loop = asyncio.get_running_loop()
