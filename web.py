@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         logs.keep_secrets_out()
         logs.configure(settings := Settings.from_environment(), sdk=False)
         token = _token(options)
-        with _bound(options.host, options.port) as bound:
+        with bind(options.host, options.port) as bound:
             return _serve(options, settings, token, bound)
     except (WorkerError, OSError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; another than this machine's own "
                         "wants a token")  # fmt: skip
-    parser.add_argument("--port", type=int, default=8080, help="0 takes any that is free")
+    parser.add_argument("--port", type=int, default=8080, choices=range(65_536), metavar="PORT", help="0 takes any "
+                        "that is free")  # fmt: skip
     parser.add_argument("--token", help="what whoever asks must send as Authorization: Bearer; or set WEB_TOKEN, which "
                         "other users of this machine do not see")  # fmt: skip
     parser.add_argument("--endpoint", metavar="ID", help="a deployed endpoint that answers instead of this process")
@@ -79,7 +80,7 @@ def _token(options: argparse.Namespace) -> str | None:
     return token
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at this address, which answers nobody yet; raises InvalidSettings where it cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -125,7 +126,7 @@ def _deployed(id: str) -> RunPodEndpoint:
     return DeployedEndpoint(id, Transport(id, key), explain)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends within a second or so: jobs in hand are cancelled, and whoever waits for one is told."""
 
     exit_status = 0
@@ -167,7 +168,7 @@ def _serve(options: argparse.Namespace, settings: Settings, token: str | None, b
 
     endpoint = _deployed(options.endpoint) if options.endpoint else _local(settings, device_failed)
     api = f"{API}/{options.endpoint}" if options.endpoint else None
-    server = _Server(make_app(endpoint, token=token, api=api), endpoint, ready)
+    server = Server(make_app(endpoint, token=token, api=api), endpoint, ready)
     server.run(sockets=[bound])
     return server.exit_status
 

@@ -28,6 +28,7 @@ from urllib.parse import unquote
 import runpod
 from aiohttp import web
 
+from src.response.openai import http_status
 from src.settings import ROOT
 
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
@@ -217,6 +218,7 @@ class StandIn:
             web.get("/v2/{endpoint}/status/{id}", self._status),
             web.post("/v2/{endpoint}/cancel/{id}", self._cancel),
             web.get("/v2/{endpoint}/health", self._health),
+            web.route("*", "/v2/{endpoint}/openai{route:/v1/.*}", self._openai),
             web.get("/v2/{endpoint}/job-take/{worker}", self._take),
             web.get("/v2/{endpoint}/job-take-batch/{worker}", self._take),
             web.post("/v2/{endpoint}/job-done/{worker}/{id}", self._done),
@@ -391,6 +393,23 @@ class StandIn:
     async def _health(self, _: web.Request) -> web.Response:
         counts = Counter(job.status for job in self.jobs.values())
         return web.json_response({"jobs": {"inQueue": counts["IN_QUEUE"], "inProgress": counts["IN_PROGRESS"]}})
+
+    async def _openai(self, request: web.Request) -> web.Response:
+        """RunPod's proxy for OpenAI's clients: a job of the route and its JSON; its answer comes without the list.
+
+        What RunPod answers for a job that failed is not documented; here it is the error, with the status that fits.
+        """
+        asked: dict[str, Any] = {"openai_route": request.match_info["route"]}
+        if request.method == "POST":
+            asked["openai_input"] = await request.json()
+        job = await self._add({"input": asked})
+        await self._until(lambda: job.status in FINAL, 90)
+        posted = job.results[-1][1]
+        if "error" in posted:
+            error = json.loads(posted["error"])
+            return web.json_response({"error": error}, status=http_status(error))
+        output = posted["output"]
+        return web.json_response(output[0] if isinstance(output, list) else output)
 
     # ---- the worker's side
 

@@ -90,7 +90,7 @@ def openai_name(event: Any, field: str) -> str:
 def asked_quality(event: Any, model: Model) -> str:
     """The row of `model`'s qualities that a call asks for."""
     quality = str(openai_input(event).get("quality"))
-    name = _QUALITIES.get(quality, quality)
+    name = _QUALITIES.get(quality, quality) or BEST
     return name if name in model.qualities else BEST
 
 

@@ -51,6 +51,7 @@ def make_app(
     token: str | None = None,
     api: str | None = None,
     page: Path = PAGE,
+    bodies: Bodies | None = None,
 ) -> FastAPI:
     """The application; `api` is the address that the page shows in examples, by default where it is asked."""
 
@@ -61,7 +62,7 @@ def make_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, token=token)
-    bodies = Bodies()
+    bodies = bodies or Bodies()
     _answer_errors(app)
     _add_page(app, endpoint.name, api, page)
     _add_runpod(app, endpoint, bodies)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_HOST = re.compile(r"(?:\[([\da-fA-F:.]{2,45})\]|([\w.-]{1,253}))(?::\d{1,5})?", re.ASCII)
 OPENAI = "/v1/"  # where errors are in OpenAI's form
 
 # The page loads its own files and shows its own pictures, and nothing else: whatever stands in a request or an answer.
@@ -69,7 +71,8 @@ class Guard:
     def _refusal(self, path: str, headers: Headers) -> tuple[int, str, str] | None:
         """A status, a sentence and OpenAI's code, where this is not to be answered."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._token is None and _name(host) not in LOOPBACK:
+        name = _name(host)
+        if not name or (self._token is None and name not in LOOPBACK):
             known = ", ".join(sorted(LOOPBACK))
             return 403, f"the Host header must name this machine ({known}) where no --token is set", "wrong_host"
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
@@ -83,11 +86,9 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without its port."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """Of a Host header, without its port; empty where it is none."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 async def _answer(send: Send, path: str, status: int, message: str, code: str) -> None:

@@ -71,6 +71,8 @@ class LocalEndpoint:
         result_seconds: float = RESULT_SECONDS,
         most_results: int = MOST_RESULTS,
         most_result_bytes: int = MOST_RESULT_BYTES,
+        most_jobs: int = MOST_JOBS,
+        most_job_bytes: int = MOST_JOB_BYTES,
     ) -> None:
         self._answer = answer
         self._timeout = timeout
@@ -78,6 +80,8 @@ class LocalEndpoint:
         self._result_seconds = result_seconds
         self._most_results = most_results
         self._most_result_bytes = most_result_bytes
+        self._most_jobs = most_jobs
+        self._most_job_bytes = most_job_bytes
         self._queue = JobQueue()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="job")
         self._open: dict[str, _Open] = {}
@@ -91,7 +95,7 @@ class LocalEndpoint:
         if odd := sorted({"webhook", "policy"} & event.keys()):
             raise NotAnswered(400, f"{', '.join(odd)}: read by RunPod alone; leave it out here, and ask /status")
         held = sum(job.size for job in self._open.values())
-        if self._closed or len(self._open) >= MOST_JOBS or held + size > MOST_JOB_BYTES:
+        if self._closed or len(self._open) >= self._most_jobs or held + size > self._most_job_bytes:
             why = "is ending" if self._closed else f"has {len(self._open):,} jobs of {held / 1e6:.0f} MB in hand"
             raise NotAnswered(429, f"this server {why} and takes no more now; send the request again later")
         id = str(uuid.uuid4())
