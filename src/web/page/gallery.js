@@ -1,0 +1,257 @@
+// The pictures of this browser: a tile for each job, open or done, and one picture large with its request.
+
+import { announce, ask, button, byId, copy, element, notice } from "./dom.js";
+import { fromBase64, toBase64 } from "./pictures.js";
+import { asCurl, asLink, asPython, filesOf, withoutFiles } from "./share.js";
+import { MOST_BYTES, MOST_PICTURES } from "./store.js";
+
+const EXAMPLES = [
+  "a picture of one red star in front of a blue background",
+  "a small yellow circle on a green background",
+  "a green triangle on an orange background",
+  "a large purple diamond on a white background",
+];
+
+/** The request that makes picture `i` of an entry again, and that alone. */
+export function requestOf(entry, i) {
+  const { num_images: _, prompt, ...rest } = entry.request;
+  return { prompt, ...rest, seed: entry.pictures[i].seed };
+}
+
+/** The whole request of an entry, with its seed. */
+const again = (entry) => ({ ...entry.request, seed: entry.pictures[0].seed, num_images: entry.pictures.length });
+
+function simple(request) {
+  const { num_images: count, ...rest } = request;
+  return count > 1 ? request : rest;
+}
+
+const suffix = (entry) => entry.metadata.output_format.toLowerCase();
+
+export class Gallery {
+  /** @type {import("./store.js").Entry[]} */
+  #entries = [];
+  #urls = new Map(); // object URLs, by blob
+  #tiles = new Map(); // by the ids of entries and jobs
+  #shown = { id: "", i: 0 }; // in the viewer
+
+  /**
+   * @param {import("./store.js").Store} store
+   * @param {{fill: (request: any) => void, draw: (request: any) => void, start: (base64: string) => void}} actions
+   */
+  constructor(store, actions) {
+    this.store = store;
+    this.actions = actions;
+    this.dialog = byId("viewer");
+    store.onChange = () => this.load();
+    byId("clear").addEventListener("click", () => this.#clear());
+    byId("examples").append(...EXAMPLES.map((prompt) =>
+      element("li", {}, button(prompt, () => actions.fill({ prompt }), { class: "example" }))));
+    this.dialog.addEventListener("keydown", (event) => {
+      if (event.key === "ArrowLeft") this.#turn(-1);
+      if (event.key === "ArrowRight") this.#turn(1);
+    });
+    this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
+    this.dialog.addEventListener("close", () => {
+      this.dialog.replaceChildren();
+      this.#tiles.get(this.#shown.id)?.querySelector("button")?.focus();
+    });
+  }
+
+  async load() {
+    this.#entries = await this.store.all();
+    const ids = new Set(this.#entries.map((entry) => entry.id));
+    for (const [id, tile] of this.#tiles) {
+      if (tile.classList.contains("done") && !ids.has(id)) this.removeTile(id);
+    }
+    for (const entry of this.#entries) if (!this.#tiles.get(entry.id)?.classList.contains("done")) this.#show(entry);
+    const blobs = new Set(this.#entries.flatMap((entry) => entry.pictures.map((picture) => picture.blob)));
+    for (const [blob, url] of this.#urls) {
+      if (blobs.has(blob)) continue;
+      URL.revokeObjectURL(url);
+      this.#urls.delete(blob);
+    }
+    this.#count();
+  }
+
+  /** Put a tile where its job's time says, in place of one of the same id. */
+  put(id, tile, created) {
+    tile.dataset.created = String(created);
+    const old = this.#tiles.get(id);
+    this.#tiles.set(id, tile);
+    if (old) {
+      const focused = old.contains(document.activeElement);
+      old.replaceWith(tile);
+      if (focused) tile.querySelector("button")?.focus();
+    } else {
+      const later = [...byId("tiles").children].find((other) => Number(other.dataset.created) < created);
+      byId("tiles").insertBefore(tile, later ?? null);
+    }
+    this.#count();
+  }
+
+  removeTile(id) {
+    this.#tiles.get(id)?.remove();
+    this.#tiles.delete(id);
+    this.#count();
+  }
+
+  /** Keep what was drawn. */
+  async add(entry) {
+    try {
+      await this.store.put(entry);
+    } catch {
+      notice("This browser has no room for the picture: it is kept until the page is closed.", { error: true });
+      this.#entries.unshift(entry);
+      this.#show(entry);
+      this.#count();
+      return;
+    }
+    await this.load();
+  }
+
+  #count() {
+    const count = this.#entries.reduce((sum, entry) => sum + entry.pictures.length, 0);
+    byId("empty").hidden = this.#tiles.size > 0;
+    byId("clear").hidden = !count;
+    const limit = this.store.lasts
+      ? `This browser keeps the latest ${MOST_PICTURES}, up to ${MOST_BYTES / 1e6} MB.`
+      : "This browser keeps nothing: they are gone when the page is closed.";
+    byId("kept").textContent = count || !this.store.lasts ? `${count || "No"} picture${count === 1 ? "" : "s"}. ${limit}` : "";
+  }
+
+  #url(blob) {
+    if (!this.#urls.has(blob)) this.#urls.set(blob, URL.createObjectURL(blob));
+    return this.#urls.get(blob);
+  }
+
+  /** A picture, or where it lies: pictures of a bucket are not fetched by this page. */
+  #image({ blob, url, seed }, alt) {
+    if (blob) return element("img", { src: this.#url(blob), alt, loading: "lazy", decoding: "async" });
+    return element("span", { class: "elsewhere" }, url ? "In the bucket" : `Seed ${seed} is not here`);
+  }
+
+  #show(entry) {
+    const { request, metadata, pictures } = entry;
+    const grid = element("div", { class: `media of-${Math.min(pictures.length, 4)}` }, ...pictures.map((picture, i) =>
+      button("", () => this.open(entry.id, i), { class: "open", "aria-label": `Picture ${i + 1} of ${pictures.length}: ${request.prompt}` })));
+    pictures.forEach((picture, i) => grid.children[i].append(this.#image(picture, "")));
+    const facts = `${metadata.width} × ${metadata.height} · seed ${pictures[0].seed} · ${metadata.inference_time.toFixed(1)} s`;
+    const warned = metadata.warnings?.length
+      && button(`${metadata.warnings.length} warning${metadata.warnings.length > 1 ? "s" : ""}`,
+        () => this.open(entry.id, 0), { class: "plain warned" });
+    this.put(entry.id, element("li", { class: "tile done" }, grid,
+      element("div", { class: "words" },
+        element("p", { class: "prompt" }, request.prompt), element("p", { class: "quiet" }, facts), warned,
+        element("div", { class: "buttons" },
+          button("Again", () => this.actions.fill(simple(again(entry)))),
+          button("Vary", () => this.#vary(simple(again(entry)), pictures.length)),
+          button("As start", () => this.#start(pictures[0]))))), entry.created);
+  }
+
+  #vary(request, count = 1) { this.actions.draw({ ...request, seed: request.seed + count }); }
+
+  async #start(picture) {
+    if (!picture.blob) return notice("This picture lies in the bucket: open it there, and drop it here.", { error: true });
+    this.dialog.close();
+    this.actions.start(await toBase64(picture.blob));
+  }
+
+  // ---- one picture
+
+  open(id, i) {
+    const entry = this.#entries.find((other) => other.id === id);
+    if (!entry) return;
+    this.#shown = { id, i };
+    const picture = entry.pictures[i], request = requestOf(entry, i);
+    const closing = (work) => () => { this.dialog.close(); work(); };
+    const where = picture.blob ? this.#url(picture.blob) : picture.url;
+    const name = `${picture.seed}.${suffix(entry)}`;
+    const large = element("div", { class: "large" }, picture.blob
+      ? element("img", { src: where, alt: request.prompt, width: entry.metadata.width, height: entry.metadata.height })
+      : this.#image(picture, ""));
+    const flat = this.#flat();
+    const here = flat.findIndex((other) => other.id === id && other.i === i);
+    const turn = (text, label, way) => button(text, () => this.#turn(way),
+      { "aria-label": label, class: "turn", disabled: !flat[here + way] });
+    const link = () => {
+      const { address, left } = asLink(request);
+      copy(address, left.length ? `Link copied. It leaves out ${left.join(", ")}: pictures do not fit into a link.` : "Link copied.");
+    };
+    this.dialog.replaceChildren(
+      large,
+      element("div", { class: "side" },
+        element("div", { class: "buttons top" }, turn("‹", "The picture before", -1), turn("›", "The picture after", 1),
+          element("span", { class: "grow" }), button("Close", () => this.dialog.close(), { class: "plain" })),
+        element("h2", {}, request.prompt),
+        ...(entry.metadata.warnings ?? []).map((text) => element("p", { class: "warning" }, text)),
+        element("div", { class: "buttons" },
+          button("Again", closing(() => this.actions.fill(request)), { class: "primary" }),
+          button("Vary", closing(() => this.#vary(request))),
+          button("As start", () => this.#start(picture)),
+          where && element("a", picture.blob ? { href: where, download: name, class: "button" }
+            : { href: where, target: "_blank", rel: "noopener noreferrer", class: "button" },
+          picture.blob ? "Download" : "Open in the bucket")),
+        element("div", { class: "buttons" },
+          button("Copy as curl", () => copy(asCurl(request), "Command copied.")),
+          button("Copy as Python", () => copy(asPython(request), "Program copied.")),
+          button("Copy as link", link)),
+        this.#facts(entry, request),
+        element("div", { class: "buttons" },
+          button("Delete", () => this.#delete(entry, i), { class: "plain danger" }))));
+    if (!this.dialog.open) this.dialog.showModal();
+  }
+
+  /** The request and what became of it, a line each. */
+  #facts(entry, request) {
+    const { metadata } = entry;
+    const files = filesOf(request);
+    const said = { ...withoutFiles(request, () => undefined), mode: metadata.mode, width: metadata.width,
+      height: metadata.height, num_inference_steps: metadata.num_inference_steps, model: metadata.model };
+    const { prompt: _, ...lines } = said;
+    const rows = Object.entries(lines).filter(([, value]) => value !== null).map(([name, value]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, typeof value === "string" ? value : JSON.stringify(value))));
+    for (const [name, base64] of files) {
+      const url = URL.createObjectURL(fromBase64(base64));
+      const link = element("a", { href: url, download: `${name}.png` }, `${name}.png`);
+      rows.push(element("div", {}, element("dt", {}, name), element("dd", {}, link)));
+    }
+    rows.push(element("div", {}, element("dt", {}, "seconds"), element("dd", {}, metadata.inference_time.toFixed(2))));
+    return element("dl", { class: "facts" }, ...rows);
+  }
+
+  #flat() { return this.#entries.flatMap((entry) => entry.pictures.map((_, i) => ({ id: entry.id, i }))); }
+
+  #turn(way) {
+    const flat = this.#flat();
+    const next = flat[flat.findIndex(({ id, i }) => id === this.#shown.id && i === this.#shown.i) + way];
+    if (!next) return;
+    this.open(next.id, next.i);
+    const buttons = [...this.dialog.querySelectorAll(".turn")];
+    const wanted = buttons[way < 0 ? 0 : 1];
+    (wanted.disabled ? buttons.find((other) => !other.disabled) : wanted)?.focus();
+  }
+
+  async #delete(entry, i) {
+    this.dialog.close();
+    const pictures = entry.pictures.filter((_, other) => other !== i);
+    if (pictures.length) {
+      await this.store.put({ ...entry, pictures });
+      this.removeTile(entry.id);
+    } else {
+      await this.store.remove(entry.id);
+    }
+    await this.load();
+    announce("The picture is deleted.");
+    byId("pictures").focus();
+  }
+
+  async #clear() {
+    const count = this.#flat().length;
+    const text = `${count} picture${count === 1 ? "" : "s"} of this browser will be gone, with their requests.`;
+    if (!await ask("Clear all?", [element("p", {}, text)], [["Keep them", null], ["Clear all", true, "danger"]])) return;
+    await this.store.clear();
+    await this.load();
+    byId("pictures").focus();
+  }
+}
