@@ -186,6 +186,9 @@ def test_describe_tells_without_the_device() -> None:
     assert pipeline.calls == []
     assert (shown["model"], shown["model_revision"]) == ("flux-shapes", "rev")
     assert shown["modes"]["inpainting"]["needs"] == ["init_image", "mask_image"]
+    assert shown["modes"]["inpainting"]["references"] == 0
+    assert {"prompt", "seed", "loras"} < set(shown["takes"])
+    assert "strength" not in shown["takes"]
     assert shown["defaults"]["num_inference_steps"] == 8
     assert shown["schema"]["properties"]["seed"]["description"].startswith("an integer from 0")
     assert shown["schedulers"]["unipc"] == {"starts_from_a_picture": False}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src import __version__
-from src.catalog import FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, controlnets_for
+from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, controlnets_for
 from src.outputs import Loaded
 from src.plan.plan import Plan
 from src.redaction import hide_known_in
@@ -31,8 +31,10 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             "model": model.name,
             "model_revision": revision,
             "licence": model.licence,
+            "takes": sorted(EVERY_MODE_TAKES),
             "modes": {
-                mode: {"needs": sorted(row.needs), "takes": sorted(row.takes)} for mode, row in model.modes.items()
+                mode: {"needs": sorted(row.needs), "takes": sorted(row.takes), "references": row.references}
+                for mode, row in model.modes.items()
             },
             "defaults": {
                 "width": model.width,

@@ -108,12 +108,12 @@ class NumberField extends Single {
     const preset = context.defaults[name] ?? schema.default;
     const input = element("input", {
       type: "number", min, max, step, inputMode: kind.type === "integer" ? "numeric" : "decimal",
-      placeholder: preset ?? (name === "seed" ? "random" : "by the model"),
+      placeholder: preset ?? (name === "seed" ? "random" : "auto"),
     });
     const coarse = step === "any" ? roughly((max - min) / 40) : step;
     const slider = (max - min) / coarse <= MOST_STEPS && min !== undefined &&
       element("input", { type: "range", min, max, step: coarse, "aria-label": `${inWords(name)}, slider` });
-    super(name, schema, input, { kind: slider ? "number" : "number half", beside: slider ? [slider] : [] });
+    super(name, schema, input, { kind: slider ? "number" : "number plain", beside: slider ? [slider] : [] });
     if (max === Number.MAX_SAFE_INTEGER && kind.maximum > max) {
       this.allowed = `an integer from ${min} to ${max.toLocaleString("en")}, which is as far as browsers count`;
     }
@@ -164,7 +164,7 @@ function roughly(value) {
 class ChoiceField extends Single {
   constructor(name, schema, choices) {
     const preset = schema.default ?? null;
-    const first = element("option", { value: "" }, preset === null ? "by the model" : `${preset} (default)`);
+    const first = element("option", { value: "" }, preset === null ? "auto" : `${preset} (default)`);
     const others = choices.filter((value) => value !== preset).map((value) => element("option", { value }, value));
     super(name, schema, element("select", {}, first, ...others), { kind: "half" });
     this.preset = preset;

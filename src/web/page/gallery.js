@@ -32,7 +32,7 @@ export class Gallery {
   /** @type {import("./store.js").Entry[]} */
   #entries = [];
   #urls = new Map(); // object URLs, by blob
-  #tiles = new Map(); // by the ids of entries and jobs
+  #tiles = new Map(); // by the ids of entries
   #shown = { id: "", i: 0 }; // in the viewer
 
   /**
@@ -61,10 +61,8 @@ export class Gallery {
   async load() {
     this.#entries = await this.store.all();
     const ids = new Set(this.#entries.map((entry) => entry.id));
-    for (const [id, tile] of this.#tiles) {
-      if (tile.classList.contains("done") && !ids.has(id)) this.removeTile(id);
-    }
-    for (const entry of this.#entries) if (!this.#tiles.get(entry.id)?.classList.contains("done")) this.#show(entry);
+    for (const id of this.#tiles.keys()) if (!ids.has(id)) this.#remove(id);
+    for (const entry of this.#entries) if (!this.#tiles.has(entry.id)) this.#show(entry);
     const blobs = new Set(this.#entries.flatMap((entry) => entry.pictures.map((picture) => picture.blob)));
     for (const [blob, url] of this.#urls) {
       if (blobs.has(blob)) continue;
@@ -74,26 +72,9 @@ export class Gallery {
     this.#count();
   }
 
-  /** Put a tile where its job's time says, in place of one of the same id. */
-  put(id, tile, created) {
-    tile.dataset.created = String(created);
-    const old = this.#tiles.get(id);
-    this.#tiles.set(id, tile);
-    if (old) {
-      const focused = old.contains(document.activeElement);
-      old.replaceWith(tile);
-      if (focused) tile.querySelector("button")?.focus();
-    } else {
-      const later = [...byId("tiles").children].find((other) => Number(other.dataset.created) < created);
-      byId("tiles").insertBefore(tile, later ?? null);
-    }
-    this.#count();
-  }
-
-  removeTile(id) {
+  #remove(id) {
     this.#tiles.get(id)?.remove();
     this.#tiles.delete(id);
-    this.#count();
   }
 
   /** Keep what was drawn. */
@@ -112,7 +93,7 @@ export class Gallery {
 
   #count() {
     const count = this.#entries.reduce((sum, entry) => sum + entry.pictures.length, 0);
-    byId("empty").hidden = this.#tiles.size > 0;
+    byId("empty").hidden = false; // until there is a job or a picture: page.css sees to that
     byId("clear").hidden = !count;
     const limit = this.store.lasts
       ? `This browser keeps the latest ${MOST_PICTURES}, up to ${MOST_BYTES / 1e6} MB.`
@@ -136,17 +117,20 @@ export class Gallery {
     const grid = element("div", { class: `media of-${Math.min(pictures.length, 4)}` }, ...pictures.map((picture, i) =>
       button("", () => this.open(entry.id, i), { class: "open", "aria-label": `Picture ${i + 1} of ${pictures.length}: ${request.prompt}` })));
     pictures.forEach((picture, i) => grid.children[i].append(this.#image(picture, "")));
-    const facts = `${metadata.width} × ${metadata.height} · seed ${pictures[0].seed} · ${metadata.inference_time.toFixed(1)} s`;
-    const warned = metadata.warnings?.length
-      && button(`${metadata.warnings.length} warning${metadata.warnings.length > 1 ? "s" : ""}`,
-        () => this.open(entry.id, 0), { class: "plain warned" });
-    this.put(entry.id, element("li", { class: "tile done" }, grid,
+    const facts = `${metadata.width} × ${metadata.height} · seed ${pictures[0].seed}`;
+    const count = metadata.warnings?.length ?? 0;
+    const warned = count > 0 && button(count === 1 ? "1 warning" : `${count} warnings`,
+      () => this.open(entry.id, 0), { class: "plain warned" });
+    const tile = element("li", { class: "tile", "data-created": entry.created }, grid,
       element("div", { class: "words" },
         element("p", { class: "prompt" }, request.prompt), element("p", { class: "quiet" }, facts), warned,
         element("div", { class: "buttons" },
           button("Again", () => this.actions.fill(simple(again(entry)))),
           button("Vary", () => this.#vary(simple(again(entry)), pictures.length)),
-          button("As start", () => this.#start(pictures[0]))))), entry.created);
+          button("As start", () => this.#start(pictures[0])))));
+    const older = [...byId("tiles").children].find((other) => Number(other.dataset.created) < entry.created);
+    byId("tiles").insertBefore(tile, older ?? null);
+    this.#tiles.set(entry.id, tile);
   }
 
   #vary(request, count = 1) { this.actions.draw({ ...request, seed: request.seed + count }); }
@@ -185,17 +169,17 @@ export class Gallery {
           element("span", { class: "grow" }), button("Close", () => this.dialog.close(), { class: "plain" })),
         element("h2", {}, request.prompt),
         ...(entry.metadata.warnings ?? []).map((text) => element("p", { class: "warning" }, text)),
-        element("div", { class: "buttons" },
+        element("div", { class: "buttons pairs" },
           button("Again", closing(() => this.actions.fill(request)), { class: "primary" }),
           button("Vary", closing(() => this.#vary(request))),
           button("As start", () => this.#start(picture)),
           where && element("a", picture.blob ? { href: where, download: name, class: "button" }
             : { href: where, target: "_blank", rel: "noopener noreferrer", class: "button" },
           picture.blob ? "Download" : "Open in the bucket")),
-        element("div", { class: "buttons" },
-          button("Copy as curl", () => copy(asCurl(request), "Command copied.")),
-          button("Copy as Python", () => copy(asPython(request), "Program copied.")),
-          button("Copy as link", link)),
+        element("div", { class: "buttons copy" }, element("span", { class: "quiet" }, "Copy as"),
+          button("curl", () => copy(asCurl(request), "Command copied."), { "aria-label": "Copy as curl" }),
+          button("Python", () => copy(asPython(request), "Program copied."), { "aria-label": "Copy as Python" }),
+          button("link", link, { "aria-label": "Copy as link" })),
         this.#facts(entry, request),
         element("div", { class: "buttons" },
           button("Delete", () => this.#delete(entry, i), { class: "plain danger" }))));
@@ -237,7 +221,7 @@ export class Gallery {
     const pictures = entry.pictures.filter((_, other) => other !== i);
     if (pictures.length) {
       await this.store.put({ ...entry, pictures });
-      this.removeTile(entry.id);
+      this.#remove(entry.id);
     } else {
       await this.store.remove(entry.id);
     }

@@ -57,30 +57,28 @@ class Job {
     this.request = request;
     this.created = created;
     this.id = id;
-    this.key = id || `sending-${created}-${Math.random()}`;
     this.preview = element("img", { alt: "What it looks like so far", hidden: true });
     this.bar = element("progress", { max: 100, "aria-label": `Progress of ${request.prompt}` });
     this.line = element("p", { class: "quiet line" }, "Sending");
     this.stop = button("Stop", () => this.#stop());
     this.buttons = element("div", { class: "buttons" }, this.stop);
-    this.tile = element("li", { class: "tile job" },
-      element("div", { class: "media" }, this.preview, this.bar),
-      element("div", { class: "words" }, element("p", { class: "prompt" }, request.prompt), this.line, this.buttons));
-    jobs.gallery.put(this.key, this.tile, created);
+    this.row = element("li", { class: "job" }, element("div", { class: "media" }, this.preview),
+      element("div", { class: "words" },
+        element("p", { class: "prompt" }, request.prompt), this.bar, this.line), this.buttons);
+    byId("jobs").append(this.row);
+    if (!id) this.row.scrollIntoView({ block: "nearest" });
     jobs.count(1);
   }
 
   async send() {
-    const { store, gallery, previews } = this.jobs;
+    const { store, previews } = this.jobs;
     this.stop.disabled = true;
     try {
       this.id = await run({ ...this.request, ...(previews ? { preview: true } : {}) });
     } catch (error) {
       return this.#fail(error.message);
     }
-    gallery.removeTile(this.key);
-    this.key = this.id;
-    gallery.put(this.key, this.tile, this.created);
+    this.line.textContent = "In the queue";
     this.stop.disabled = false;
     await store.jobs.put({ id: this.id, created: this.created, request: this.request }).catch(() => {});
     this.follow(); // not waited for: others may be queued meanwhile
@@ -147,28 +145,31 @@ class Job {
     const pictures = metadata.seeds.map((seed, i) => ({
       seed, blob: images?.[i] ? fromBase64(images[i], type) : null, url: urls?.[i] ?? null,
     }));
+    const focused = this.row.contains(document.activeElement);
     const bytes = JSON.stringify(this.request).length + pictures.reduce((sum, { blob }) => sum + (blob?.size ?? 0), 0);
     await this.jobs.gallery.add({ id: this.id, created: this.created, request: this.request, metadata, pictures, bytes });
     await this.#end();
+    this.row.remove();
+    if (focused) byId("tiles").querySelector("button")?.focus();
     const warned = metadata.warnings?.length ? ` Warnings: ${metadata.warnings.join("; ")}` : "";
     announce(`Done: ${this.request.prompt}.${warned}`);
   }
 
-  /** Faults show in the form, where it still holds this request; else the tile says them, until it is closed. */
+  /** Faults show in the form, where it still holds this request; else the row says them, until it is closed. */
   async #fail(reason, { stopped = false, errors = [] } = {}) {
-    const { form, gallery } = this.jobs;
+    const { form } = this.jobs;
     const inForm = errors.length > 0 && JSON.stringify(form.read().request) === JSON.stringify(this.request);
     if (inForm) {
-      gallery.removeTile(this.key);
+      this.row.remove();
       form.showFaults(errors);
       return this.#end();
     }
-    this.tile.classList.add(stopped ? "stopped" : "failed");
+    this.row.classList.add(stopped ? "stopped" : "failed");
     this.bar.remove();
     this.line.textContent = reason;
     this.buttons.replaceChildren(
       button("Edit", () => this.#edit(errors)), button("Draw again", () => this.#again()),
-      button("Close", () => gallery.removeTile(this.key), { class: "plain" }));
+      button("Close", () => this.row.remove(), { class: "plain" }));
     announce(`${reason} ${this.request.prompt}`);
     await this.#end();
   }
@@ -180,7 +181,7 @@ class Job {
   }
 
   #again() {
-    this.jobs.gallery.removeTile(this.key);
+    this.row.remove();
     this.jobs.draw(this.request);
   }
 }

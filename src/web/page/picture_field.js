@@ -22,7 +22,8 @@ export class PictureField {
     const title = name.replaceAll("_", " ").replace(/^./, (first) => first.toUpperCase());
     const id = newId(name);
     this.error = element("p", { class: "fault", id: `${id}-fault`, hidden: true });
-    this.hint = element("p", { class: "hint", id: `${id}-hint` }, description ?? "");
+    const said = (description ?? "").replace(/^a picture as base64, data URI or https URL[,;:]? ?/, "");
+    this.hint = element("p", { class: "hint", id: `${id}-hint`, hidden: !said }, said);
     this.file = element("input", { type: "file", accept: "image/*", hidden: true, tabIndex: -1, "aria-label": title });
     this.choose = button("Choose a file", () => this.file.click(), {
       id, "aria-describedby": `${this.hint.id} ${this.error.id}`, "aria-label": `${title}: choose a file`,
