@@ -54,7 +54,7 @@ export function makeField(name, schema, context) {
 
 /** A labelled input with a hint and room for a fault: what most fields are. */
 class Single {
-  constructor(name, schema, input, { kind = "", beside = [] } = {}) {
+  constructor(name, schema, input, { kind = "", after = [] } = {}) {
     this.name = name;
     this.input = input;
     this.allowed = schema.description;
@@ -65,7 +65,7 @@ class Single {
     input.setAttribute("aria-describedby", `${this.hint.id} ${this.error.id}`);
     this.label = element("label", { htmlFor: input.id }, inWords(name));
     this.node = element("div", { class: `field ${kind}`, "data-field": name },
-      this.label, element("div", { class: "input" }, input, ...beside), this.hint, this.error);
+      this.label, element("div", { class: "input" }, input, ...after), this.hint, this.error);
     input.addEventListener("input", () => this.show(null));
   }
 
@@ -92,7 +92,7 @@ class TextField extends Single {
     const suggested = context.suggestions[name] ?? [];
     const list = element("datalist", { id: newId("list") }, ...suggested.map((value) => element("option", { value })));
     if (suggested.length) input.setAttribute("list", list.id);
-    super(name, schema, input, { kind: long ? "wide" : "", beside: suggested.length ? [list] : [] });
+    super(name, schema, input, { kind: long ? "wide" : "", after: suggested.length ? [list] : [] });
   }
 
   get() { return this.input.value.trim() ? this.input.value : undefined; }
@@ -113,7 +113,7 @@ class NumberField extends Single {
     const coarse = step === "any" ? roughly((max - min) / 40) : step;
     const slider = (max - min) / coarse <= MOST_STEPS && min !== undefined &&
       element("input", { type: "range", min, max, step: coarse, "aria-label": `${inWords(name)}, slider` });
-    super(name, schema, input, { kind: slider ? "number" : "number plain", beside: slider ? [slider] : [] });
+    super(name, schema, input, { kind: slider ? "number" : "number plain", after: slider ? [slider] : [] });
     if (max === Number.MAX_SAFE_INTEGER && kind.maximum > max) {
       this.allowed = `an integer from ${min} to ${max.toLocaleString("en")}, which is as far as browsers count`;
     }

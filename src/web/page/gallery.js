@@ -117,7 +117,7 @@ export class Gallery {
     const grid = element("div", { class: `media of-${Math.min(pictures.length, 4)}` }, ...pictures.map((picture, i) =>
       button("", () => this.open(entry.id, i), { class: "open", "aria-label": `Picture ${i + 1} of ${pictures.length}: ${request.prompt}` })));
     pictures.forEach((picture, i) => grid.children[i].append(this.#image(picture, "")));
-    const facts = `${metadata.width} × ${metadata.height} · seed ${pictures[0].seed}`;
+    const facts = `${metadata.width}x${metadata.height} · seed ${pictures[0].seed}`;
     const count = metadata.warnings?.length ?? 0;
     const warned = count > 0 && button(count === 1 ? "1 warning" : `${count} warnings`,
       () => this.open(entry.id, 0), { class: "plain warned" });

@@ -45,7 +45,7 @@ export class OutpaintFrame {
     place(this.picture, origin.x, origin.y, pixels.width * scale, pixels.height * scale);
     place(this.frame, origin.x - left * scale, origin.y - top * scale, width * scale, height * scale);
     const rounded = [width, height].map((side) => Math.ceil(side / MULTIPLE) * MULTIPLE);
-    this.size.textContent = `${pixels.width} × ${pixels.height} becomes ${rounded[0]} × ${rounded[1]}.`;
+    this.size.textContent = `${pixels.width}x${pixels.height} becomes ${rounded[0]}x${rounded[1]}.`;
     this.now = { scale, origin };
   }
 

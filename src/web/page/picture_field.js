@@ -11,7 +11,7 @@ export function fileOf(transfer) {
 export class PictureField {
   /** @type {string | undefined} base64, or an address */
   #value;
-  #turn = 0; // of the picture that was chosen last: files are read one beside the other
+  #turn = 0; // of the picture that was chosen last: files are read at the same time
   /** Upright pixels, where this browser can read them. @type {ImageBitmap | null} */
   pixels = null;
   /** @type {Blob | null} */
@@ -97,7 +97,7 @@ export class PictureField {
     const pixels = await decode(this.blob);
     if (turn !== this.#turn) return;
     this.pixels = pixels;
-    const size = pixels ? `${pixels.width} × ${pixels.height}, ` : "";
+    const size = pixels ? `${pixels.width}x${pixels.height}, ` : "";
     this.about.textContent = `${size}${inWords(this.blob.size)}. ${note}`;
     this.picture.hidden = !pixels;
     if (pixels) this.picture.src = URL.createObjectURL(this.blob);

@@ -57,7 +57,7 @@ export async function prepare(file) {
   context.drawImage(pixels, 0, 0, canvas.width, canvas.height);
   let blob = await encode(canvas);
   if (blob.size > MOST_BYTES) blob = await encode(canvas, "image/jpeg", 0.95);
-  const from = `${pixels.width} × ${pixels.height}, ${inWords(file.size)}`;
+  const from = `${pixels.width}x${pixels.height}, ${inWords(file.size)}`;
   return { blob, note: `Made smaller for the way to the worker: it was ${from}.` };
 }
 
