@@ -1,4 +1,5 @@
-# make demo: a picture from the model that ships with this worker. make test: lint, types and the fast tests.
+# make demo: a picture from the model that ships with this worker. make web: its page, at http://127.0.0.1:8080.
+# make test: lint, types and the fast tests.
 # make test-all: those and all that compiles, soaks or sweeps, with coverage: what CI runs.
 # make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
 # make lock: requirements*.txt into locked/; UPGRADE=--upgrade takes the newest of what they leave open.
@@ -12,11 +13,15 @@ COVERAGE := --cov=handler --cov=src
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 MINUTES ?= 30
 
-.PHONY: demo test test-all lint fuzz lock licences audit docs pictures release clean
+.PHONY: demo web test test-all lint fuzz lock licences audit docs pictures release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime
 	MODEL_NAME=flux-shapes $(BIN)/python local_test.py --output outputs
+	@echo "make web opens the page for it, at http://127.0.0.1:8080"
+
+web: $(VENV)/runtime
+	MODEL_NAME=$${MODEL_NAME:-flux-shapes} $(BIN)/python web.py --open
 
 test: lint
 	$(PYTEST) -m "not slow" $(MORE) tests/

@@ -108,7 +108,6 @@ def _deployed(id: str) -> RunPodEndpoint:
     """An endpoint of RunPod's; raises InvalidSettings where it cannot be asked."""
     from client.errors import ClientError, Forgotten, JobFailed
     from client.transport import Transport
-
     from src.web.deployed import DeployedEndpoint
 
     if not re.fullmatch(r"[\w-]{1,100}", id, re.ASCII) or id == "local":
