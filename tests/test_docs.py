@@ -247,7 +247,7 @@ def test_the_cards_say_what_was_measured() -> None:
         (ROOT / "models" / name / "README.md").read_text() for name in ("flux-shapes", "flux-shapes-outline")
     )
     pairs = figures["pairs"]
-    shares = [figures[name] for name in ("centre", "background", "shape")]
+    shares = [part[name] for part in (figures, figures["wordings"]) for name in ("centre", "background", "shape")]
     shares += [pairs[name] for name in ("background", "colour", "shape", "both_right")]
     assert [float(line.split("|")[2].strip(" %")) for line in shapes.splitlines() if line.endswith("% |")] == [
         round(100 * share, 1) for share in shares

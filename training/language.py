@@ -15,14 +15,14 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from training import networks, text
+from training import networks, report, text
 from training.flow import NATIVE, SMALL, Encoded, encode_scenes, times
 from training.loop import fit
 from training.scenes import PLACES, RELATIONS, Scene, describe, sample
 from training.sentences import ask
 from training.text import TextEncoders
 
-STEPS = 6_000
+STEPS = 5_000
 BATCH = 96  # sentences a step
 DRAWN = 16  # of which so many go through the transformer
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
@@ -133,6 +133,7 @@ def main() -> None:
     pipeline = FluxPipeline.from_pretrained(output, dtype=torch.float32)
     pipeline.register_modules(**vars(train(pipeline, run)))
     pipeline.to(torch.bfloat16).save_pretrained(output)
+    report.loss_curve(run, output / "language.png", ["language"])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -45,15 +45,17 @@ class Generate(Protocol):
     def __call__(self, prompt: str, *, seed: int) -> Image.Image: ...
 
 
-def loss_curve(run: Path, file: Path) -> None:
+def loss_curve(run: Path, file: Path, stages: Iterable[str] = STAGES) -> None:
     """Draw the losses that `run` logged, one panel a stage, into the PNG `file`."""
-    rows = -(-len(STAGES) // _PANELS)
-    figure = Figure(figsize=(4 * _PANELS, 3 * rows), layout="constrained")
-    for number, (stage, label) in enumerate(STAGES.items(), start=1):
+    stages = list(stages)
+    columns = min(len(stages), _PANELS)
+    rows = -(-len(stages) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for number, stage in enumerate(stages, start=1):
         logged = [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
-        axes = figure.add_subplot(rows, _PANELS, number)
+        axes = figure.add_subplot(rows, columns, number)
         axes.plot([row["step"] for row in logged], [row["loss"] for row in logged], linewidth=1)
-        axes.set(title=label, xlabel="step", yscale="log")
+        axes.set(title=STAGES[stage], xlabel="step", yscale="log")
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=80)
 
