@@ -222,7 +222,7 @@ class _Line:
         place = next((i for i, each in enumerate(self._jobs, 1) if each is job), 1)
         # Where nothing ends this grows, and with it the wait; all jobs together are asked for once a second at least.
         seconds_a_job = (time.monotonic() - self._ends[0]) / len(self._ends)
-        wait = min(max(place * seconds_a_job / 2, _SOONEST), len(self._jobs), self._looked_at)
+        wait = min(max((place - 0.5) * seconds_a_job, _SOONEST), len(self._jobs), self._looked_at)
         await asyncio.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311
 
 

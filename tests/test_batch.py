@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.batch import killed_and_resumed, memory
 from client.batch import main
 from client.journal import NAME, Journal
 from client.output import Line, contact_sheet, save_gallery
 from src.settings import ROOT
 from tests.answers import answer, picture_file
-from tests.runpod_stand_in import ENDPOINT, Faults, StandIn, worker
+from tests.runpod_stand_in import ENDPOINT, StandIn
 
 KEY = "rpa_a_key_that_nobody_may_see"
 
@@ -365,6 +366,52 @@ def test_the_page_escapes_everything_and_asks_no_host(tmp_path: Path) -> None:
     assert "https:" not in text
 
 
+@pytest.mark.slow
+def test_the_page_works_from_the_disk_by_keyboard_alone(tmp_path: Path) -> None:
+    chromium = Path("/usr/bin/chromium")
+    if not chromium.exists():
+        pytest.skip("Debian's chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    lines = []
+    for i in range(40):
+        (tmp_path / f"{i:04}-{i}.png").write_bytes(picture_file(i))
+        lines.append(Line(i, i, f"{i:04}-{i}.png", 0.1, "", {"prompt": f"<b>picture</b> {'odd' if i % 2 else 'even'}"}))
+    lines.append(Line(40, 40, "", None, "failed: why", {"prompt": "odd too"}))
+    save_gallery(lines, tmp_path / "index.html", "prompts.csv")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        said: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "index.html").as_uri())
+        page.wait_for_function("document.images[0].naturalWidth === 8")
+        assert len([url for url in asked if url.endswith(".png")]) < 40, "those that nobody sees yet are not loaded"
+        page.keyboard.press("Tab")
+        page.keyboard.type("ODD")
+        assert page.inner_text("#count") == "21 of 41 shown"
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.keyboard.press("ArrowRight")
+        assert json.loads(page.inner_text("pre")) == {"prompt": "<b>picture</b> odd", "seed": 3}
+        assert page.inner_text("#about") == "row 3, seed 3, 0.10 s, 0003-3.png"
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert page.inner_text("dialog .error") == "failed: why"
+        page.keyboard.press("Escape")
+        assert not page.is_visible("dialog")
+        assert page.evaluate("document.activeElement.textContent").startswith("failed: why")
+        page.fill("#filter", "nothing like it")
+        assert page.is_visible("#nothing")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        browser.close()
+    assert said == []
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+
+
 def test_the_sheet_is_bounded_and_says_so(
     stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,42 +450,24 @@ CLIENT_FAULTS = ("429", "500", "drop", "slow", "unanswered", "garbage")
 
 
 @pytest.mark.slow
-def test_300_rows_with_faults_a_kill_and_a_resume(tmp_path: Path) -> None:
+def test_300_rows_with_faults_a_kill_and_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row one picture, or one error; none paid twice but those that were lost; the bytes are those of --local."""
-    count, out = 300, tmp_path / "out"
-    file = tmp_path / "prompts.csv"
-    sides = ["63" if i % 50 == 7 else "" for i in range(count)]  # which --set would hide
-    file.write_text(
-        "prompt,seed,strength\n" + "".join(f"a red star,{i},{'0.5' if sides[i] else ''}\n" for i in range(count))
-    )
-    stand_in = StandIn(Faults(0.1, seed=3), client_faults=Faults(0.1, CLIENT_FAULTS, seed=5), poll_seconds=0.5)
-    stand_in.key = KEY
-    command = arguments(stand_in, file, out, *SMALL)
-    with worker(stand_in, tmp_path / "log"):
-        process = begun(command)
-        until(lambda: len(list(out.glob("*.png"))) > 100, process)
-        process.kill()
-        process.communicate()
-        before = {job.id for job in stand_in.jobs.values()}
-        process = begun([*command, "--resume"])
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 1, errors
-    stand_in.close()
-    rows = results(out)
-    assert [row["row"] for row in rows] == [str(i + 2) for i in range(count)]
-    assert all(bool(row["file"]) != bool(row["error"]) for row in rows)
-    assert [i for i, row in enumerate(rows) if row["error"]] == [i for i in range(count) if sides[i]]
-    known = {line["sent"] for line in journal(out) if "sent" in line}
-    lost = [line for line in journal(out) if "lost" in line]
-    unknown = stand_in.jobs.keys() - known
-    paid = Counter(job.input["seed"] for job in stand_in.jobs.values() if job.id in known)
-    assert set(paid) == set(range(count))
-    assert sum(paid.values()) == count + len(lost)
-    assert len(unknown) < 30  # answers that never came, and what was on its way when the kill came
-    assert unknown & before
-    assert not stand_in.over_limit
-    assert stand_in.client_faults.injected.total() > 30
-    assert main([str(file), "--local", "--out", str(tmp_path / "local"), "--quiet", *SMALL]) == 1
-    ours = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    assert ours == {path.name: path.read_bytes() for path in (tmp_path / "local").glob("*.png")}
-    assert len(ours) == count - sum(map(bool, sides))
+    monkeypatch.setenv("MODEL_NAME", "flux-shapes")
+    found = killed_and_resumed(tmp_path, 300)
+    assert (found["pictures"], found["errors"], found["rows_of_the_table"]) == (294, 6, 300)
+    assert found["errors"] == found["expected_errors"]
+    assert found["paid_twice"] == 0
+    assert found["never_known"] < 30
+    assert found["files_as_local"]
+    assert found["calls_above_the_limits"] == 0
+    assert found["calls_a_job"] < 10
+    assert found["faults_of_the_client"] > 30
+    assert found["exit_status"] == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    few, many = (memory(folder, rows) for folder, rows in ((tmp_path / "few", 500), (tmp_path / "many", 2_000)))
+    assert many["megabytes_of_pictures"] > 100
+    assert many["megabytes"] < few["megabytes"] + 30
+    assert many["calls_above_the_limits"] == 0
