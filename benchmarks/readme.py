@@ -232,10 +232,38 @@ def generated(results: dict[str, Any]) -> str:
     )
 
 
+def batch(results: dict[str, Any]) -> str:
+    """What the client asks of RunPod, what becomes of rows when all sorts of things fail, and its memory."""
+    lines = ["| jobs | calls a job: this client | RunPod's own client | seconds: this client | RunPod's |"]
+    lines.append("| --- " * 5 + "|")
+    for row in results["calls"]:
+        each = [f"{row[way]['calls'] / row['jobs']:.1f}" for way in ("ours", "runpod")]
+        seconds = [f"{row[way]['seconds']:.0f} s" for way in ("ours", "runpod")]
+        lines.append(f"| {row['jobs']} of {row['seconds_a_job']:g} s | {' | '.join([*each, *seconds])} |")
+    killed, (few, *_, many) = results["killed"], results["memory"]
+    same = "the same as" if killed["files_as_local"] else "others than"
+    faults = f"{killed['faults_of_the_client']} faults of the client's requests"
+    above = f"{killed['calls_above_the_limits']} above RunPod's limits"
+    memory = f"{many['megabytes']} MB at {many['rows']:,} ({many['megabytes_of_pictures']} MB of pictures)"
+    lines += [
+        "",
+        f"{killed['rows']} rows by the real worker, with {faults},",
+        f"{killed['faults_of_the_worker']} of the worker's, a kill -9 in the middle and a resume:",
+        f"{killed['pictures']} pictures, {killed['errors']} errors ({killed['expected_errors']} rows were wrong),",
+        f"{killed['paid_twice']} jobs paid twice but for {killed['never_known']} whose ids never came;",
+        f"{killed['calls_a_job']:g} calls a job, {above}; the files are",
+        f"{same} those of `--local`, byte for byte. The client held {few['megabytes']} MB at {few['rows']:,} rows and",
+        f"{memory}. All of it by `python -m benchmarks.batch`",
+        f"on {results['machine']['cores']} cores, {results['concurrency']} jobs open at a time.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serving": serving,
     "fleet": fleet,
     "faults": faults,
+    "batch": batch,
     "encoding": encoding,
     "gpu": gpu,
     "cpu": cpu,

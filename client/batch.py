@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from client.errors import ClientError, EndpointUnusable, JobFailed
+from client.errors import ClientError, EndpointUnusable, JobFailed, Unreachable
 from client.journal import Entry, Journal, JournalError
 from client.output import Line, contact_sheet, save, save_gallery, save_table
 from client.pictures import pictures_of
@@ -39,6 +39,7 @@ from src.settings import runpod_api_key
 
 _ON_THE_SHEET = 400  # pictures
 _SHEET_SIDE = 4096  # pixels, of the whole sheet at most
+_NOT_ASKED = "the answer has no picture of this seed"
 _PICTURE_SIDE = 512  # pixels, of one picture on it at most
 
 
@@ -160,7 +161,7 @@ class _Run:
         if self._options.local == bool(self._options.endpoint):
             raise JournalError("give either --endpoint with the id of an endpoint on RunPod, or --local")
         key = "" if self._options.local else _api_key(self._options.url)
-        where = _load() if self._options.local else f"{self._options.url}/{self._options.endpoint}"
+        where = _load() if self._options.local else f"{self._options.url.rstrip('/')}/{self._options.endpoint}"
         self._begin(where)
         jobs = [self._job(drawing) for drawing in self._drawings.values() if not self._is_done(drawing)]
         jobs.sort(key=lambda job: job.id is None)  # what RunPod has already comes first
@@ -175,7 +176,9 @@ class _Run:
             except asyncio.CancelledError:
                 status = 130
             except (ClientError, OSError) as error:
-                nothing = isinstance(error, EndpointUnusable) and not any(map(self._is_done, self._drawings.values()))
+                nothing = isinstance(error, (EndpointUnusable, Unreachable)) and not any(
+                    map(self._is_done, self._drawings.values())
+                )
                 status = 2 if nothing else 1
                 _say(f"error: {error}")
         lines = list(self._lines())
@@ -189,7 +192,10 @@ class _Run:
         picked = {int(number): seed for number, seed in about.get("seeds", {}).items()} or self._batch.picked()
         self._journal.begin(
             {"rows": self._batch.digest, "where": where, "seeds": picked, "begun": about.get("begun", time.time())},
-            {"rows": f"{self._options.prompts}, --set, --seeds or a picture", "where": "--endpoint, --url or --local"},
+            {
+                "rows": f"{self._options.prompts}, --set, --seeds or a picture",
+                "where": "--endpoint, --url, --local or its model",
+            },
         )
         self._drawings = {drawing.key: drawing for drawing in self._batch.drawings(picked)}
         for drawing in self._drawings.values():
@@ -283,7 +289,8 @@ class _Run:
         files = {picture.seed: self._name(drawing, picture.seed, picture.suffix) for picture in pictures}
         for picture in pictures:
             await asyncio.to_thread(save, self._out / files[picture.seed], picture.file)
-        self._journal.saved(job.key, files, pictures.lost, pictures.seconds)
+        missing = {seed: pictures.lost.get(seed, _NOT_ASKED) for seed in drawing.seeds if seed not in files}
+        self._journal.saved(job.key, files, missing, pictures.seconds)
         for warning in pictures.metadata.get("warnings", ()):
             _say(f"warning: row {drawing.row.number}: {redact(str(warning))}")
         self._bar.update(drawing.row.pictures)

@@ -16,6 +16,7 @@ from src.errors import WorkerError
 
 # Codes of the worker's own troubles: the same request may fare better on another try, or on another worker.
 RETRYABLE = frozenset(error.code for error in WorkerError.__subclasses__() if error.retryable)
+CODES = frozenset(error.code for error in WorkerError.__subclasses__())
 
 
 class ClientError(Exception):

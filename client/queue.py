@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from client.errors import (
+    CODES,
     RETRYABLE,
     ClientError,
     EndpointFailing,
@@ -118,10 +119,10 @@ class Queue(Generic[T]):
                 failure = JobFailed("forgotten", str(error), retryable=True)
             except JobFailed as error:
                 failure = error
-                if job.resumed and error.code == "cancelled":
-                    failure = JobFailed("cancelled", "the run before this one stopped it", retryable=True)
-                else:
+                if not job.resumed:
                     self._count(failure)
+                elif error.code == "cancelled":
+                    failure = JobFailed("cancelled", "the run before this one stopped it", retryable=True)
             else:
                 self._failed_in_a_row = 0
                 return answer
@@ -171,18 +172,13 @@ class Queue(Generic[T]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._sending:
-            _, cut_off = await asyncio.wait(self._sending, timeout=_LAST_SUBMISSIONS)
-            for sending in cut_off:
-                sending.cancel()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*self._sending, return_exceptions=True), _LAST_SUBMISSIONS)
         if isinstance(sys.exception(), (EndpointUnusable, Unreachable)):
             return  # nobody would be told
         unanswered = [job for task, job in tasks.items() if job.id and (task.cancelled() or task.exception())]
-        if unanswered:
-            cancels = [asyncio.create_task(self._cancel(job)) for job in unanswered]
-            _, cut_off = await asyncio.wait(cancels, timeout=_LAST_CANCELS + len(cancels) / 5)
-            for cancel in cut_off:
-                cancel.cancel()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*map(self._cancel, unanswered)), _LAST_CANCELS + len(unanswered) / 5)
 
     async def _cancel(self, job: Job) -> None:
         with suppress(ClientError):  # it ends by itself, or --resume finds it
@@ -239,7 +235,7 @@ def failure_of(status: Mapping[str, Any]) -> JobFailed | None:
         )
     said = redact(cut(error if isinstance(error, str) else "" if error is None else repr(error), _MOST_SHOWN))
     code, colon, message = said.partition(": ")
-    if colon and code.isidentifier() and code.islower():
+    if colon and code in CODES:
         return JobFailed(code, message, retryable=code in RETRYABLE)
     retryable = state in ("FAILED", "TIMED_OUT")  # without a code it is the platform's
     return JobFailed(state.lower(), said or f"RunPod ended the job with {state}", retryable=retryable)

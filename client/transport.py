@@ -160,7 +160,7 @@ class Transport:
     async def fetch(self, url: str) -> bytes:
         """The file at `url`, of a bucket say; the key is not sent there. Raises JobFailed("gone")."""
         try:
-            return await self._patiently(lambda: self._once("GET", url, None, headers={}))
+            return await self._patiently(lambda: self._once("GET", url, None, headers={}), urlsplit(url).netloc)
         except _Refusal as refusal:
             raise JobFailed("gone", f"a picture is not to be had at {_plain(url)}: {refusal}") from None
 
@@ -180,7 +180,7 @@ class Transport:
                     raise
 
         try:
-            return await self._patiently(once, count=route == "run")
+            return await self._patiently(once, self._host, count=route == "run")
         except _Refusal as refusal:
             by_id = route in ("status", "cancel")
             if by_id and refusal.status == 404:
@@ -192,7 +192,7 @@ class Transport:
                 raise EndpointUnusable(f"{self._url} leads elsewhere ({refusal}): give --url the right one") from None
             raise JobFailed("rejected", f"RunPod did not take the request: {refusal}") from None
 
-    async def _patiently(self, once: Callable[[], Awaitable[T]], *, count: bool = False) -> T:
+    async def _patiently(self, once: Callable[[], Awaitable[T]], host: str, *, count: bool = False) -> T:
         """What `once` returns; after a _Trouble it is called again, until the patience is over."""
         began, tries = time.monotonic(), 0
         while True:
@@ -200,13 +200,13 @@ class Transport:
                 answer = await once()
             except _Trouble as trouble:
                 if "certificate" in str(trouble).lower():
-                    raise EndpointUnusable(f"{self._host} cannot be trusted: {trouble}") from None
+                    raise EndpointUnusable(f"{host} cannot be trusted: {trouble}") from None
                 jitter = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**tries))  # noqa: S311
                 wait = max(trouble.retry_after, jitter)
                 tries += 1
                 patience = self._patience if self._answered else min(self._patience, _FIRST_CONTACT)
                 if time.monotonic() + wait - began > patience:
-                    raise Unreachable(f"{self._host} gave no usable answer in {tries} tries: {trouble}") from None
+                    raise Unreachable(f"{host} gave no usable answer in {tries} tries: {trouble}") from None
                 self.sent_again += count and trouble.perhaps_done
                 await asyncio.sleep(wait)
             else:

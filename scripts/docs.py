@@ -351,7 +351,7 @@ def disks() -> str:
 def ladder() -> str:
     """The rooms of src/, each above those that it may import."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    (layers,) = [contract["layers"] for contract in contracts if contract.get("containers") == ["src"]]
     return rows(
         ("rung", "room", "what it is"),
         ((str(rung), f"`{room}`", _about(room)) for rung, layer in enumerate(layers, 1) for room in layer.split(" | ")),

@@ -192,7 +192,11 @@ def test_seeds_that_were_picked_are_those_of_the_journal(stand_in: StandIn, tmp_
             "prompts.csv, --set, --seeds or a picture changed since it was begun",
         ),
         (False, ["--resume", "--seeds", "2"], "prompts.csv, --set, --seeds or a picture changed since it was begun"),
-        (False, ["--resume", "--endpoint", "other"], "--endpoint, --url or --local changed since it was begun"),
+        (
+            False,
+            ["--resume", "--endpoint", "other"],
+            "--endpoint, --url, --local or its model changed since it was begun",
+        ),
     ],
 )
 def test_another_batch_is_not_mixed_into_a_folder(
