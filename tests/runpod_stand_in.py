@@ -329,7 +329,7 @@ class StandIn:
                 case None:
                     return await answer(request)
                 case "429":
-                    soon = email.utils.formatdate(time.time() + 1, usegmt=True)
+                    soon = email.utils.formatdate(time.time() + 2, usegmt=True)  # in whole seconds
                     return web.Response(status=429, headers={"Retry-After": random.choice(["1", soon])})
                 case "drop":
                     return _dropped(request)
@@ -339,6 +339,10 @@ class StandIn:
                 case "slow":
                     await asyncio.sleep(1.0)
                     return await answer(request)
+                case "late":
+                    answered = await answer(request)
+                    await asyncio.sleep(1.0)
+                    return answered
                 case "page" | "empty" | "garbage":
                     return web.Response(text={"page": "<!DOCTYPE html>", "empty": "[]", "garbage": '{"id'}[kind])
                 case status:

@@ -305,7 +305,9 @@ def test_a_job_whose_id_is_known_is_asked_for_and_one_that_is_forgotten_is_sent_
     assert len(stand_in.calls["run"]) == 4
 
 
-def test_a_journal_that_is_none_is_told(stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_that_is_none_is_refused(
+    stand_in: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / NAME).write_text('{"rows": "x"}\nnothing\n')
     assert main(arguments(stand_in, prompts(tmp_path, 1), tmp_path, "--resume")) == 2
     assert f"line 2 of {tmp_path / NAME} is not one that this program wrote" in capsys.readouterr().err

@@ -115,9 +115,7 @@ def test_a_fault_of_every_row_is_one_line_and_a_thousand_faults_are_a_hundred(tm
         ("a.jsonl", '{"workflow": {"1": {}}}', "row 1: workflow: is a workflow of ComfyUI"),
     ],
 )
-def test_what_is_no_file_of_rows_is_told_in_a_sentence(
-    tmp_path: Path, name: str, content: str | bytes, words: str
-) -> None:
+def test_what_is_no_file_of_rows_gets_a_sentence(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     assert words in "\n".join(faults(tmp_path, name, content, seeds=2))
 
 
