@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"error: {fault}")
         _say("error: nothing was sent, mend these first")
     except (JournalError, InvalidSettings, ClientError, WorkerError, OSError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {_worded(error)}")
     except KeyboardInterrupt:
         return 130
     return 2
@@ -180,7 +180,9 @@ class _Run:
                     map(self._is_done, self._drawings.values())
                 )
                 status = 2 if nothing else 1
-                _say(f"error: {error}")
+                _say(f"error: {_worded(error)}")
+        if status == 2:
+            return status
         lines = list(self._lines())
         self._write(lines)
         return self._report(lines, status)
@@ -325,7 +327,7 @@ class _Run:
                 if len(files) > _ON_THE_SHEET:
                     _say(f"contact-sheet.jpeg shows the first {_ON_THE_SHEET} of {len(files):,} pictures")
         except OSError as error:
-            _say(f"error: the table, the page or the sheet cannot be written: {error}")
+            _say(f"error: {_worded(error)}; the pictures are there")
 
     def _report(self, lines: Sequence[Line], status: int) -> int:
         drawn = sum(bool(line.file) for line in lines)
@@ -416,6 +418,13 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         rate = done / found["elapsed"] if done > 0 and found["elapsed"] else 0.0
         left = f"{(found['total'] - found['n']) / rate:,.0f} s" if rate else "? s"
         return {**found, "minute": f"{60 * rate:.0f}", "failed": self._failed, "left": left}
+
+
+def _worded(error: Exception) -> str:
+    """What went wrong, also where the system says it: a file that is not there, a folder of others, a full disk."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.filename or 'a file of --out'} cannot be used: {error.strerror or error}"
 
 
 def _say(line: str) -> None:

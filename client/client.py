@@ -16,7 +16,7 @@ from client.errors import EndpointUnusable, JobFailed
 from client.pictures import Pictures, pictures_of
 from client.queue import CONCURRENCY, Job, Queue
 from client.transport import URL, Transport
-from src.errors import InvalidRequest
+from src.errors import InvalidRequest, InvalidSettings
 from src.request.reading import read_request
 from src.settings import runpod_api_key
 
@@ -35,7 +35,10 @@ class AsyncClient:
     def __init__(
         self, endpoint: str, api_key: str | None = None, *, url: str = URL, concurrency: int = CONCURRENCY
     ) -> None:
-        key = runpod_api_key() if api_key is None else api_key
+        try:
+            key = runpod_api_key() if api_key is None else api_key
+        except InvalidSettings as error:
+            raise EndpointUnusable(str(error)) from None
         if not key and url == URL:
             raise EndpointUnusable("there is no API key: give api_key, or set RUNPOD_API_KEY")
         self._transport = Transport(endpoint, key or "", url)

@@ -123,6 +123,8 @@ class Journal:
         """All whole lines; what a kill left of a last one is cut off, so that the next line begins by itself."""
         written = self._file.read_bytes()
         whole = written[: written.rfind(b"\n") + 1]
+        if whole.count(b"\n") < 2:
+            whole = b""  # nothing was sent yet
         if whole != written:
             os.ftruncate(self._opened, len(whole))
         for number, line in enumerate(whole.splitlines(), 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import sys
 import time
@@ -36,6 +37,7 @@ TRIES = 3  # of one job, the first among them
 _LOOKED_AT = 8  # of the open jobs; a fifth of more than forty
 _SENT_AT_ONCE = 8  # jobs, each with its pictures in memory
 _SOONEST = 0.25  # seconds until a job is asked for
+_NEW = 10.0  # seconds in which a job that RunPod does not know yet is not taken for one that it has forgotten
 _AT_LEAST = 60.0  # seconds after which each job is asked for, whatever stands before it
 _MOST_IN_A_ROW = 20  # jobs that fail for reasons of the worker before no more are sent
 _LAST_SUBMISSIONS = 15.0  # seconds that jobs on their way to RunPod are waited for at the end, to cancel them as well
@@ -52,6 +54,7 @@ class Job:
     id: str | None = None  # RunPod's, once it has one
     resumed: bool = False  # whether the id is of a run before this one, whose end may have cancelled the job
     tries: int = 0
+    sent_at: float = -math.inf  # by time.monotonic; of this run
 
 
 def _nothing(*_: object) -> None:
@@ -149,6 +152,7 @@ class Queue(Generic[T]):
         async with self._places:
             job.tries += 1
             job.id = await self._transport.run(await asyncio.to_thread(job.input))
+        job.sent_at = time.monotonic()
         self._sent(job)
 
     async def _answer(self, job: Job) -> T:
@@ -158,7 +162,12 @@ class Queue(Generic[T]):
         try:
             while True:
                 await self._line.turn(job)
-                status = await self._transport.status(job.id)
+                try:
+                    status = await self._transport.status(job.id)
+                except Forgotten:
+                    if time.monotonic() < job.sent_at + _NEW:
+                        continue
+                    raise
                 if status["status"] not in ("IN_QUEUE", "IN_PROGRESS"):
                     self._line.count()
                     if failure := failure_of(status):

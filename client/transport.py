@@ -23,6 +23,7 @@ from aiolimiter import AsyncLimiter
 
 from client.errors import EndpointUnusable, Forgotten, JobFailed, Unreachable
 from src.redaction import cut, keep_secret, redact
+from src.wording import show
 
 T = TypeVar("T")
 
@@ -112,6 +113,10 @@ class Transport:
 
     def __init__(self, endpoint: str, api_key: str, url: str = URL, *, patience: float = 300.0) -> None:
         keep_secret(api_key)
+        if not all("!" <= character <= "~" for character in api_key):
+            raise EndpointUnusable("the API key holds a character that no HTTP header can carry: copy it anew")
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            raise EndpointUnusable(f"{show(url)} is no address: it must be as {URL}")
         self._url = f"{url.rstrip('/')}/{quote(endpoint, safe='')}"
         self._host = urlsplit(url).netloc
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

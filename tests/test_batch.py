@@ -103,7 +103,7 @@ def test_the_key_stands_nowhere(stand_in: StandIn, tmp_path: Path, capsys: pytes
     assert "does not know the API key" in said.err
     assert not any(KEY in text for text in (said.out, said.err, *(path.read_text() for path in out.iterdir())))
     stand_in.key = KEY
-    assert main(arguments(stand_in, prompts(tmp_path, 2), out, "--resume")) == 0
+    assert main(arguments(stand_in, prompts(tmp_path, 3), out)) == 0, "nothing was begun"
 
 
 def test_a_row_that_fails_has_its_error_and_the_others_their_pictures(
@@ -226,8 +226,9 @@ def test_two_runs_in_one_folder_are_refused(
     ("more", "words"),
     [
         (["--local"], "give either --endpoint with the id of an endpoint on RunPod, or --local"),
-        (["--out", "/proc/no/such"], "No such file or directory: '/proc/no"),
+        (["--out", "/proc/no/such"], "error: /proc/no cannot be used: No such file or directory"),
         (["--url", "https://api.runpod.ai/v2"], "RUNPOD_API_KEY is not set"),
+        (["--url", "api.runpod.ai"], "'api.runpod.ai' is no address: it must be as https://api.runpod.ai/v2"),
     ],
 )
 def test_what_cannot_begin_is_one_line(
@@ -249,7 +250,7 @@ def test_what_cannot_begin_is_one_line(
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "gone.csv"), "--endpoint", "x"]) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {tmp_path / 'gone.csv'} cannot be used: No such file or directory\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -322,7 +323,7 @@ def test_a_full_disk_ends_it_and_nothing_is_lost(stand_in: StandIn, tmp_path: Pa
     process = begun(command, "-c", limited + "from client.batch import main; sys.exit(main(sys.argv[1:]))")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "error: [Errno 27] File too large" in errors
+    assert "error: a file of --out cannot be used: File too large\n" in errors
     assert "--resume goes on" in errors
     assert not list(out.glob("*.png")) + list(out.glob(".*"))
     assert main([*command, "--resume"]) == 0

@@ -227,7 +227,17 @@ def test_a_request_that_is_wrong_is_not_sent_again(stand_in: StandIn) -> None:
     assert len(stand_in.jobs) == 1
 
 
-def test_what_runpod_has_forgotten_is_sent_again(stand_in: StandIn) -> None:
+def test_a_new_job_that_runpod_does_not_know_yet_is_not_sent_again(stand_in: StandIn) -> None:
+    stand_in.client_faults = Faults(1.0, ("404",), in_a_row=2)
+    stand_in.client_faults._row["run "] = 2
+    found, _ = outcomes(stand_in, range(1))
+    assert found == {0: [0]}
+    assert len(stand_in.jobs) == 1
+    assert stand_in.client_faults.injected["status", "404"] == 2
+
+
+def test_what_runpod_has_forgotten_is_sent_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.queue._NEW", 0.0)
     stand_in._forget_after = -1
     found, _ = outcomes(stand_in, range(2))
     assert {failure.code for failure in found.values()} == {"forgotten"}
@@ -383,6 +393,11 @@ def test_without_a_key_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RUNPOD_API_KEY", "")
     with pytest.raises(EndpointUnusable, match="there is no API key: give api_key, or set RUNPOD_API_KEY"):
         Client(ENDPOINT)
+    monkeypatch.setenv("RUNPOD_API_KEY", "rpa_with\u2013dash")
+    with pytest.raises(EndpointUnusable, match=r"RUNPOD_API_KEY holds the character U\+2013 in place 9 of 13"):
+        Client(ENDPOINT)
+    with pytest.raises(EndpointUnusable, match="the API key holds a character that no HTTP header can carry"):
+        Client(ENDPOINT, "rpa_\nkey")
 
 
 # What requirements-client.txt brings, and what those bring.
