@@ -40,7 +40,7 @@ def generate() -> Callable[..., dict[str, Any]]:
     from handler import handler
 
     def call(prompt: str, **fields: Any) -> dict[str, Any]:
-        response = handler({"id": "test", "input": {"prompt": prompt, **fields}})
+        response: dict[str, Any] = handler({"id": "test", "input": {"prompt": prompt, **fields}})
         assert response["status"] == "success", response
         return response
 

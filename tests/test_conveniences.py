@@ -146,7 +146,9 @@ def test_null_and_what_is_the_default_anyway_say_nothing() -> None:
 
 
 def answer(**fields: Any) -> dict[str, Any]:
-    return handler({"id": "test", "input": {"prompt": "a red circle on a blue background", "seed": 1, **fields}})
+    fields = {"prompt": "a red circle on a blue background", "seed": 1, **fields}
+    response: dict[str, Any] = handler({"id": "test", "input": fields})
+    return response
 
 
 def pixels(response: dict[str, Any]) -> bytes:

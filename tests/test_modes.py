@@ -26,7 +26,8 @@ MODEL = get_model("flux-shapes")
 
 
 def ask(**fields: Any) -> dict[str, Any]:
-    return handler({"id": "test", "input": {"seed": 1, **fields}})
+    response: dict[str, Any] = handler({"id": "test", "input": {"seed": 1, **fields}})
+    return response
 
 
 def answer(**fields: Any) -> Image.Image:

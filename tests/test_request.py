@@ -107,7 +107,7 @@ BAD_INPUTS = [
 
 def refused(event: Any) -> dict[str, Any]:
     """The whole answer to a bad event, after looking at everything that the contract says of it."""
-    response = handler(event)
+    response: dict[str, Any] = handler(event)
     assert set(response) == {"status", "error", "error_code", "errors", "traceback"}
     assert response["status"] == "error"
     assert response["error_code"] == "invalid_request"

@@ -17,6 +17,7 @@ from src.plan.plan import Plan, make_plan
 from src.request.adapters import Adapter
 from src.request.aliases import INSTEAD, LORA_KEYS, OTHER_PROGRAMS, VALUES, WITHOUT_EFFECT
 from src.request.images import load_pictures
+from src.request.openai import own_call
 from src.request.reading import read_request
 from src.request.schema import Lora, Request
 from tests.conftest import base64_of
@@ -73,6 +74,11 @@ def test_a_request_as_a_service_documents_it(case: dict[str, Any]) -> None:
             refused = error
         else:
             return
+    elif case["expect"] == "openai":
+        call = own_call({"input": filled(case["input"])}, lambda: get_model("flux-shapes"))
+        assert call.faults == ()
+        assert read_request(call.event).faults == ()
+        return
     elif case["expect"] == "taken":
         decided = plan(case["input"], case["model"])
         assert VALUES_OF["a token"] not in str(decided.warnings)

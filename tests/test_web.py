@@ -54,7 +54,7 @@ def quiet() -> Iterator[str]:
         yield address
 
 
-def post(url: str, route: str, body: object = None, **headers: str) -> requests.Response:
+def post(url: str, route: str, body: Any = None, **headers: str) -> requests.Response:
     return requests.post(f"{url}/{route}", json=body, headers=headers, timeout=60)
 
 
@@ -86,7 +86,7 @@ def is_over(state: dict[str, Any]) -> bool:
 
 
 def has_begun(state: dict[str, Any]) -> bool:
-    return state["status"] == "IN_PROGRESS" and state["output"]["step"] > 0
+    return state["status"] == "IN_PROGRESS" and bool(state["output"]["step"])
 
 
 # RunPod's routes
@@ -370,7 +370,7 @@ def fake(event: object, job: Job) -> dict[str, Any]:
 
 
 def is_known(url: str, id: str) -> bool:
-    return requests.get(f"{url}/v2/local/status/{id}", timeout=60).status_code == 200
+    return bool(requests.get(f"{url}/v2/local/status/{id}", timeout=60).ok)
 
 
 def test_results_are_bounded_in_number_in_bytes_and_in_time() -> None:
@@ -394,7 +394,8 @@ def test_a_result_larger_than_all_that_is_kept_reaches_nobody_and_says_so() -> N
 
 
 def test_jobs_in_hand_are_bounded() -> None:
-    for bounds in ({"most_jobs": 2}, {"most_job_bytes": 60}):
+    bounded: tuple[dict[str, Any], ...] = ({"most_jobs": 2}, {"most_job_bytes": 60})
+    for bounds in bounded:
         go = threading.Event()
 
         def wait(event: object, job: Job, go: threading.Event = go) -> dict[str, Any]:
@@ -412,7 +413,7 @@ def test_jobs_in_hand_are_bounded() -> None:
             assert runsync(url, prompt="x")["status"] == "COMPLETED"
 
 
-def test_a_device_that_failed_is_told_to_whoever_ends_the_process() -> None:
+def test_a_device_that_failed_ends_the_process() -> None:
     failed = threading.Event()
     with served(LocalEndpoint(fake, device_failed=failed.set)) as url:
         answered = runsync(url, prompt="broken")
@@ -469,7 +470,7 @@ def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_soon_and_whoever_waits_is_told(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_it_soon_and_whoever_waits_gets_an_answer(tmp_path: Path, number: signal.Signals) -> None:
     with process(tmp_path) as (held, url), concurrent.futures.ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(runsync, url, **ENDLESS)
         while not requests.get(f"{url}/v2/local/health", timeout=60).json()["jobs"]["inProgress"]:

@@ -159,7 +159,7 @@ def _pictures(event: Mapping[Any, Any], route: str, model: Model) -> OpenAICall:
     # 3. The pictures that it starts from
     if isinstance(fields.get("images"), (list, tuple)):
         fields["images"] = [_source(entry) for entry in fields["images"]]
-    if route == EDITS and not (fields.keys() & {"image", "images", "init_image", "init_images"}):
+    if route == EDITS and not any(fields.get(name) for name in ("image", "images", "init_image", "init_images")):
         faults.append(Fault("image", f"is required by {EDITS}; {GENERATIONS} starts from none"))
     asked = response_format if isinstance(response_format, str) else None
     return OpenAICall({**event, "input": fields}, tuple(faults), asked)

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from PIL import Image
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -240,13 +240,22 @@ async def _form(request: HttpRequest, bodies: Bodies) -> tuple[dict[str, Any], i
         raise BadBody(400, f"the form cannot be read: {error.message}") from None
     except Exception as error:
         raise BadBody(400, f"the form cannot be read: {type(error).__name__}") from error
+    try:
+        return await _fields(form), len(body)
+    finally:
+        await form.close()
+
+
+async def _fields(form: FormData) -> dict[str, Any]:
+    """What a form holds, under JSON's names: files in base64, and several of one name as a list."""
     fields: dict[str, Any] = {}
     pictures: dict[str, list[str]] = {}
     for written, value in form.multi_items():
         name = written.removesuffix("[]")
         if isinstance(value, UploadFile):
-            pictures.setdefault(name, []).append(base64.b64encode(await value.read()).decode())
-            await value.close()
+            if not (file := await value.read()):
+                raise Failed.field(name, "is an empty file; send a picture, or leave it out")
+            pictures.setdefault(name, []).append(base64.b64encode(file).decode())
         elif name in fields:
             raise Failed.field(name, "is sent twice; send it once")
         else:
@@ -257,7 +266,7 @@ async def _form(request: HttpRequest, bodies: Bodies) -> tuple[dict[str, Any], i
         if len(several) > 1 and name not in ("image", "images", "init_images"):
             raise Failed.field(name, f"must be one file, and there are {len(several)}")
         fields[name] = several if len(several) > 1 else several[0]
-    return fields, len(body)
+    return fields
 
 
 def read_text(name: str, text: str) -> Any:
