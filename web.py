@@ -104,7 +104,7 @@ def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
     return LocalEndpoint(answer, settings.request_timeout, device_failed=failed)
 
 
-def _deployed(id: str) -> RunPodEndpoint:
+def deployed(id: str, key: str | None, url: str = API) -> RunPodEndpoint:
     """An endpoint of RunPod's; raises InvalidSettings where it cannot be asked."""
     from client.errors import ClientError, Forgotten, JobFailed
     from client.transport import Transport
@@ -112,7 +112,7 @@ def _deployed(id: str) -> RunPodEndpoint:
 
     if not re.fullmatch(r"[\w-]{1,100}", id, re.ASCII) or id == "local":
         raise InvalidSettings(f"--endpoint {id}: an endpoint's id is letters and digits, as RunPod's console shows it")
-    if (key := runpod_api_key()) is None:
+    if key is None:
         raise InvalidSettings("--endpoint wants RUNPOD_API_KEY, which stays with this server")
 
     def explain(error: Exception) -> Exception:
@@ -122,7 +122,7 @@ def _deployed(id: str) -> RunPodEndpoint:
             return NotAnswered(400 if isinstance(error, JobFailed) else 502, redact(str(error)))
         return error
 
-    return DeployedEndpoint(id, Transport(id, key), explain)
+    return DeployedEndpoint(id, Transport(id, key, url), explain)
 
 
 class Server(uvicorn.Server):
@@ -165,8 +165,10 @@ def _serve(options: argparse.Namespace, settings: Settings, token: str | None, b
     def device_failed() -> None:
         server.should_exit, server.exit_status = True, 1
 
-    endpoint = _deployed(options.endpoint) if options.endpoint else _local(settings, device_failed)
-    api = f"{API}/{options.endpoint}" if options.endpoint else None
+    if options.endpoint:
+        endpoint, api = deployed(options.endpoint, runpod_api_key()), f"{API}/{options.endpoint}"
+    else:
+        endpoint, api = _local(settings, device_failed), None
     server = Server(make_app(endpoint, token=token, api=api), endpoint, ready)
     server.run(sockets=[bound])
     return server.exit_status

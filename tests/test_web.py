@@ -20,20 +20,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 import requests
 import runpod
 from PIL import Image
 
 from handler import answer, handler
-from src.errors import DeviceFailed
+from src.errors import DeviceFailed, InvalidSettings
 from src.job import Job
 from src.settings import ROOT, web_token
 from src.web.bodies import Bodies
 from src.web.endpoint import FINAL
 from src.web.local import LocalEndpoint
 from tests.fakes import never
+from tests.runpod_stand_in import ENDPOINT, StandIn, worker
 from tests.served import served
+from web import deployed
 
 ENDLESS = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}
 EVERYWHERE = "0.0.0.0"  # noqa: S104
@@ -421,6 +424,68 @@ def test_a_device_that_failed_ends_the_process() -> None:
         assert "refresh_worker" not in answered["output"]
         assert failed.wait(30)
         assert runsync(url, prompt="raises")["error"].startswith("internal_error: RuntimeError")
+
+
+# A deployed endpoint
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    """RunPod, and behind it the real worker."""
+    held = StandIn()
+    with worker(held, tmp_path_factory.mktemp("worker") / "log", PROGRESS_INTERVAL="0.1"):
+        yield held
+    held.close()
+
+
+def test_a_deployed_endpoint_answers_through_this_server(stand_in: StandIn) -> None:
+    with served(deployed(ENDPOINT, "rpa_of_this_server", f"http://127.0.0.1:{stand_in.port}/v2")) as url:
+        root = f"{url}/v2/{ENDPOINT}"
+        done = requests.post(f"{root}/runsync", json={"input": SMALL}, timeout=60).json()
+        assert done["output"]["images"] == handler({"input": SMALL})["images"]
+        id = requests.post(f"{root}/run", json={"input": {**ENDLESS, "preview": True}}, timeout=60).json()["id"]
+        deadline = time.monotonic() + 60
+        while "preview" not in (state := requests.get(f"{root}/status/{id}", timeout=60).json()).get("output", {}):
+            assert time.monotonic() < deadline, state
+        assert requests.post(f"{root}/cancel/{id}", timeout=60).json()["status"] == "CANCELLED"
+        assert requests.get(f"{root}/status/no-such-job", timeout=60).status_code == 404
+        assert "jobs" in requests.get(f"{root}/health", timeout=60).json()
+        refused = requests.post(f"{root}/run", json={"input": SMALL, "s3Config": {}}, timeout=60)
+        assert (refused.status_code, refused.json()["error"][:9]) == (400, "s3Config:")
+        failed = requests.post(f"{root}/runsync", json={"input": {"prompt": "x", "width": 7}}, timeout=60).json()
+        assert failed["error"].startswith("invalid_request: width")
+
+
+def test_a_deployed_worker_says_once_what_it_can_do(stand_in: StandIn) -> None:
+    with served(deployed(ENDPOINT, "rpa_of_this_server", f"http://127.0.0.1:{stand_in.port}/v2")) as url:
+        before = len(stand_in.jobs)
+        asked = [
+            requests.post(f"{url}/v2/{ENDPOINT}/runsync", json={"input": {"describe": True}}, timeout=60).json()
+            for _ in range(3)
+        ]
+        assert asked[0]["output"]["describe"]["model"] == "flux-shapes"
+        assert asked == asked[:1] * 3
+        assert len(stand_in.jobs) == before + 1
+
+
+def test_openais_client_draws_on_a_deployed_endpoint(stand_in: StandIn) -> None:
+    with served(deployed(ENDPOINT, "rpa_of_this_server", f"http://127.0.0.1:{stand_in.port}/v2")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        fields = {"num_inference_steps": 100, "seed": 1}
+        *partial, done = client.images.generate(
+            prompt="a red circle", stream=True, partial_images=2, n=4, extra_body=fields
+        )
+        assert done.type == "image_generation.completed"
+        assert "image_generation.partial_image" in {event.type for event in partial}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="a red circle", n=9)
+        assert (caught.value.code, caught.value.param) == ("invalid_request", "n")
+
+
+def test_an_endpoint_that_cannot_be_asked_is_refused_in_a_sentence() -> None:
+    for id, key in (("local", "rpa_x"), ("a b", "rpa_x"), ("abc", None)):
+        with pytest.raises(InvalidSettings, match="--endpoint"):
+            deployed(id, key)
 
 
 # The process
