@@ -19,12 +19,14 @@ from fastapi import FastAPI
 
 from src.errors import InvalidSettings, WorkerError
 from src.redaction import SHORTEST_SECRET, keep_secret, redact
-from src.serving import leaving, logs
+from src.serving import leaving, logs, startup
+from src.serving.warm_up import seconds_of, warm_up
 from src.settings import Settings, runpod_api_key, web_token
 from src.stages import START
 from src.web.app import make_app
 from src.web.endpoint import NotAnswered, RunPodEndpoint, UnknownJob
 from src.web.guard import LOOPBACK
+from src.web.local import LocalEndpoint
 
 log = logging.getLogger("worker")
 
@@ -96,12 +98,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
-    """The handler of this process, once its model is loaded."""
-    from handler import answer, get_engine
-    from src.web.local import LocalEndpoint
+    """The handler of this process, once it is ready for jobs: as RunPod's loop makes it."""
+    import handler
 
-    get_engine()
-    return LocalEndpoint(answer, settings.request_timeout, device_failed=failed)
+    endpoint = LocalEndpoint(handler.answer, settings.request_timeout, device_failed=failed)
+    handler.check_start()
+    startup.check_bucket(handler.get_bucket())
+    handler.find_files()
+    with START.stage("torch"):
+        from src.engine import check_device
+    with START.stage("device"):
+        endpoint.on_device(check_device)
+    engine = handler.get_engine()
+    with START.stage("warm-up") as facts:
+        for warm in warm_up(engine, settings, endpoint.on_device):
+            facts.update(seconds_of(warm))
+    return endpoint
 
 
 def deployed(id: str, key: str | None, url: str = API) -> RunPodEndpoint:

@@ -1,6 +1,6 @@
 """RunPod's loop around the worker's synchronous answer: many jobs in hand, one at a time on the device.
 
-Makes requests of its own for the warm-up; of a client's job it knows what a Job reports.
+Knows nothing of requests; of a client's job it knows what a Job reports.
 """
 
 from __future__ import annotations
@@ -11,29 +11,23 @@ import logging
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import runpod
-from PIL import Image
 from runpod.serverless.modules.rp_logger import RunPodLogger
 from runpod.serverless.modules.worker_state import IS_LOCAL_TEST
 
-from src.catalog import CONTROL_TYPES
-from src.errors import InvalidRequest, InvalidSettings, WorkerError
+from src.errors import InvalidSettings, WorkerError
 from src.job import Job
 from src.job_queue import JobQueue
-from src.plan.plan import make_plan
 from src.redaction import redact
-from src.request.reading import read_request
-from src.request.schema import PICTURES
 from src.response.progress import Watcher
 from src.response.storage import Bucket
-from src.serving import sdk
+from src.serving import sdk, startup
 from src.serving.control_plane import MOST_JOBS, ControlPlane
 from src.serving.logs import SDK_LEVELS
 from src.serving.prefetch import MAX_DELIVERING, Held, Prefetch
+from src.serving.warm_up import seconds_of, warm_up
 from src.settings import MAX_PREFETCH, Settings
 from src.stages import START
 
@@ -66,15 +60,7 @@ def serve(
     worker = Worker(answer, settings)
 
     def check_bucket() -> None:
-        if configured := bucket():
-            with START.stage("bucket"):
-                configured.check()
-            if configured.no_links:
-                log.warning(
-                    "the bucket takes files, and nobody can fetch them (%s): pictures go out in base64, within "
-                    "MAX_RESPONSE_MB; BUCKET_PUBLIC_URL is for buckets that have a public address",
-                    configured.no_links,
-                )
+        startup.check_bucket(bucket())
 
     def check_device() -> None:
         with START.stage("torch"):
@@ -148,27 +134,10 @@ class Worker:
 
     def warm_up(self, engine: Engine) -> dict[str, float]:
         """Draw the configured sizes, and learn from them how long a job will take; a picture's seconds, by size."""
-        model, took = engine.model, {}
-        sizes = self._settings.warmup_sizes
-        for width, height in ((model.width, model.height),) if sizes is None else sizes:
-            needs = dict.fromkeys(model.base.needs, "warm-up")  # Fill draws nothing without its pictures
-            pictures = {name: (Image.new(PICTURES[name], (width, height), "white"),) for name in needs}
-            if "control_image" in needs:
-                needs["control_type"] = model.control_type or CONTROL_TYPES[0]
-            fields = {"prompt": "warm-up", "num_inference_steps": 2, "width": width, "height": height, **needs}
-            try:
-                request, faults, _ = read_request({"input": fields})
-                plan = make_plan(request, faults, model, pictures, max_pixels=self._settings.max_pixels)
-            except InvalidRequest as error:
-                raise InvalidSettings(f"WARMUP_SIZES: {error}") from error
-            log.debug("warming up with %dx%d", width, height)
-            if (several := self._settings.batch_size) > 1 and not pictures:  # another shape, to compile for
-                seeds = tuple(range(several))
-                batch = replace(plan, prompts=plan.prompts * several, seeds=seeds, batch_size=several)
-                self.on_device(partial(engine.warm_up, batch, model.num_inference_steps))
-            seconds = self.on_device(partial(engine.warm_up, plan, model.num_inference_steps))
-            took[f"seconds_of_{width}x{height}"] = round(seconds, 2)
-            self._prefetch.observe(seconds, plan.work / plan.steps * model.num_inference_steps)
+        took: dict[str, float] = {}
+        for warm in warm_up(engine, self._settings, self.on_device):
+            took |= seconds_of(warm)
+            self._prefetch.observe(warm.seconds, warm.work)
         return took
 
     def jobs_in_hand(self, _: int) -> int:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from src.catalog import controlnets_for, find_model, repo_of
 from src.errors import DeviceFailed, ModelUnavailable, WorkerFault, refusal
+from src.response.storage import Bucket
 from src.settings import Settings
 from src.stages import START
 from src.weights.disk import free_bytes, why_not_writable
@@ -33,6 +34,20 @@ def check_start(settings: Settings) -> None:
     with START.stage("checks"):
         if faults := [fault for check in CHECKS for fault in check(settings)]:
             raise refusal(faults)
+
+
+def check_bucket(bucket: Bucket | None) -> None:
+    """Store a file and fetch it, where there is a bucket; raises InvalidSettings where it takes none."""
+    if bucket is None:
+        return
+    with START.stage("bucket"):
+        bucket.check()
+    if bucket.no_links:
+        log.warning(
+            "the bucket takes files, and nobody can fetch them (%s): pictures go out in base64, within "
+            "MAX_RESPONSE_MB; BUCKET_PUBLIC_URL is for buckets that have a public address",
+            bucket.no_links,
+        )
 
 
 def find_files(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 from src.errors import InternalError
 from src.job import Job
@@ -24,6 +24,7 @@ from src.response.progress import Watcher
 from src.web.endpoint import NotAnswered, UnknownJob
 
 log = logging.getLogger("worker")
+T = TypeVar("T")
 Answer = Callable[[object, Job], Any]
 
 RESULT_SECONDS = 1_800.0  # how long a result is kept, as RunPod keeps one of /run
@@ -89,6 +90,10 @@ class LocalEndpoint:
         self._result_bytes = 0
         self._counts: Counter[str] = Counter()
         self._closed = False
+
+    def on_device(self, work: Callable[[], T]) -> T:
+        """What `work` gives, run on the device's thread."""
+        return self._queue.ticket().run(work)
 
     async def run(self, event: Mapping[str, Any], size: int, /) -> str:
         """Take a job; raises NotAnswered where too many are open, or where it wants what only RunPod does."""
