@@ -28,7 +28,7 @@ PAGE = Path(__file__).parent / "page"
 # https://docs.runpod.io/serverless/endpoints/send-requests
 RUN_BYTES, RUNSYNC_BYTES = 10_000_000, 20_000_000
 RUNSYNC_SECONDS = 90.0  # until /runsync answers with what is known, and the job goes on
-_PICTURE_BYTES = 60_000_000  # of a file that may carry its request: 4 megapixels of noise as PNG, and room
+PICTURE_BYTES = 60_000_000  # of a file that may carry its request: 4 megapixels of noise as PNG, and room
 _ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 _TYPES: Mapping[str, str] = {
     ".html": "text/html; charset=utf-8",
@@ -70,7 +70,7 @@ def make_app(
 
     @app.post("/parameters")
     async def parameters(request: HttpRequest) -> Response:
-        file = await bodies.read(request, _PICTURE_BYTES)
+        file = await bodies.read(request, PICTURE_BYTES)
         return JSONResponse(await asyncio.to_thread(carried, file))
 
     return app
@@ -79,7 +79,7 @@ def make_app(
 def _answer_errors(app: FastAPI) -> None:
     def answer(request: HttpRequest, status: int, message: str, code: str | None = None) -> Response:
         body = failure(request.url.path, status, message, code)
-        headers = {"connection": "close"} if status in (408, 413, 503) else None  # the rest of a body is not read
+        headers = {"connection": "close"} if status in (408, 413, 503) else None  # of its body more may come
         return Response(body, status, headers, "application/json")
 
     @app.exception_handler(BadBody)
@@ -160,7 +160,7 @@ def carried(file: bytes) -> dict[str, Any]:
         with Image.open(io.BytesIO(file), formats=list(FORMATS)) as picture:
             found = read_parameters(picture)
     except Exception as error:  # whatever a hostile file makes of Pillow
-        raise BadBody(422, f"the file is no picture in {', '.join(FORMATS)}: {str(error)[:100]}") from error
+        raise BadBody(422, f"the file is no picture in {', '.join(FORMATS)} that can be read") from error
     if found is None or not isinstance(found.get("input"), dict):
         raise BadBody(422, "the picture carries no request; only this worker's own pictures do")
     return found

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 SECONDS = 60.0  # for a body to arrive
@@ -30,25 +31,33 @@ class Bodies:
         self._held = 0
 
     async def read(self, request: HttpRequest, most: int) -> bytes:
-        """The body, of `most` bytes at most. Raises BadBody."""
-        said = request.headers.get("content-length", "0")
-        if not said.isdecimal() or len(said) > 18 or int(said) > most:
-            raise BadBody(413, f"the body has more than {most:,} bytes")
-        pieces, size = list[bytes](), 0
+        """The body, of `most` bytes at most. Raises BadBody.
+
+        A larger one is read to its end, or its sender would see a broken connection and not the reason.
+        """
+        pieces, kept, size = list[bytes](), 0, 0
         try:
             async with asyncio.timeout(self._seconds):
                 async for piece in request.stream():
                     size += len(piece)
-                    self._held += len(piece)
+                    if size > MOST_TOGETHER:
+                        break
                     if size > most:
-                        raise BadBody(413, f"the body has more than {most:,} bytes")
+                        pieces.clear()
+                        continue
+                    kept += len(piece)
+                    self._held += len(piece)
                     if self._held > self._most_together:
                         raise BadBody(503, "too many bodies are on their way; send the request again later")
                     pieces.append(piece)
+        except ClientDisconnect:  # nobody reads this
+            raise BadBody(400, "the connection was closed before the body had arrived") from None
         except TimeoutError:
             raise BadBody(408, f"the body did not arrive within {self._seconds:g} seconds") from None
         finally:
-            self._held -= size
+            self._held -= kept
+        if size > most:
+            raise BadBody(413, f"the body has more than {most:,} bytes")
         return b"".join(pieces)
 
     async def read_json(self, request: HttpRequest, most: int) -> tuple[dict[str, Any], int]:
