@@ -122,14 +122,13 @@ def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
 
 def deployed(id: str, key: str | None, url: str = API) -> RunPodEndpoint:
     """An endpoint of RunPod's; raises InvalidSettings where it cannot be asked."""
-    from client.errors import ClientError, Forgotten, JobFailed
-    from client.transport import Transport
-    from src.web.deployed import DeployedEndpoint
-
     if not re.fullmatch(r"[\w-]{1,100}", id, re.ASCII) or id == "local":
         raise InvalidSettings(f"--endpoint {id}: an endpoint's id is letters and digits, as RunPod's console shows it")
     if key is None:
         raise InvalidSettings("--endpoint wants RUNPOD_API_KEY, which stays with this server")
+    from client.errors import ClientError, Forgotten, JobFailed
+    from client.transport import Transport
+    from src.web.deployed import DeployedEndpoint
 
     def explain(error: Exception) -> Exception:
         if isinstance(error, Forgotten):

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 
 from src.settings import ROOT
 
-PATIENCE = 120  # seconds to wait for what happens: the machine may be busy
+PATIENCE = 25  # seconds to wait for what happens: the machine may be busy
 READY = "body[data-ready]"
 
 
@@ -134,8 +134,9 @@ class Tab:
             self.elsewhere.append(request.url)
 
     def check(self) -> None:
-        assert [text for text in self.said if not any(part in text for part in self.expects)] == []
-        assert self.elsewhere == []
+        unexpected = [text for text in self.said if not any(part in text for part in self.expects)]
+        assert not unexpected, f"the browser said: {unexpected}"
+        assert not self.elsewhere, f"the page asked elsewhere: {self.elsewhere}"
 
     # ---- what people do
 
@@ -148,6 +149,11 @@ class Tab:
         if details.get_attribute("open") is None:
             details.locator("summary").click()
 
+    def unfold_all(self) -> None:
+        """Every group that is shown, from the last up: what opens pushes others down."""
+        for summary in reversed(self.page.locator("details:not([open]) > summary:visible").element_handles()):
+            summary.click()
+
     def fill(self, **fields: Any) -> None:
         """Type into fields, whose groups are unfolded."""
         for name, value in fields.items():
@@ -155,7 +161,10 @@ class Tab:
             if not control.is_visible():
                 group = self.page.locator("details", has=control).locator("summary span").first.text_content()
                 self.unfold(group or "")
-            control.fill(str(value))
+            if control.evaluate("(node) => node.localName") == "select":
+                control.select_option(str(value))
+            else:
+                control.fill(str(value))
 
     def draw(self, prompt: str, **fields: Any) -> None:
         """Draw, without waiting for it."""
@@ -188,6 +197,12 @@ class Tab:
 
     def value(self, name: str) -> str:
         return self.page.locator(f"[name={name}]").input_value()
+
+    def clear(self) -> None:
+        """No picture is left."""
+        self.button("Clear all").click()
+        self.page.locator("#question").get_by_role("button", name="Clear all").click()
+        self.wait_for_pictures(0)
 
     def button(self, text: str) -> Locator:
         return self.page.get_by_role("button", name=text, exact=True)

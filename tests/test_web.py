@@ -38,9 +38,9 @@ from tests.runpod_stand_in import ENDPOINT, StandIn, worker
 from tests.served import served
 from web import deployed
 
-ENDLESS = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}
+ENDLESS: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 100, "num_images": 4}
 EVERYWHERE = "0.0.0.0"  # noqa: S104
-SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
+SMALL: dict[str, Any] = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ export const byId = (id) => document.getElementById(id);
 
 let count = 0;
 /** An id that nothing else on the page has. */
-export const newId = (name) => `${name}-${++count}`;
+export const newId = (name) => `${name.replace(/\W+/g, "-")}-${++count}`;
 
 /** A button that says `text` and does `work`. */
 export function button(text, work, attributes = {}) {

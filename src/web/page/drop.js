@@ -11,6 +11,15 @@ const USES = {
   mask_image: "Use it as mask",
 };
 
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+
+/** Keep the browser from leaving the page for a picture that is dropped. */
+export function stayHere() {
+  for (const kind of ["dragover", "drop"]) {
+    addEventListener(kind, (event) => { if (hasFiles(event)) event.preventDefault(); });
+  }
+}
+
 /**
  * Listen for pictures on the whole page.
  * @param {import("./form.js").Form} form
@@ -24,15 +33,11 @@ export function takePictures(form, actions) {
     depth = Math.max(0, change ? depth + change : 0);
     document.body.classList.toggle("over", depth > 0);
   };
-  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
   document.addEventListener("dragenter", (event) => { if (hasFiles(event)) over(1); });
   document.addEventListener("dragleave", (event) => { if (hasFiles(event)) over(-1); });
-  document.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
   document.addEventListener("drop", () => over(0), { capture: true });
   document.addEventListener("drop", (event) => {
-    if (!hasFiles(event)) return;
-    event.preventDefault(); // or the browser leaves the page for the picture
-    if (!dialogIsOpen()) take(fileOf(event.dataTransfer));
+    if (hasFiles(event) && !dialogIsOpen()) take(fileOf(event.dataTransfer));
   });
   document.addEventListener("paste", (event) => {
     const file = fileOf(event.clipboardData);
@@ -56,12 +61,14 @@ async function use(file, form, actions) {
   const url = URL.createObjectURL(prepared.blob);
   const content = [element("img", { src: url, alt: "The picture", class: "asked" }),
     element("p", { class: "quiet" }, [file.name, inWords(file.size), prepared.note].filter(Boolean).join(", "))];
+  const isExact = Number.isSafeInteger(request?.seed); // beyond that browsers round, in silence
   if (request) {
     content.push(element("p", {}, "It carries its request: ", element("q", {}, String(request.prompt))));
     if (carried.model !== form.about.model) {
       content.push(element("p", { class: "warning" },
         `It was drawn by ${carried.model}; ${form.about.model} draws another picture of it.`));
     }
+    if (!isExact) content.push(element("p", { class: "warning" }, "Its seed is larger than browsers count: type another one."));
     if (missing.length) {
       content.push(element("p", { class: "warning" },
         `Files do not carry the pictures of their request: choose ${missing.join(", ")} again.`));
@@ -69,7 +76,7 @@ async function use(file, form, actions) {
   }
   const uses = pictureUses(form.about).filter((name) => name !== "mask_image" || form.field("init_image").get());
   const answer = await ask("What is this picture for?", content, [
-    ...(request && !missing.length ? [["Draw it again", "draw", "primary"]] : []),
+    ...(request && !missing.length && isExact ? [["Draw it again", "draw", "primary"]] : []),
     ...(request ? [["Fill the form with its request", "fill"]] : []),
     ...uses.map((name) => [USES[name], name]),
     ["Nothing", null, "plain"],

@@ -197,8 +197,7 @@ export class Form {
   /** Each fault at its field, its group unfolded, the first one's input in focus; the others above the groups. */
   showFaults(faults) {
     this.clearFaults();
-    let first = null;
-    const others = [];
+    const shown = [], others = [];
     for (const { field: path, message } of faults) {
       const [name, ...rest] = path.split(".");
       const field = this.field(name);
@@ -209,7 +208,7 @@ export class Form {
       const inner = field.find(rest);
       inner.show(message);
       this.open(name);
-      first ??= inner;
+      shown.push(inner);
     }
     const count = faults.length - others.length;
     const lines = others.map((text) => element("p", {}, text));
@@ -218,7 +217,8 @@ export class Form {
       .map(({ field }) => inWords(field)).join(", ")));
     byId("faults").replaceChildren(...lines);
     byId("faults").hidden = !lines.length;
-    first?.focus();
+    const isBefore = (one, other) => one.node.compareDocumentPosition(other.node) & Node.DOCUMENT_POSITION_FOLLOWING;
+    shown.sort((one, other) => (isBefore(one, other) ? -1 : 1))[0]?.focus();
   }
 }
 

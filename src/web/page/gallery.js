@@ -18,20 +18,15 @@ export function requestOf(entry, i) {
   return { prompt, ...rest, seed: entry.pictures[i].seed };
 }
 
-/** The whole request of an entry, with its seed. */
-const again = (entry) => ({ ...entry.request, seed: entry.pictures[0].seed, num_images: entry.pictures.length });
-
-function simple(request) {
-  const { num_images: count, ...rest } = request;
-  return count > 1 ? request : rest;
-}
+/** The whole request of an entry, with the seed that was picked for it. */
+const again = ({ request, metadata }) => ({ ...request, seed: metadata.seed });
 
 const suffix = (entry) => entry.metadata.output_format.toLowerCase();
 
 export class Gallery {
   /** @type {import("./store.js").Entry[]} */
   #entries = [];
-  #urls = new Map(); // object URLs, by blob
+  #urls = new Map(); // object URLs of pictures, by the ids of their entries and by seeds
   #tiles = new Map(); // by the ids of entries
   #shown = { id: "", i: 0 }; // in the viewer
 
@@ -58,37 +53,37 @@ export class Gallery {
     });
   }
 
-  async load() {
-    this.#entries = await this.store.all();
-    const ids = new Set(this.#entries.map((entry) => entry.id));
-    for (const id of this.#tiles.keys()) if (!ids.has(id)) this.#remove(id);
-    for (const entry of this.#entries) if (!this.#tiles.has(entry.id)) this.#show(entry);
-    const blobs = new Set(this.#entries.flatMap((entry) => entry.pictures.map((picture) => picture.blob)));
-    for (const [blob, url] of this.#urls) {
-      if (blobs.has(blob)) continue;
-      URL.revokeObjectURL(url);
-      this.#urls.delete(blob);
-    }
+  /** Show what is kept. */
+  async load() { this.#showAll(await this.store.all()); }
+
+  #showAll(entries) {
+    const before = new Map(this.#entries.map((entry) => [entry.id, entry.pictures.length]));
+    this.#entries = entries.sort((a, b) => b.created - a.created);
+    const same = new Set(entries.filter(({ id, pictures }) => before.get(id) === pictures.length).map(({ id }) => id));
+    for (const id of before.keys()) if (!same.has(id)) this.#remove(id);
+    for (const entry of entries) if (!same.has(entry.id)) this.#show(entry);
     this.#count();
   }
 
   #remove(id) {
     this.#tiles.get(id)?.remove();
     this.#tiles.delete(id);
+    for (const [key, url] of this.#urls) {
+      if (!key.startsWith(`${id} `)) continue;
+      URL.revokeObjectURL(url);
+      this.#urls.delete(key);
+    }
   }
 
   /** Keep what was drawn. */
   async add(entry) {
+    let gone = [entry.id]; // another tab may have followed the job too
     try {
-      await this.store.put(entry);
+      gone = [...gone, ...await this.store.put(entry)];
     } catch {
       notice("This browser has no room for the picture: it is kept until the page is closed.", { error: true });
-      this.#entries.unshift(entry);
-      this.#show(entry);
-      this.#count();
-      return;
     }
-    await this.load();
+    this.#showAll([entry, ...this.#entries.filter(({ id }) => !gone.includes(id))]);
   }
 
   #count() {
@@ -101,14 +96,16 @@ export class Gallery {
     byId("kept").textContent = count || !this.store.lasts ? `${count || "No"} picture${count === 1 ? "" : "s"}. ${limit}` : "";
   }
 
-  #url(blob) {
-    if (!this.#urls.has(blob)) this.#urls.set(blob, URL.createObjectURL(blob));
-    return this.#urls.get(blob);
+  #url(id, { blob, seed }) {
+    const key = `${id} ${seed}`;
+    if (!this.#urls.has(key)) this.#urls.set(key, URL.createObjectURL(blob));
+    return this.#urls.get(key);
   }
 
   /** A picture, or where it lies: pictures of a bucket are not fetched by this page. */
-  #image({ blob, url, seed }, alt) {
-    if (blob) return element("img", { src: this.#url(blob), alt, loading: "lazy", decoding: "async" });
+  #image(id, picture, alt) {
+    const { blob, url, seed } = picture;
+    if (blob) return element("img", { src: this.#url(id, picture), alt, loading: "lazy", decoding: "async" });
     return element("span", { class: "elsewhere" }, url ? "In the bucket" : `Seed ${seed} is not here`);
   }
 
@@ -116,7 +113,7 @@ export class Gallery {
     const { request, metadata, pictures } = entry;
     const grid = element("div", { class: `media of-${Math.min(pictures.length, 4)}` }, ...pictures.map((picture, i) =>
       button("", () => this.open(entry.id, i), { class: "open", "aria-label": `Picture ${i + 1} of ${pictures.length}: ${request.prompt}` })));
-    pictures.forEach((picture, i) => grid.children[i].append(this.#image(picture, "")));
+    pictures.forEach((picture, i) => grid.children[i].append(this.#image(entry.id, picture, "")));
     const facts = `${metadata.width}x${metadata.height} · seed ${pictures[0].seed}`;
     const count = metadata.warnings?.length ?? 0;
     const warned = count > 0 && button(count === 1 ? "1 warning" : `${count} warnings`,
@@ -125,15 +122,16 @@ export class Gallery {
       element("div", { class: "words" },
         element("p", { class: "prompt" }, request.prompt), element("p", { class: "quiet" }, facts), warned,
         element("div", { class: "buttons" },
-          button("Again", () => this.actions.fill(simple(again(entry)))),
-          button("Vary", () => this.#vary(simple(again(entry)), pictures.length)),
+          button("Again", () => this.actions.fill(again(entry))),
+          button("Vary", () => this.#vary(again(entry))),
           button("As start", () => this.#start(pictures[0])))));
     const older = [...byId("tiles").children].find((other) => Number(other.dataset.created) < entry.created);
     byId("tiles").insertBefore(tile, older ?? null);
     this.#tiles.set(entry.id, tile);
   }
 
-  #vary(request, count = 1) { this.actions.draw({ ...request, seed: request.seed + count }); }
+  /** The next seeds. */
+  #vary(request) { this.actions.draw({ ...request, seed: request.seed + (request.num_images ?? 1) }); }
 
   async #start(picture) {
     if (!picture.blob) return notice("This picture lies in the bucket: open it there, and drop it here.", { error: true });
@@ -149,11 +147,11 @@ export class Gallery {
     this.#shown = { id, i };
     const picture = entry.pictures[i], request = requestOf(entry, i);
     const closing = (work) => () => { this.dialog.close(); work(); };
-    const where = picture.blob ? this.#url(picture.blob) : picture.url;
+    const where = picture.blob ? this.#url(id, picture) : picture.url;
     const name = `${picture.seed}.${suffix(entry)}`;
     const large = element("div", { class: "large" }, picture.blob
       ? element("img", { src: where, alt: request.prompt, width: entry.metadata.width, height: entry.metadata.height })
-      : this.#image(picture, ""));
+      : this.#image(id, picture, ""));
     const flat = this.#flat();
     const here = flat.findIndex((other) => other.id === id && other.i === i);
     const turn = (text, label, way) => button(text, () => this.#turn(way),
@@ -219,13 +217,10 @@ export class Gallery {
   async #delete(entry, i) {
     this.dialog.close();
     const pictures = entry.pictures.filter((_, other) => other !== i);
-    if (pictures.length) {
-      await this.store.put({ ...entry, pictures });
-      this.#remove(entry.id);
-    } else {
-      await this.store.remove(entry.id);
-    }
-    await this.load();
+    const others = this.#entries.filter(({ id }) => id !== entry.id);
+    if (pictures.length) await this.store.put({ ...entry, pictures }).catch(() => {});
+    else await this.store.remove(entry.id).catch(() => {});
+    this.#showAll(pictures.length ? [{ ...entry, pictures }, ...others] : others);
     announce("The picture is deleted.");
     byId("pictures").focus();
   }
@@ -234,8 +229,8 @@ export class Gallery {
     const count = this.#flat().length;
     const text = `${count} picture${count === 1 ? "" : "s"} of this browser will be gone, with their requests.`;
     if (!await ask("Clear all?", [element("p", {}, text)], [["Keep them", null], ["Clear all", true, "danger"]])) return;
-    await this.store.clear();
-    await this.load();
+    await this.store.clear().catch(() => {});
+    this.#showAll([]);
     byId("pictures").focus();
   }
 }

@@ -2,7 +2,7 @@
 
 import { answerOf, follow, run } from "./api.js";
 import { button, byId, element, notice } from "./dom.js";
-import { takePictures } from "./drop.js";
+import { stayHere, takePictures } from "./drop.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Jobs } from "./jobs.js";
@@ -23,6 +23,7 @@ async function describe() {
   try {
     const answer = answerOf(await follow(await run({ describe: true }), undefined, trouble), []);
     if ("error" in answer) throw new Error(answer.error);
+    if (!answer.output?.describe) throw new Error("What it answers is no description: is it a worker of this kind?");
     return answer.output.describe;
   } finally {
     clearInterval(tick);
@@ -63,15 +64,17 @@ async function start() {
   const gallery = new Gallery(store, { fill, draw, start: begin });
   const jobs = new Jobs(store, gallery, form, previews);
 
+  const sending = new Set();
   byId("form").addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (byId("draw").disabled) return;
     const { request, faults } = form.read();
     if (faults.length) return form.showFaults(faults);
     form.clearFaults();
-    byId("draw").disabled = true; // until it is queued, so that nobody sends the same twice
+    const text = JSON.stringify(request);
+    if (sending.has(text)) return; // nobody means to send the same twice before it is queued
+    sending.add(text);
     await jobs.draw(request);
-    byId("draw").disabled = false;
+    sending.delete(text);
   });
   byId("draw").addEventListener("click", (event) => {
     if (event.detail > 1) event.preventDefault(); // the second click of a double one
@@ -101,4 +104,5 @@ async function start() {
 }
 
 offerThemes();
+stayHere();
 start();

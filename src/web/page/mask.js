@@ -33,7 +33,7 @@ class MaskEditor {
       width: this.width, height: this.height, tabIndex: 0, role: "application",
       "aria-label": "The mask. Arrow keys move the brush, the space bar paints, Control Z undoes.",
     });
-    this.context = this.canvas.getContext("2d");
+    this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     const below = element("canvas", { width: this.width, height: this.height, role: "img", "aria-label": "The picture" });
     below.getContext("2d").drawImage(picture, 0, 0);
     this.brush = element("div", { class: "brush", hidden: true });
@@ -121,6 +121,7 @@ class MaskEditor {
       context.lineCap = context.lineJoin = "round";
       context.beginPath();
       context.moveTo(points[0].x, points[0].y);
+      context.lineTo(points[0].x + 0.01, points[0].y); // a line without length leaves no dot
       for (const point of points) context.lineTo(point.x, point.y);
       context.stroke();
       context.globalCompositeOperation = "source-over";

@@ -86,8 +86,9 @@ export class PictureField {
     this.empty.hidden = Boolean(value);
     this.full.hidden = !value;
     if (!value) return;
-    this.about.textContent = value;
-    if (/^https?:/i.test(value)) return;
+    const isAddress = /^https?:/i.test(value);
+    this.about.textContent = isAddress ? value : "Reading it";
+    if (isAddress) return;
     try {
       this.blob = fromBase64(value);
     } catch {

@@ -47,8 +47,12 @@ class Table {
   clear() { return done(this.#open("readwrite").clear()); }
 }
 
+const inShort = ({ id, created, pictures, bytes }) => ({ id, created, count: pictures.length, bytes });
+
 /** Entries and open jobs; `onChange` is called when another tab has changed the entries. */
 export class Store {
+  /** What is kept, the latest first, without the pictures. @type {{id: string, created: number, count: number, bytes: number}[]} */
+  #index = [];
   #channel = "BroadcastChannel" in globalThis ? new BroadcastChannel("flux") : null;
 
   static async open() {
@@ -73,37 +77,45 @@ export class Store {
 
   /** All entries, the latest first. @returns {Promise<Entry[]>} */
   async all() {
-    return (await this.entries.all()).sort((a, b) => b.created - a.created);
+    const entries = (await this.entries.all()).sort((a, b) => b.created - a.created);
+    this.#index = entries.map(inShort);
+    return entries;
   }
 
-  /** Keep an entry, and let the oldest go where there are too many then. */
+  /** Keep an entry, and let the oldest go where there are too many then: their ids. @returns {Promise<string[]>} */
   async put(entry) {
+    const others = this.#index.filter(({ id }) => id !== entry.id), gone = [];
+    const dropOldest = async () => {
+      const { id } = others.pop();
+      await this.entries.remove(id);
+      gone.push(id);
+    };
     for (;;) {
       try {
         await this.entries.put(entry);
         break;
       } catch (error) {
-        const oldest = (await this.all()).filter((other) => other.id !== entry.id).at(-1);
-        if (error.name !== "QuotaExceededError" || !oldest) throw error;
-        await this.entries.remove(oldest.id);
+        if (error.name !== "QuotaExceededError" || !others.length) throw error;
+        await dropOldest();
       }
     }
-    let pictures = 0, bytes = 0;
-    for (const kept of await this.all()) {
-      pictures += kept.pictures.length;
-      bytes += kept.bytes;
-      if ((pictures > MOST_PICTURES || bytes > MOST_BYTES) && kept.id !== entry.id) await this.entries.remove(kept.id);
-    }
+    const own = inShort(entry);
+    const sum = (name) => others.reduce((total, each) => total + each[name], own[name]);
+    while (others.length && (sum("count") > MOST_PICTURES || sum("bytes") > MOST_BYTES)) await dropOldest();
+    this.#index = [own, ...others].sort((a, b) => b.created - a.created);
     this.#channel?.postMessage("changed");
+    return gone;
   }
 
   async remove(id) {
     await this.entries.remove(id);
+    this.#index = this.#index.filter((each) => each.id !== id);
     this.#channel?.postMessage("changed");
   }
 
   async clear() {
     await this.entries.clear();
+    this.#index = [];
     this.#channel?.postMessage("changed");
   }
 }
