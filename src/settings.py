@@ -297,7 +297,7 @@ SET_BY_RUNPOD = frozenset(
 
 
 def runpod_api_key(environment: Mapping[str, str] | None = None) -> str | None:
-    """RUNPOD_API_KEY, by which `python -m deploy` and the clients speak to RunPod; a worker has no use for it.
+    """RUNPOD_API_KEY, by which `python -m deploy` and client/ speak to RunPod; a worker has no use for it.
 
     Raises InvalidSettings where no header can carry it.
     """
