@@ -88,7 +88,7 @@ def openai(url: str, to: Path) -> None:
         extra_body={"seed": 1, "num_inference_steps": 100},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        files = []
+        files: list[Path] = []
         for event in stream:
             files.append(Path(folder) / f"{len(files)}.png")
             picture = Image.open(io.BytesIO(base64.b64decode(event.b64_json))).convert("RGB")
