@@ -20,13 +20,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from client.output import contact_sheet, save
-from client.values import each_picture, picture, typed
+from client.values import each_picture, picture
 from handler import get_engine, get_settings, handler
 from src.catalog import FORMATS
 from src.errors import WorkerError
 from src.job import Progress
 from src.redaction import redact
 from src.request.schema import Request
+from src.request.texts import typed
 from src.response.encode import read_parameters
 from src.serving.logs import log, quiet_libraries
 from src.weights.disk import why_not_writable

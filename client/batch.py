@@ -31,10 +31,11 @@ from client.pictures import pictures_of
 from client.queue import CONCURRENCY, Job, Queue, failure_of
 from client.rows import Batch, Drawing, InvalidRows, column, read_batch
 from client.transport import URL, Transport
-from client.values import each_picture, typed
+from client.values import each_picture
 from src.catalog import FORMATS
 from src.errors import InvalidSettings, WorkerError
 from src.redaction import redact
+from src.request.texts import typed
 from src.settings import runpod_api_key
 
 _ON_THE_SHEET = 400  # pictures

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from client.values import each_picture, picture, typed
+from client.values import each_picture, picture
 from src.errors import InvalidRequest
 from src.request.aliases import ALIASES, NAMES
 from src.request.reading import read_request
 from src.request.schema import MAX_SEED, Request
+from src.request.texts import typed
 from src.wording import show
 
 MAX_INPUT_MB = 10  # megabytes (10^6) that /run carries

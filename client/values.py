@@ -1,42 +1,15 @@
-"""Texts of a command line or of a table as a request's values, and pictures by their files' names."""
+"""Pictures by their files' names, as a request's values."""
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from src.request.aliases import ALIASES
-from src.request.schema import PICTURES, Request
-
-_LISTS = ("init_images",)  # of pictures, in any number
-
-
-def typed(name: str, text: str) -> object:
-    """`text` as JSON where the field `name` takes numbers, lists or objects; the request says whether it is right."""
-    field = ALIASES.get(name, name)
-    if field not in Request.model_fields:
-        return text
-    if field in _LISTS and not text.startswith("["):
-        return [text] if text.startswith("data:") else [part.strip() for part in text.split(",")]
-    kinds = _kinds(field)
-    if "string" in kinds and not ("array" in kinds and text.startswith("[")):
-        return text
-    if "boolean" in kinds and text.lower() in ("true", "false"):  # spreadsheets write TRUE
-        return text.lower() == "true"
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-@lru_cache
-def _kinds(field: str) -> frozenset[str | None]:
-    schema = Request.model_json_schema()["properties"][field]
-    return frozenset(kind.get("type") for kind in schema.get("anyOf", [schema]))
+from src.request.schema import PICTURES
+from src.request.texts import PICTURE_LISTS
 
 
 def each_picture(name: str, value: object, change: Callable[[str], str]) -> object:
@@ -44,7 +17,7 @@ def each_picture(name: str, value: object, change: Callable[[str], str]) -> obje
     field = ALIASES.get(name, name)
     if field in PICTURES and isinstance(value, str):
         return change(value)
-    if field in _LISTS and isinstance(value, list):
+    if field in PICTURE_LISTS and isinstance(value, list):
         return [change(entry) if isinstance(entry, str) else entry for entry in value]
     if field == "controls" and isinstance(value, list):
         return [_with_picture(entry, change) for entry in value]

@@ -18,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from src.catalog import FORMATS
+from src.request.bounds import measure
 from src.response.encode import read_parameters
 from src.web.bodies import BadBody, Bodies
 from src.web.endpoint import NotAnswered, RunPodEndpoint, UnknownJob
@@ -157,6 +158,7 @@ def _json(body: bytes) -> Response:
 def carried(file: bytes) -> dict[str, Any]:
     """What the file of one of this worker's pictures says of itself; raises BadBody where it says nothing."""
     try:
+        measure(file)
         with Image.open(io.BytesIO(file), formats=list(FORMATS)) as picture:
             found = read_parameters(picture)
     except Exception as error:  # whatever a hostile file makes of Pillow

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,9 +21,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from src.request.aliases import ALIASES
 from src.request.openai import EDITS, GENERATIONS, MODELS
-from src.request.schema import MAX_PICTURES, MAX_PROMPT_CHARACTERS, Request
+from src.request.schema import MAX_PICTURES, MAX_PROMPT_CHARACTERS
+from src.request.texts import typed
 from src.response.openai import http_status
 from src.web.bodies import BadBody, Bodies, parse
 from src.web.endpoint import FINAL, RunPodEndpoint, UnknownJob
@@ -271,20 +270,11 @@ async def _fields(form: FormData) -> dict[str, Any]:
 
 def read_text(name: str, text: str) -> Any:
     """What the text of a form means: numbers, truth and lists where the field takes such, as JSON writes them."""
-    if name not in _NO_TEXT:
-        schema = _schema().get(ALIASES.get(name, name), {"type": "string"})
-        kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])}
-        if "string" in kinds and not ("array" in kinds and text.startswith("[")):
-            return text
     if len(text) > MAX_PROMPT_CHARACTERS:
         return text
+    if name not in _NO_TEXT:
+        return typed(name, text)
     try:
         return parse(f'{{"value": {text}}}'.encode())["value"]
     except BadBody:
         return text
-
-
-@cache
-def _schema() -> dict[str, Any]:
-    properties: dict[str, Any] = Request.model_json_schema()["properties"]
-    return properties
