@@ -4,12 +4,12 @@
 # make fuzz MINUTES=30 TARGETS="pictures adapters": coverage-guided fuzzing, each target for as long; all by default.
 # make lock: requirements*.txt into locked/; UPGRADE=--upgrade takes the newest of what they leave open.
 # make licences: LICENCES.md. make audit: known vulnerabilities of what is locked.
-# make docs: what README, docs/ and .runpod/ repeat of the code and of the results. make pictures: the examples' pictures anew.
+# make docs: what README, docs/ and .runpod/ repeat of the code and of the results. make pictures: the examples' pictures and the screenshots anew.
 # make release VERSION=1.2.3: what is unreleased becomes that version, as a commit and a tag; nothing is pushed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-COVERAGE := --cov=handler --cov=src
+COVERAGE := --cov=handler --cov=client --cov=src --cov=web
 PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
 MINUTES ?= 30
 
@@ -56,6 +56,7 @@ docs: $(VENV)/development
 
 pictures: $(VENV)/development
 	$(BIN)/python -m scripts.examples
+	$(BIN)/python -m scripts.screenshots
 
 release:
 	$(PYTHON) -m scripts.release "$(VERSION)"

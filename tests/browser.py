@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 
 from src.settings import ROOT
 
-PATIENCE = 25  # seconds to wait for what happens: the machine may be busy
+PATIENCE = 120  # seconds to wait for what happens: the machine may be busy
 READY = "body[data-ready]"
 
 

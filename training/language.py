@@ -98,8 +98,8 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
         found = _velocity(transformer, pooled[:drawn], states[:drawn], inputs)
         drawing = nn.functional.mse_loss(found, wanted)
         meaning = nn.functional.mse_loss(pooled, wanted_pooled) / wanted_pooled.var()
-        told = text.told(parts["tell"](states.mean(1)), scenes) + text.looked(look(states), scenes)
-        return 10 * drawing + meaning + 0.1 * told
+        tell = text.tell_loss(parts["tell"](states.mean(1)), scenes) + text.look_loss(look(states), scenes)
+        return 10 * drawing + meaning + 0.1 * tell
 
     rates = {"text_encoder": 1e-3, "text_encoder_2": 1e-3, "look": 2e-3, "tell": 2e-3}
     fit("language", parts, loss, run=run, steps=STEPS, learning_rate=rates, average=0.995)

@@ -180,7 +180,7 @@ def untrained(run: Path) -> TextEncoders:
     )
 
 
-def told(logits: Tensor, scenes: Sequence[Scene]) -> Tensor:
+def tell_loss(logits: Tensor, scenes: Sequence[Scene]) -> Tensor:
     """How far the scenes are missed: cross-entropy over the questions; `logits` are [scenes, CHOICES]."""
     wanted = torch.tensor([_answers(scene) for scene in scenes]).unbind(1)
     guesses = torch.split(logits, [len(answers) for answers in _QUESTIONS.values()], dim=1)
@@ -200,7 +200,7 @@ def train(run: Path) -> TextEncoders:
     def loss(_: int, rng: random.Random) -> Tensor:
         scenes = [sample(rng) for _ in range(BATCH)]
         pooled, states = text_encoders.read([describe(scene, rng) for scene in scenes])
-        return (told(parts["from_clip"](pooled), scenes) + told(parts["from_t5"](states.mean(1)), scenes)) / 2
+        return (tell_loss(parts["from_clip"](pooled), scenes) + tell_loss(parts["from_t5"](states.mean(1)), scenes)) / 2
 
     fit("text", parts, loss, run=run, steps=STEPS, learning_rate=1e-3, average=0.99)
     return text_encoders
@@ -240,7 +240,7 @@ class Look(nn.Module):
         return list(self.answer(seen).split([len(table) + 1 for table in _TABLES.values()], -1))
 
 
-def looked(answers: Sequence[Tensor], scenes: Sequence[Scene]) -> Tensor:
+def look_loss(answers: Sequence[Tensor], scenes: Sequence[Scene]) -> Tensor:
     """How far what lies at each spot is missed, by what Look answers."""
     wanted = torch.tensor([_contents(scene) for scene in scenes])
     total = torch.zeros(())
@@ -283,7 +283,7 @@ def bind(text_encoders: TextEncoders, run: Path) -> TextEncoders:
         states = text_encoders.text_encoder_2(torch.tensor(tokens))[0]
         whose = torch.tensor([owners(*both) for both in zip(scenes, tokens, strict=True)])
         total = nn.functional.cross_entropy(parts["whose"](states).flatten(0, 1), whose.flatten())
-        return total + looked(parts["look"](states), scenes)
+        return total + look_loss(parts["look"](states), scenes)
 
     fit("bind", parts, loss, run=run, steps=BINDING_STEPS, learning_rate=1e-3, average=0.99)
     return text_encoders
