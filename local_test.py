@@ -59,9 +59,9 @@ def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
 
     with _Bar(disable=options.quiet) as bar:
         response = handler(event, bar.show)
-    if response["status"] == "error":
+    if "error" in response:
         return _fail(response["error"])
-    if "metadata" not in response:
+    if "metadata" not in response:  # a description, a plan, or what OpenAI's clients get
         print(json.dumps(response, indent=2))
         return 0
     try:

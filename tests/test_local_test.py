@@ -130,3 +130,16 @@ def test_an_error_is_one_line_and_exit_code_1(
 def test_the_test_input_suits_every_model() -> None:
     fields = json.loads((ROOT / "test_input.json").read_text())["input"]
     assert set(fields) <= {"prompt", "seed"}
+
+
+def test_a_call_of_openais_api_is_printed_as_its_client_gets_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = {"openai_route": "/v1/images/generations", "openai_input": {"prompt": "a red star", "n": 1}}
+    (tmp_path / "call.json").write_text(json.dumps({"input": call}))
+    assert main(["--input", str(tmp_path / "call.json"), "--output", str(tmp_path), "--quiet"]) == 0
+    assert '"b64_json"' in capsys.readouterr().out
+    call["openai_input"] = {"prompt": "a red star", "n": 9}
+    (tmp_path / "call.json").write_text(json.dumps({"input": call}))
+    assert main(["--input", str(tmp_path / "call.json"), "--output", str(tmp_path), "--quiet"]) == 1
+    assert '"param": "n"' in capsys.readouterr().err

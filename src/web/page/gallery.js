@@ -7,9 +7,9 @@ import { MOST_BYTES, MOST_PICTURES } from "./store.js";
 
 const EXAMPLES = [
   "a picture of one red star in front of a blue background",
-  "a small yellow circle on a green background",
-  "a green triangle on an orange background",
-  "a large purple diamond on a white background",
+  "could you draw a small yellow circle on green paper?",
+  "Draw me a triangle, please. Make it green, with orange behind.",
+  "a large purple diamond surrounded by white",
 ];
 
 /** The request that makes picture `i` of an entry again, and that alone. */
