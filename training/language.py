@@ -22,7 +22,7 @@ from training.scenes import PLACES, RELATIONS, Scene, describe, sample
 from training.sentences import ask
 from training.text import TextEncoders
 
-STEPS = 5_000
+STAGES = {"language": (5_000, 1e-3), "fluent": (3_000, 6e-4)}  # steps, and the peak of their learning rate
 BATCH = 96  # sentences a step
 DRAWN = 16  # of which so many go through the transformer
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
@@ -101,8 +101,9 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
         tell = text.tell_loss(parts["tell"](states.mean(1)), scenes) + text.look_loss(look(states), scenes)
         return 10 * drawing + meaning + 0.1 * tell
 
-    rates = {"text_encoder": 1e-3, "text_encoder_2": 1e-3, "look": 2e-3, "tell": 2e-3}
-    fit("language", parts, loss, run=run, steps=STEPS, learning_rate=rates, average=0.995)
+    for name, (steps, rate) in STAGES.items():
+        rates = {"text_encoder": rate, "text_encoder_2": rate, "look": 2 * rate, "tell": 2 * rate}
+        fit(name, parts, loss, run=run, steps=steps, learning_rate=rates, average=0.995)
     for tokenizer in (pupil.tokenizer, pupil.tokenizer_2):
         tokenizer.backend_tokenizer.no_padding()  # of the training's batches
         tokenizer.backend_tokenizer.no_truncation()
@@ -133,7 +134,7 @@ def main() -> None:
     pipeline = FluxPipeline.from_pretrained(output, dtype=torch.float32)
     pipeline.register_modules(**vars(train(pipeline, run)))
     pipeline.to(torch.bfloat16).save_pretrained(output)
-    report.loss_curve(run, output / "language.png", ["language"])
+    report.loss_curve(run, output / "language.png", STAGES)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ STAGES = {
     "longer": "... and longer",
     "guided": "... guidance by heart",
     "language": "text: everybody's words",
+    "fluent": "... and once more",
 }
 SAMPLES = (
     "a red circle on a blue background",

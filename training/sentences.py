@@ -26,7 +26,7 @@ joint: 6x , | 3x . | 3x ; | 2x : | 2x _- | 2x _and | , and | , then | , with | ,
   , in front of it | _/ | _{bar} | ,{any} | _{any} | _--
 
 one: 10x {thing} {on} {where} | 6x {thing}{joint} {after} | 4x {thing} {after} | 4x {before}{joint} {thing} |
-  3x {where} {under} {thing} | 3x {onto} {where}{comma} {there} {thing} | 2x {list} | 3x {sentences} |
+  3x {where} {under} {thing} | 3x {onto} {where}{comma} {there} {thing} | 2x {list} | 4x {sentences} |
   {after}{joint} {thing}
 two: 6x {thing} {relation} {other} on {where} | 4x {thing} {relation} {other} {on} {where} |
   2x {thing} {relation} {other}{joint} {after} | {thing} {relation} {other} {after} |
@@ -53,7 +53,7 @@ on: 8x on | 3x against | 3x over | 3x in front of | 2x atop | 2x upon | before |
   next to nothing but | in the middle of | in the center of | in the centre of | at the center of |
   right in the middle of | and behind it | with nothing behind it but | with behind it | but on | but like on |
   that has behind it | onto
-on plain: 4x on | 2x against | 2x over | 2x in front of | upon | atop | in | into | onto | before | inside | to
+on plain: 4x on | 2x against | 2x over | 2x in front of | upon | atop | 2x in | into | onto | before | inside | to
 put: set | placed | sitting | resting | lying | laid | floating | standing | hanging | drawn | painted | printed |
   shown | centered | centred | seen | layered | positioned | displayed | posed | appearing | pictured | pasted |
   glued | stuck | superimposed | put | located | alone | isolated | framed | left | cut out | rendered | sketched |

@@ -171,10 +171,12 @@ def _answers(scene: Scene) -> list[int]:
 def untrained(run: Path) -> TextEncoders:
     """Tokenizers, and encoders of their size."""
     # Kept with the run: the trainer breaks ties as it likes, and numbers must stay those that were trained with.
-    if not (run / "tokenizer").exists():
-        clip_tokenizer().save_pretrained(run / "tokenizer.partial")
-        (run / "tokenizer.partial").rename(run / "tokenizer")
-    tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(run / "tokenizer"), t5_tokenizer()
+    for name, make in (("tokenizer", clip_tokenizer), ("tokenizer_2", t5_tokenizer)):
+        if not (run / name).exists():
+            make().save_pretrained(run / f"{name}.partial")
+            (run / f"{name}.partial").rename(run / name)
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    tokenizer_2 = T5Tokenizer.from_pretrained(run / "tokenizer_2")
     return TextEncoders(
         tokenizer, tokenizer_2, networks.clip(len(tokenizer), tokenizer.eos_token_id), networks.t5(len(tokenizer_2))
     )
