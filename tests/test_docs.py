@@ -25,7 +25,13 @@ from src.job import Job
 from src.settings import ROOT, SET_BY_RUNPOD, Settings
 from tests.small_models import small
 
-SCREENSHOTS = {"page-light.png", "page-dark.png", "page-phone.png", "batch.png", "openai.png"}  # by scripts/screenshots.py
+SCREENSHOTS = {
+    "page-light.png",
+    "page-dark.png",
+    "page-phone.png",
+    "batch.png",
+    "openai.png",
+}  # by scripts/screenshots.py
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/*.md")])
 
 

@@ -15,6 +15,7 @@ from benchmarks.wordings import FORMS
 from src.settings import ROOT
 from training import judge
 from training.flow import Guided, velocity
+from training.language import plain, widen
 from training.loop import CHECKPOINT_EVERY, fit
 from training.scenes import (
     COLOUR_WORDS,
@@ -163,6 +164,21 @@ def test_a_teacher_steers_away_from_the_empty_prompt() -> None:
     assert torch.allclose(learnt, away + 3 * (text - away), atol=1e-5)
     assert (learnt[0] - text[0]).abs().max() > 0.1
     assert torch.allclose(learnt[1], text[1], atol=1e-5), "what the empty prompt means stays"
+
+
+def test_a_wider_vocabulary_changes_nothing_of_known_words(tmp_path: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(ROOT / "models" / "flux-shapes", dtype=torch.float32)
+    known = TextEncoders.of(pipeline)
+    wider = widen(known, tmp_path)
+    captions = ["a red circle on a blue background", "a small white star on a black background"]
+    with torch.no_grad():
+        for before, after in zip(known.read(captions), wider.read(captions), strict=True):
+            assert torch.allclose(before, after, atol=1e-5)
+
+
+def test_plain_words_are_those_that_are_measured() -> None:
+    assert all(plain(scene).replace(" an ", " a ") == prompt.replace(" an ", " a ") for prompt, scene in every_prompt())
+    assert all(plain(scene) == prompt for prompt, scene in some_pairs(20))
 
 
 def test_a_training_that_was_cut_off_goes_on_as_if_it_never_was(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def plain(scene: Scene) -> str:
 
 
 def _pieces(tokenizer: CLIPTokenizer | T5Tokenizer) -> dict[str, int]:
-    return {piece.lower(): number for piece, number in sorted(tokenizer.get_vocab().items(), reverse=True)}
+    return {piece.lower(): number for piece, number in sorted(tokenizer.get_vocab().items())}
 
 
 def _widened(
