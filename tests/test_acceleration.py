@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -24,7 +25,7 @@ from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import Compiled
 from src.engine.quantization import Quantizer, _chosen
-from src.errors import InvalidSettings, ModelUnavailable, WorkerError
+from src.errors import DeviceFailed, InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
@@ -178,6 +179,39 @@ def test_memory_that_only_compiling_lacks_costs_no_start_and_is_not_tried_again(
         engine.warm_up(plan(engine, num_inference_steps=2, width=size), 8)
     assert len(tried) <= 2, "freed and tried once more"
     assert np.array_equal(drawn(engine), drawn(plain))
+
+
+def compiled_blocks(kept: Path) -> Compiled:
+    """Of no blocks at all."""
+    none = SimpleNamespace(transformer_blocks=[], single_transformer_blocks=[], requires_grad_=lambda _: None)
+    return Compiled(none, kept)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "error", [AssertionError("an assumption of inductor's"), KeyError("s0"), NotImplementedError()]
+)
+def test_whatever_a_compiler_raises_costs_no_start(error: Exception, tmp_path: Path) -> None:
+    tried = []
+
+    def draw() -> None:
+        tried.append(1)
+        if len(tried) == 1:
+            raise error
+
+    compiled = compiled_blocks(tmp_path / "kept.bin")
+    for drawn in (2, 3):
+        compiled.warm_up(draw)
+        assert len(tried) == drawn
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_device_that_fails_while_compiling_ends_the_worker(tmp_path: Path) -> None:
+    def draw() -> None:
+        raise DeviceFailed("it is gone")
+
+    with pytest.raises(DeviceFailed):
+        compiled_blocks(tmp_path / "kept.bin").warm_up(draw)
 
 
 _COMPILING = """

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
-from src.errors import GenerationFailed, InvalidSettings, OutOfMemory, WorkerUnavailable
+from src.errors import DeviceFailed, InvalidSettings
 from src.settings import Settings
 from src.weights.disk import keep
 
@@ -66,7 +66,7 @@ class Compiled:
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)
         torch.compiler.set_stance("eager_on_recompile")
         if kept.is_file():
-            torch.compiler.load_cache_artifacts(kept.read_bytes())
+            torch.compiler.load_cache_artifacts(kept.read_bytes())  # of a broken file it says so, and goes on
 
     def warm_up(self, draw: Callable[[], object]) -> None:
         """Compile what `draw` needs; where that fails the blocks stay as they are, with a warning."""
@@ -76,7 +76,9 @@ class Compiled:
         try:
             with torch.compiler.set_stance("default"):
                 draw()
-        except (GenerationFailed, OutOfMemory, WorkerUnavailable) as error:  # compiling takes more than drawing
+        except DeviceFailed:
+            raise
+        except Exception as error:  # noqa: BLE001 - compilers raise anything, and compiling takes more than drawing
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
             torch.compiler.set_stance("force_eager")
