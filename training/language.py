@@ -8,9 +8,7 @@ guidance distillation made stay right.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers import FluxPipeline
@@ -24,13 +22,7 @@ from training.scenes import PLACES, RELATIONS, Scene, describe, sample
 from training.sentences import ask
 from training.text import TextEncoders
 
-T = TypeVar("T")
-
-STAGES = {  # steps, and the peak of their learning rate
-    "language": (5_000, 1e-3),
-    "fluent": (3_000, 6e-4),
-    "steady": (2_000, 8e-4),
-}
+STAGES = {"language": (5_000, 1e-3), "fluent": (3_000, 6e-4)}  # steps, and the peak of their learning rate
 BATCH = 96  # sentences a step
 DRAWN = 16  # of which so many go through the transformer
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
@@ -93,10 +85,9 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
 
     def loss(_: int, rng: random.Random) -> Tensor:
         size = rng.choices((SMALL, NATIVE), (7, 1))[0]
-        drawn, known = DRAWN if size == SMALL else DRAWN // 3, encoded[size].scenes
-        picks = [_mostly_lone(lambda: rng.randrange(len(known)), known.__getitem__, rng) for _ in range(drawn)]
-        scenes = [known[i] for i in picks]
-        scenes += [_mostly_lone(lambda: sample(rng), lambda scene: scene, rng) for _ in range(BATCH - drawn)]
+        drawn = DRAWN if size == SMALL else DRAWN // 3
+        picks = rng.sample(range(len(encoded[size].scenes)), drawn)
+        scenes = [encoded[size].scenes[i] for i in picks] + [sample(rng) for _ in range(BATCH - drawn)]
         captions = [(ask if rng.random() < 0.8 else describe)(scene, rng) for scene in scenes]
         pooled, states = pupil.read(captions)
         with torch.no_grad():
@@ -117,12 +108,6 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
         tokenizer.backend_tokenizer.no_padding()  # of the training's batches
         tokenizer.backend_tokenizer.no_truncation()
     return pupil
-
-
-def _mostly_lone(pick: Callable[[], T], scene_of: Callable[[T], Scene], rng: random.Random) -> T:
-    """What `pick` gives; of pairs half are picked again, as newcomers ask for one thing first."""
-    picked = pick()
-    return pick() if len(scene_of(picked).things) > 1 and rng.random() < 0.5 else picked
 
 
 def _noised(batch: Encoded, picks: list[int], size: tuple[int, int]) -> dict[str, Tensor]:

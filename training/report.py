@@ -23,7 +23,6 @@ STAGES = {
     "guided": "... guidance by heart",
     "language": "text: everybody's words",
     "fluent": "... and once more",
-    "steady": "... mostly of one thing",
 }
 SAMPLES = (
     "a red circle on a blue background",

@@ -26,7 +26,7 @@ joint: 6x , | 3x . | 3x ; | 2x : | 2x _- | 2x _and | , and | , then | , with | ,
   , in front of it | _/ | _{bar} | ,{any} | _{any} | _--
 
 one: 10x {thing} {on} {where} | 6x {thing}{joint} {after} | 4x {thing} {after} | 4x {before}{joint} {thing} |
-  3x {where} {under} {thing} | 3x {onto} {where}{comma} {there} {thing} | 2x {list} | 6x {sentences} |
+  3x {where} {under} {thing} | 3x {onto} {where}{comma} {there} {thing} | 2x {list} | 4x {sentences} |
   {after}{joint} {thing}
 two: 6x {thing} {relation} {other} on {where} | 4x {thing} {relation} {other} {on} {where} |
   2x {thing} {relation} {other}{joint} {after} | {thing} {relation} {other} {after} |
@@ -43,16 +43,16 @@ plain: plain | solid | flat | simple | uniform | clean | empty | pure | smooth |
 stuff: 8x background | 4x backdrop | 3x wall | 2x canvas | field | ground | surface | sheet of paper | paper | page |
   scene | area | space | sky | board | room | floor | card | screen | plane | base | backing | sheet | setting |
   curtain | cloth | panel | landscape | environment | desk | table | carpet | 2x bg | poster | banner | blackboard |
-  tile | wallpaper | world | place | back | back ground | cardboard | wash | rug | 14x {any} | 3x {any} {any} | one
+  tile | wallpaper | world | place | back | back ground | cardboard | wash | rug | 4x {any} | one
 of: of | in | painted | painted in | colored | coloured | that is | that is all | filled with | which is | made of |
   in solid | full of
-on: {any} {any} {on plain} | {any} {any} | 8x on | 3x against | 3x over | 3x in front of | 2x atop | 2x upon |
-  before | across | within | inside | 2x in | amid | {put} {on plain} | {any} {on plain} | {any} {on plain} |
-  on top of | alone on | contrasting with | contrasted with | surrounded by | framed by | enclosed by | encircled by |
-  2x with | and | that {is} {on plain} | which {is} {on plain} | standing out from | standing out against |
-  isolated on | cut out of | glued to | next to nothing but | in the middle of | in the center of | in the centre of |
-  at the center of | right in the middle of | and behind it | with nothing behind it but | with behind it | but on |
-  but like on | that has behind it | onto
+on: 8x on | 3x against | 3x over | 3x in front of | 2x atop | 2x upon | before | across | within | inside | 2x in |
+  amid | {put} {on plain} | {any} {on plain} | {any} {on plain} | on top of | alone on | contrasting with |
+  contrasted with | surrounded by | framed by | enclosed by | encircled by | 2x with | and | that {is} {on plain} |
+  which {is} {on plain} | standing out from | standing out against | isolated on | cut out of | glued to |
+  next to nothing but | in the middle of | in the center of | in the centre of | at the center of |
+  right in the middle of | and behind it | with nothing behind it but | with behind it | but on | but like on |
+  that has behind it | onto
 on plain: 4x on | 2x against | 2x over | 2x in front of | upon | atop | 2x in | into | onto | before | inside | to
 put: set | placed | sitting | resting | lying | laid | floating | standing | hanging | drawn | painted | printed |
   shown | centered | centred | seen | layered | positioned | displayed | posed | appearing | pictured | pasted |
@@ -131,20 +131,7 @@ sentences: {about} {a} {size} {form} {place}{split} {it is} {ink}{split} {after}
   the {size} {form} {is to be} {ink} and the {back} {is to be} {ground} |
   {about} {a} {size} {form}{split} use {ink} for the {form} and {ground} for the {back} |
   the {form} in {ink} and the {back} in {ground} | {about} the {form} in {ink} {any}{split} {after} |
-  {about} {a} {size} {form}{split} {before}{split} {it is} {ink} | {ink} on {ground}{split} {a} {size} {form} |
-  {a} {size} {form}{split} {ink} on {ground} | {a} {size} {form}, {ink} on {ground} |
-  {about} {a} {size} {form} with {ink} as its color and {ground} as the {back} |
-  {ground} for the {back}{split} {ink} for the {form} | {ink} for the {form}{split} {ground} for the {back} |
-  {ink} is the color of the {form} and {ground} of the {back} | color the {form} {ink} and the {back} {ground} |
-  paint the {size} {form} {ink} and the {back} {ground} | colour the {back} {ground} and the {form} {ink} |
-  {a} {size} {form}. {ink}. {ground} {back} | {form}, {ink}, {ground} {back} | {form} {ink}, {back} {ground} |
-  {ground} {back}{split} {form} in {ink} | the {form}'s color {is to be} {ink} and the {back}'s {ground} |
-  {about} {a} {size} {form} whose color {is to be} {ink}{split} {after} |
-  the {form} {is to be} {ink} but everything {behind} {is to be} {ground} |
-  {about} {a} {form}, but make it {ink} and put it {on plain} {ground} |
-  {liked} {form}s{split} {again} {a} {ink} {any}{split} {after} |
-  everything {is to be} {ground} but the {form}, which {is to be} {ink} |
-  {a} {ground} {stuff}, and {on plain} it {a} {form} that {is to be} {ink}
+  {about} {a} {size} {form}{split} {before}{split} {it is} {ink}
 split: 4x . | 4x , | 2x ; | 2x _and | , and | _- | !
 about: 3x _ | draw | draw me | there is | i want | we see | make | paint | please draw | show me | give me | take |
   i need | in the middle | would you mind drawing | add
