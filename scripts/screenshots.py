@@ -36,11 +36,20 @@ _SLOW = {"num_inference_steps": 100, "num_images": 4, "seed": 1}
 def main() -> None:
     """Every screenshot anew."""
     FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MODEL_NAME"] = "flux-shapes"
+        # Before the browser, whose own event loop suffers no other in this thread.
+        if batch([str(_ROWS), "--local", "--out", folder]) != 0:
+            raise SystemExit("the rows were not drawn")
+        _screenshots(Path(folder))
+
+
+def _screenshots(rows: Path) -> None:
     with launched() as browser, serving() as server:
         page_light(browser, server.url, FOLDER / "page-light.png")
         page_dark(browser, server.url, FOLDER / "page-dark.png")
         page_phone(browser, server.url, FOLDER / "page-phone.png")
-        gallery(browser, FOLDER / "batch.png")
+        gallery(browser, rows / "index.html", FOLDER / "batch.png")
         openai(server.url, FOLDER / "openai.png")
 
 
@@ -67,17 +76,14 @@ def page_phone(browser: Browser, url: str, to: Path) -> None:
         _save(tab, to)
 
 
-def gallery(browser: Browser, to: Path) -> None:
+def gallery(browser: Browser, file: Path, to: Path) -> None:
     """The page of `python -m client.batch examples/prompts.csv --local`, drawn by the shipped model."""
-    os.environ["MODEL_NAME"] = "flux-shapes"
-    with tempfile.TemporaryDirectory() as folder:
-        if batch([str(_ROWS), "--local", "--out", folder]) != 0:
-            raise SystemExit("the rows were not drawn")
-        page = browser.new_page(viewport={"width": 1120, "height": 800}, color_scheme="light")
-        page.goto((Path(folder) / "index.html").as_uri())
-        page.wait_for_function("[...document.images].filter(i => i.src).every(i => i.complete)")
-        _small(page.screenshot(), to)
-        page.close()
+    page = browser.new_page(viewport={"width": 1120, "height": 800}, color_scheme="light")
+    page.goto(file.as_uri())
+    while not page.evaluate("[...document.images].filter(i => i.src).slice(0, 8).every(i => i.naturalWidth)"):
+        page.wait_for_timeout(50)  # wait_for_function would want eval, which the page forbids
+    _small(page.screenshot(), to)
+    page.close()
 
 
 def openai(url: str, to: Path) -> None:

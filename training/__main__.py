@@ -41,8 +41,10 @@ def main() -> None:
     pipeline.register_modules(**vars(language.train(pipeline, run)))
     # bfloat16, as FLUX.1 is stored: the same weights then serve a CPU in float32 and a card in bfloat16.
     pipeline.to(torch.bfloat16).save_pretrained(output)
-    report.loss_curve(run, output / "loss.png", [stage for stage in report.STAGES if stage not in language.STAGES])
-    report.loss_curve(run, output / "language.png", language.STAGES)
+    report.loss_curve(
+        run, output / "loss.png", [stage for stage in report.STAGES if stage not in language.STAGES | language.LAST]
+    )
+    report.loss_curve(run, output / "language.png", language.STAGES | language.LAST)
     report.sample_grid(_generator(output)).save(output / "samples.png", optimize=True)
 
 

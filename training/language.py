@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,9 +24,22 @@ from training.scenes import PLACES, RELATIONS, Scene, describe, sample
 from training.sentences import ask
 from training.text import TextEncoders
 
-STAGES = {"language": (5_000, 1e-3), "fluent": (3_000, 6e-4)}  # steps, and the peak of their learning rate
+
+@dataclass(frozen=True)
+class Stage:
+    """`rate` is the peak of the learning rate, `native` the share of steps at the native size; of pairs `plainly` says
+    how many are asked for in plain words, which must not be unlearnt."""
+
+    steps: int
+    rate: float
+    native: float = 1 / 8
+    plainly: float = 0.0
+
+
+STAGES = {"language": Stage(5_000, 1e-3), "fluent": Stage(3_000, 6e-4)}
+LAST = {"whose": Stage(600, 4e-4, native=1 / 2, plainly=3 / 5)}
 BATCH = 96  # sentences a step
-DRAWN = 16  # of which so many go through the transformer
+DRAWN, DRAWN_NATIVE = 16, 8  # of which so many go through the transformer, by their size
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
 NOISE = 1.3  # near the flow's: what only the prompt can tell
 ROOT = Path(__file__).parent
@@ -84,34 +98,43 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
     look = text.Look()
     parts = nn.ModuleDict({**pupil.encoders(), "look": look, "tell": nn.Linear(networks.T5_DIM, text.CHOICES)})
 
-    def loss(_: int, rng: random.Random) -> Tensor:
-        size = rng.choices((SMALL, NATIVE), (7, 1))[0]
-        drawn = DRAWN if size == SMALL else DRAWN // 3
-        picks = rng.sample(range(len(encoded[size].scenes)), drawn)
-        scenes = [encoded[size].scenes[i] for i in picks] + [sample(rng) for _ in range(BATCH - drawn)]
-        captions = [(ask if rng.random() < 0.8 else describe)(scene, rng) for scene in scenes]
-        pooled, states = pupil.read(captions)
-        with torch.no_grad():
-            wanted_pooled, wanted_states = teacher.read([plain(scene) for scene in scenes])
-        inputs = _noised(encoded[size], picks, size)
-        with torch.no_grad():
-            wanted = _velocity(transformer, wanted_pooled[:drawn], wanted_states[:drawn], inputs)
-        found = _velocity(transformer, pooled[:drawn], states[:drawn], inputs)
-        drawing = nn.functional.mse_loss(found, wanted)
-        meaning = nn.functional.mse_loss(pooled, wanted_pooled) / wanted_pooled.var()
-        tell = text.tell_loss(parts["tell"](states.mean(1)), scenes) + text.look_loss(look(states), scenes)
-        return 10 * drawing + meaning + 0.1 * tell
+    def fit_one(name: str, stage: Stage) -> None:
+        def loss(_: int, rng: random.Random) -> Tensor:
+            size = NATIVE if rng.random() < stage.native else SMALL
+            drawn = DRAWN if size == SMALL else DRAWN_NATIVE
+            picks = rng.sample(range(len(encoded[size].scenes)), drawn)
+            scenes = [encoded[size].scenes[i] for i in picks] + [sample(rng) for _ in range(BATCH - drawn)]
+            pooled, states = pupil.read([_caption(scene, stage, rng) for scene in scenes])
+            inputs = _noised(encoded[size], picks, size)
+            with torch.no_grad():
+                wanted_pooled, wanted_states = teacher.read([plain(scene) for scene in scenes])
+                wanted = _velocity(transformer, wanted_pooled[:drawn], wanted_states[:drawn], inputs)
+            found = _velocity(transformer, pooled[:drawn], states[:drawn], inputs)
+            drawing = nn.functional.mse_loss(found, wanted)
+            meaning = nn.functional.mse_loss(pooled, wanted_pooled) / wanted_pooled.var()
+            tell = text.tell_loss(parts["tell"](states.mean(1)), scenes) + text.look_loss(look(states), scenes)
+            return 10 * drawing + meaning + 0.1 * tell
+
+        rates = dict.fromkeys(pupil.encoders(), stage.rate) | dict.fromkeys(("look", "tell"), 2 * stage.rate)
+        fit(name, parts, loss, run=run, steps=stage.steps, learning_rate=rates, average=0.995)
 
     ends: list[dict[str, Tensor]] = []  # whose average knows more than any of them (arXiv 2203.05482)
-    for name, (steps, rate) in STAGES.items():
-        rates = {"text_encoder": rate, "text_encoder_2": rate, "look": 2 * rate, "tell": 2 * rate}
-        fit(name, parts, loss, run=run, steps=steps, learning_rate=rates, average=0.995)
+    for name, stage in STAGES.items():
+        fit_one(name, stage)
         ends.append(copy.deepcopy(parts.state_dict()))
     parts.load_state_dict({name: sum(end[name] for end in ends) / len(ends) for name in parts.state_dict()})
+    for name, stage in LAST.items():
+        fit_one(name, stage)
     for tokenizer in (pupil.tokenizer, pupil.tokenizer_2):
         tokenizer.backend_tokenizer.no_padding()  # of the training's batches
         tokenizer.backend_tokenizer.no_truncation()
     return pupil
+
+
+def _caption(scene: Scene, stage: Stage, rng: random.Random) -> str:
+    if len(scene.things) > 1 and rng.random() < stage.plainly:
+        return plain(scene)
+    return (ask if rng.random() < 0.8 else describe)(scene, rng)
 
 
 def _noised(batch: Encoded, picks: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
@@ -138,7 +161,7 @@ def main() -> None:
     pipeline = FluxPipeline.from_pretrained(output, dtype=torch.float32)
     pipeline.register_modules(**vars(train(pipeline, run)))
     pipeline.to(torch.bfloat16).save_pretrained(output)
-    report.loss_curve(run, output / "language.png", STAGES)
+    report.loss_curve(run, output / "language.png", STAGES | LAST)
 
 
 if __name__ == "__main__":

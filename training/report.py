@@ -23,6 +23,7 @@ STAGES = {
     "guided": "... guidance by heart",
     "language": "text: everybody's words",
     "fluent": "... and once more",
+    "whose": "... pairs in plain words again",
 }
 SAMPLES = (
     "a red circle on a blue background",
