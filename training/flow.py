@@ -112,11 +112,27 @@ def velocity(
     transformer: nn.Module, text_encoders: TextEncoders, captions: list[str], inputs: Mapping[str, Tensor]
 ) -> Tensor:
     """What the transformer says of its other `inputs` where it is told `captions`: float [count, tokens, channels]."""
-    pooled, states = text_encoders.read(captions)
+    return velocity_of(transformer, *text_encoders.read(captions), inputs)
+
+
+def velocity_of(transformer: nn.Module, pooled: Tensor, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The same for captions that were read, as `TextEncoders.read` gives them."""
     nowhere = torch.zeros(SEQUENCE_LENGTH, 3)
     prompt = {"pooled_projections": pooled, "encoder_hidden_states": states, "txt_ids": nowhere}
     found: Tensor = transformer(**inputs, **prompt, return_dict=False)[0]
     return found
+
+
+def noised(batch: Encoded, picks: list[int], size: tuple[int, int], noise: float) -> tuple[dict[str, Tensor], Tensor]:
+    """A transformer's inputs on the way from scenes of `batch` to noise, and the velocity that leads there."""
+    latents = batch.latents[picks].float()
+    start, t = torch.randn_like(latents), times(len(picks), latents.shape[1], noise)
+    inputs = {
+        "hidden_states": torch.lerp(latents, start, t[:, None, None]),
+        "timestep": t,
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
+    }
+    return inputs, start - latents
 
 
 @dataclass(frozen=True)
@@ -150,16 +166,10 @@ def velocity_loss(
     """How far the velocity from latents to noise, or the teacher's, is missed on `count` scenes of `batch`."""
     picks = rng.sample(range(len(batch.scenes)), count)
     captions = ["" if rng.random() < PROMPT_DROPOUT else describe(batch.scenes[i], rng) for i in picks]
-    latents = batch.latents[picks].float()
-    start, t = torch.randn_like(latents), times(count, latents.shape[1], noise)
-    control = {} if batch.controls is None else {"controlnet_cond": batch.controls[picks].float()}
-    inputs = {
-        **control,
-        "hidden_states": torch.lerp(latents, start, t[:, None, None]),
-        "timestep": t,
-        "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
-    }
-    wanted = teacher.velocity(captions, inputs) if teacher else start - latents
+    inputs, straight = noised(batch, picks, size, noise)
+    if batch.controls is not None:
+        inputs["controlnet_cond"] = batch.controls[picks].float()
+    wanted = teacher.velocity(captions, inputs) if teacher else straight
     return nn.functional.mse_loss(velocity(transformer, text_encoders, captions, inputs), wanted)
 
 

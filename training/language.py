@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from training import networks, report, text
-from training.flow import NATIVE, SMALL, Encoded, encode_scenes, times
+from training.flow import NATIVE, SMALL, encode_scenes, noised, velocity_of
 from training.loop import fit
 from training.scenes import PLACES, RELATIONS, Scene, describe, sample
 from training.sentences import ask
@@ -105,11 +105,11 @@ def train(pipeline: FluxPipeline, run: Path) -> TextEncoders:
             picks = rng.sample(range(len(encoded[size].scenes)), drawn)
             scenes = [encoded[size].scenes[i] for i in picks] + [sample(rng) for _ in range(BATCH - drawn)]
             pooled, states = pupil.read([_caption(scene, stage, rng) for scene in scenes])
-            inputs = _noised(encoded[size], picks, size)
+            inputs = noised(encoded[size], picks, size, NOISE)[0]
             with torch.no_grad():
                 wanted_pooled, wanted_states = teacher.read([plain(scene) for scene in scenes])
-                wanted = _velocity(transformer, wanted_pooled[:drawn], wanted_states[:drawn], inputs)
-            found = _velocity(transformer, pooled[:drawn], states[:drawn], inputs)
+                wanted = velocity_of(transformer, wanted_pooled[:drawn], wanted_states[:drawn], inputs)
+            found = velocity_of(transformer, pooled[:drawn], states[:drawn], inputs)
             drawing = nn.functional.mse_loss(found, wanted)
             meaning = nn.functional.mse_loss(pooled, wanted_pooled) / wanted_pooled.var()
             tell = text.tell_loss(parts["tell"](states.mean(1)), scenes) + text.look_loss(look(states), scenes)
@@ -135,24 +135,6 @@ def _caption(scene: Scene, stage: Stage, rng: random.Random) -> str:
     if len(scene.things) > 1 and rng.random() < stage.plainly:
         return plain(scene)
     return (ask if rng.random() < 0.8 else describe)(scene, rng)
-
-
-def _noised(batch: Encoded, picks: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
-    latents = batch.latents[picks].float()
-    t = times(len(picks), latents.shape[1], NOISE)
-    return {
-        "hidden_states": torch.lerp(latents, torch.randn_like(latents), t[:, None, None]),
-        "timestep": t,
-        "img_ids": FluxPipeline._prepare_latent_image_ids(1, size[1] // 16, size[0] // 16, "cpu", torch.float32),
-    }
-
-
-def _velocity(transformer: nn.Module, pooled: Tensor, states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    nowhere = torch.zeros(text.SEQUENCE_LENGTH, 3)
-    found: Tensor = transformer(
-        **inputs, pooled_projections=pooled, encoder_hidden_states=states, txt_ids=nowhere, return_dict=False
-    )[0]
-    return found
 
 
 def main() -> None:
