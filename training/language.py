@@ -37,9 +37,12 @@ class Stage:
 
 
 STAGES = {"language": Stage(5_000, 1e-3), "fluent": Stage(3_000, 6e-4)}
-LAST = {"whose": Stage(600, 4e-4, native=1 / 2, plainly=3 / 5)}
+LAST = {
+    "whose": Stage(600, 4e-4, native=1 / 2, plainly=3 / 5),
+    "whose_large": Stage(350, 3e-4, native=1.0, plainly=1.0),
+}
 BATCH = 96  # sentences a step
-DRAWN, DRAWN_NATIVE = 16, 8  # of which so many go through the transformer, by their size
+DRAWN, DRAWN_NATIVE = 16, 14  # of which so many go through the transformer, by their size
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
 NOISE = 1.3  # near the flow's: what only the prompt can tell
 ROOT = Path(__file__).parent

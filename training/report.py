@@ -24,6 +24,7 @@ STAGES = {
     "language": "text: everybody's words",
     "fluent": "... and once more",
     "whose": "... pairs in plain words again",
+    "whose_large": "... at the native size",
 }
 SAMPLES = (
     "a red circle on a blue background",
