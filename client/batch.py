@@ -172,7 +172,7 @@ class _Run:
             drawing = self._draw_here(jobs) if self._options.local else self._draw_there(jobs, key)
             task = asyncio.ensure_future(drawing)
             try:
-                with _stopped_by_signals(task):
+                with _StoppedBySignals(task):
                     await task
             except asyncio.CancelledError:
                 status = 130
@@ -374,7 +374,7 @@ def _changed(file: Path) -> float:
         return -1.0
 
 
-class _stopped_by_signals:  # noqa: N801
+class _StoppedBySignals:
     """Ctrl-C and SIGTERM cancel `task`, and by that its open jobs; a second one leaves those to RunPod."""
 
     def __init__(self, task: asyncio.Future[None]) -> None:

@@ -15,7 +15,7 @@ from benchmarks.wordings import FORMS
 from src.settings import ROOT
 from training import judge
 from training.flow import Guided, velocity
-from training.language import plain, widen
+from training.language import widen
 from training.loop import CHECKPOINT_EVERY, fit
 from training.scenes import (
     COLOUR_WORDS,
@@ -28,6 +28,7 @@ from training.scenes import (
     every_prompt,
     lone,
     pair,
+    plain,
     sample,
     some_pairs,
 )

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from training import networks, report, text
 from training.flow import NATIVE, SMALL, encode_scenes, noised, velocity_of
 from training.loop import fit
-from training.scenes import PLACES, RELATIONS, Scene, describe, sample
+from training.scenes import Scene, describe, plain, sample
 from training.sentences import ask
 from training.text import TextEncoders
 
@@ -46,20 +46,6 @@ DRAWN, DRAWN_NATIVE = 16, 14  # of which so many go through the transformer, by 
 SCENES = {SMALL: 6_000, NATIVE: 1_500}
 NOISE = 1.3  # near the flow's: what only the prompt can tell
 ROOT = Path(__file__).parent
-
-
-def plain(scene: Scene) -> str:
-    """The scene in the words that the model was first trained on most."""
-    nouns = []
-    for thing in scene.things:
-        words = f"{'' if thing.size == 'medium' else thing.size} {thing.colour} {thing.shape}".strip()
-        nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
-    if len(nouns) > 1:
-        subject = f" {RELATIONS[scene.layout][2][0]} ".join(nouns)
-    else:
-        where = PLACES[scene.layout][1][0] if scene.layout in PLACES else ""
-        subject = f"{nouns[0]} {where}".strip()
-    return f"{subject} on {'an' if scene.background[0] in 'aeiou' else 'a'} {scene.background} background"
 
 
 def _pieces(tokenizer: CLIPTokenizer | T5Tokenizer) -> dict[str, int]:

@@ -262,6 +262,20 @@ def describe(scene: Scene, rng: random.Random) -> str:
     return str(case(text))
 
 
+def plain(scene: Scene) -> str:
+    """The scene in the words that the model was first trained on most."""
+    nouns = []
+    for thing in scene.things:
+        words = f"{'' if thing.size == 'medium' else thing.size} {thing.colour} {thing.shape}".strip()
+        nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
+    if len(nouns) > 1:
+        subject = f" {RELATIONS[scene.layout][2][0]} ".join(nouns)
+    else:
+        where = PLACES[scene.layout][1][0] if scene.layout in PLACES else ""
+        subject = f"{nouns[0]} {where}".strip()
+    return f"{subject} on {'an' if scene.background[0] in 'aeiou' else 'a'} {scene.background} background"
+
+
 def some_pairs(count: int) -> Iterator[tuple[str, Scene]]:
     """`count` pairs of things as (prompt, scene), in plain words, of three colours that differ."""
     rng = random.Random("pairs")
@@ -269,10 +283,8 @@ def some_pairs(count: int) -> Iterator[tuple[str, Scene]]:
         background, *inks = rng.sample(list(COLOURS), 3)
         relation = rng.choice(list(RELATIONS))
         first, second = ((rng.choice(("medium", "large")), ink, rng.choice(list(SHAPE_WORDS))) for ink in inks)
-        nouns = (" ".join(word for word in thing if word != "medium") for thing in (first, second))
-        one, other = (f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in nouns)
-        words = f"{one} {RELATIONS[relation][2][0]} {other} on {'an' if background[0] in 'aeiou' else 'a'} {background}"
-        yield f"{words} background", pair(first, relation, second, background)
+        scene = pair(first, relation, second, background)
+        yield plain(scene), scene
 
 
 def some_anywhere(count: int) -> Iterator[tuple[str, Scene]]:
