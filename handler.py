@@ -27,6 +27,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from src.catalog import PROFILES
 from src.errors import Cancelled, InternalError, InvalidRequest, TimedOut, WorkerError, let_go, of_the_machine
 from src.job import Job, OnProgress
 from src.plan.plan import Plan, make_plan
@@ -181,6 +182,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Pla
         max_pixels=settings.max_pixels,
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,
+        speed=PROFILES[settings.profile].speed,
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -30,7 +30,11 @@ from src.request.schema import Request
 from src.request.texts import typed
 from src.response.encode import read_parameters
 from src.serving.logs import log, quiet_libraries
+from src.serving.warm_up import warm_up
 from src.weights.disk import why_not_writable
+
+if TYPE_CHECKING:
+    from src.engine import Engine
 
 ROOT = Path(__file__).resolve().parent
 
@@ -51,6 +55,7 @@ def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
         print(f"model    {get_settings().model_name}", flush=True)
         engine = get_engine()
         load = time.perf_counter() - started
+        _warm_up(engine, options)
         if options.picture:
             _check_maker(options.picture, engine.model.name, engine.revision)
     except (WorkerError, OSError, ValueError) as error:
@@ -71,6 +76,15 @@ def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
         return _fail(f"the pictures cannot be saved in {options.output.resolve()}: {error}")
     _report(response["metadata"], load, bar.steps)
     return 0
+
+
+def _warm_up(engine: Engine, options: argparse.Namespace) -> None:
+    """Where that is asked for; or say what the seconds below are of."""
+    if options.warm_up:
+        for warm in warm_up(engine, get_settings()):
+            print(f"warm-up  {warm.width}x{warm.height}: {warm.seconds:.2f} s", flush=True)
+    elif engine.loaded().acceleration["compiled"] != "off":
+        print("compiled no: a worker's blocks are compiled while it warms up, and faster; --warm-up does that here")
 
 
 def _check_output(folder: Path) -> None:
@@ -127,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=Path, default=ROOT / "test_input.json", help='a file of {"input": {...}}')
     parser.add_argument("--from", type=Path, dest="picture", metavar="PICTURE", help="repeat what made this picture")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures")
+    parser.add_argument("--warm-up", action="store_true", help="warm up first, as a worker does: compile, then draw")
     parser.add_argument("--quiet", action="store_true", help="no stages and no progress bars")
     fields = parser.add_argument_group("fields of the request")
     for name, field in Request.model_fields.items():

@@ -469,6 +469,25 @@ QUANTIZATIONS: Mapping[str, QuantizedKind] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What a worker gives up for speed where its other settings say nothing."""
+
+    quantization: str = "none"  # a row of QUANTIZATIONS
+    attention: tuple[str, ...] = ()  # diffusers' attention backends, the first that works here; none: the card's own
+    speed: str = "exact"  # the row of SPEEDS of a request that says none
+    static_shapes: bool = False  # compiled once more for each size of the warm-up
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "exact": Profile(),
+        "near": Profile(quantization="fp8"),
+        "fast": Profile("fp8", attention=("_flash_3_hub", "sage_hub"), speed="balanced", static_shapes=True),
+    }
+)
+
+
 def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[ControlNet, ...]:
     """Those that fit `model`, the `preferred` ones first, by their names or repos in any case."""
     takes_any = any(row.controlnet for row in model.modes.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -19,12 +19,14 @@ class Generation:
     warnings: tuple[str, ...]
     peak_memory: int | None  # bytes on the card; None on the CPU
     quantization: str | None = None  # of the weights; None is exact
+    profile: str = "exact"  # the worker's row of PROFILES
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is in memory now: adapters as they were asked for, ControlNets by name, and where the weights live."""
+    """What is in memory now, adapters as they were asked for, ControlNets by name, and where weights live; how it runs."""
 
     adapters: tuple[str, ...]
     controlnets: tuple[str, ...]
     placement: Mapping[str, Any]
+    acceleration: Mapping[str, Any] = field(default_factory=dict)

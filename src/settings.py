@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from src.catalog import MEMORY_MODES, QUANTIZATIONS
+from src.catalog import MEMORY_MODES, PROFILES, QUANTIZATIONS
 from src.errors import InvalidSettings
 from src.redaction import keep_secret, secrets_among
 
@@ -86,6 +86,13 @@ def _sizes(value: object) -> object:
     return tuple(tuple(size.split("x")) for size in value.lower().replace(" ", "").split(","))
 
 
+def _ranks(value: object) -> object:
+    """Read "32,128" as numbers, and "none" as no rank at all."""
+    if not isinstance(value, str):
+        return value
+    return () if value.lower() == "none" else tuple(rank.strip() for rank in value.split(","))
+
+
 def _kept(value: SecretStr) -> SecretStr:
     """What is secret leaves the process nowhere, and not as what is wrong of it either."""
     keep_secret(value.get_secret_value())
@@ -106,6 +113,7 @@ def _sendable(value: SecretStr) -> SecretStr:
 
 Secret = Annotated[SecretStr, AfterValidator(_kept), AfterValidator(_sendable)]
 Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValidator(_ranks)]
 
 
 _SMALLER = ("none", *QUANTIZATIONS)
@@ -141,6 +149,11 @@ class Settings(BaseModel):
     max_loras: int = Field(8, ge=4, le=64, description="adapters held in memory; the least recently used goes first")
     max_lora_rank: int = Field(512, ge=1, description="the highest rank of an adapter's layers")
     max_lora_gb: float = Field(8, gt=0, description="gigabytes (10^9) of one adapter, in its file or read in float32")
+    lora_target_ranks: Ranks = Field(
+        (32, 128),
+        description="ranks of the slots that compiled blocks have for adapters: a request takes the smallest that its "
+        "adapters fit into together, and runs uncompiled above; none compiles for no adapters",
+    )
     lora_hub_allow: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_repos)] = Field(
         (),
         description="repos of the hub whose adapters may be used: a list of owner/name, owner/*, public for those that "
@@ -156,14 +169,21 @@ class Settings(BaseModel):
     memory_limit_gb: float | None = Field(
         None, gt=0, description="gigabytes (10^9) of the card to use at most; all that is free by default"
     )
-    quantization: Annotated[str, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
-        "none", description="fp8 or nf4: smaller, and not exact; the metadata says so"
+    profile: Annotated[str, BeforeValidator(_row_of(PROFILES)), _options(PROFILES)] = Field(
+        "exact",
+        description="exact, near (fp8 weights) or fast (also the fastest attention kernel that is installed, guessed "
+        "steps where a request says no speed, and graphs for each warm-up size); QUANTIZATION, MEMORY_MODE, "
+        "ATTENTION_BACKEND and a request's speed count first",
+    )
+    quantization: Annotated[str | None, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
+        None, description="fp8 or nf4: smaller, and not exact; the metadata says so. By default what PROFILE says"
     )
     quantized_dir: Path = Field(
         Path("/runpod-volume/quantized"), description="where quantized weights are kept for the next worker"
     )
     attention_backend: str = Field(
-        "auto", description="a name of diffusers' attention backends; auto is cuDNN's on Hopper and later"
+        "auto",
+        description="a name of diffusers' attention backends; auto is the fastest for the card that needs no package",
     )
     compile: bool | None = Field(
         None, description="compile the transformer's blocks before the first job; on cards by default"
@@ -238,7 +258,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _one_way_to_quantize(self) -> Settings:
         asked = MEMORY_MODES[self.memory_mode].quantization
-        if self.quantization not in ("none", asked) and self.memory_mode != "auto":
+        if self.quantization not in (None, "none", asked) and self.memory_mode != "auto":
             both = f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization}"
             raise ValueError(f"{both} contradict each other: set one of them")
         return self
@@ -246,7 +266,10 @@ class Settings(BaseModel):
     @property
     def placement_mode(self) -> str:
         """The row of MEMORY_MODES that is asked for, also by `quantization`."""
-        return self.memory_mode if self.quantization == "none" else self.quantization
+        asked = self.quantization
+        if asked is None and self.memory_mode == "auto":
+            asked = PROFILES[self.profile].quantization
+        return self.memory_mode if asked in (None, "none") else asked
 
     def add_packages(self) -> None:
         """Let Python find what quantizes, where that is asked for: diffusers imports it wherever it can, for 1.6 s."""

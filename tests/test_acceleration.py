@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -23,17 +18,14 @@ import torch
 from handler import respond
 from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
-from src.engine.acceleration import Compiled
 from src.engine.quantization import Quantizer, _chosen
-from src.errors import DeviceFailed, InvalidSettings, ModelUnavailable, WorkerError
+from src.errors import InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
 from src.response.encode import read_parameters
-from src.serving.loop import Worker
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
-from tests.fakes import never
 from tests.small_models import small
 from training.scenes import every_prompt
 
@@ -76,171 +68,6 @@ def plan(engine: Engine, **fields: Any) -> Plan:
 @pytest.fixture(scope="module")
 def plain() -> Engine:
     return load()
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
-
-
-class Backend:
-    """A compiler that leaves the graph as it is, and counts how often each kind of graph is made and run."""
-
-    def __init__(self) -> None:
-        self.made = self.run = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
-        self.made += 1
-
-        def run(*inputs: torch.Tensor) -> Any:
-            self.run += 1
-            return graph(*inputs)
-
-        return run
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_path: Path) -> None:
-    engine, backend = load(memory_limit_gb=0.1, memory_mode="modulation_cache", max_pixels=256 * 256), Backend()
-    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "no" / "kept.bin", backend)
-    before = drawn(engine)
-    assert backend.made == 0, "nobody waits who did not ask for a warm-up"
-    engine.warm_up(plan(engine, num_inference_steps=2), 8)
-    made = backend.made
-    assert 2 <= made <= 4, "for each kind of block one, or one for the first and one for those that follow"
-
-    def compiled_calls(**fields: Any) -> int:
-        ran = backend.run
-        assert decibels(drawn(engine, **fields), drawn(plain, **fields)) > 90
-        return backend.run - ran
-
-    blocks = 8 * 7
-    assert np.array_equal(drawn(engine), before)
-    assert compiled_calls() == blocks
-    assert compiled_calls(width=256, height=192) == blocks, "another size"
-    assert compiled_calls(num_inference_steps=3, scheduler="unipc") == 3 * 7
-    assert compiled_calls(**OUTLINE) == 0, "runs as it is"
-    assert compiled_calls(**{**OUTLINE, "lora_scale": 0.5}) == 0
-    assert compiled_calls() == blocks, "adapters were put aside"
-    assert backend.made == made
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_batches_are_compiled_too_where_they_are_drawn(tmp_path: Path) -> None:
-    engine, backend = load(), Backend()
-    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "no" / "kept.bin", backend)
-    worker = Worker(never, Settings(batch_size=2, warmup_sizes=((64, 64),)))
-    worker.warm_up(engine)
-    worker.close()
-    made = backend.made
-    for batch_size, calls in ((2, 8 * 7), (1, 2 * 8 * 7)):
-        ran = backend.run
-        event = {"input": {"prompt": PROMPT, "seed": 1, "num_images": 2}}
-        assert respond(event, Job(), partial(Settings, batch_size=batch_size), lambda: engine)["status"] == "success"
-        assert backend.run - ran == calls
-    assert backend.made == made
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiler_that_fails_costs_no_picture(
-    plain: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: Any) -> Any:
-        raise OSError("gcc: not found")
-
-    engine = load()
-    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "kept.bin", broken)
-    with caplog.at_level(logging.WARNING, "worker"):
-        engine.warm_up(plan(engine, num_inference_steps=2), 8)
-    assert "torch.compile failed" in caplog.text
-    assert "gcc: not found" in caplog.text
-    assert np.array_equal(drawn(engine), drawn(plain))
-    assert not (tmp_path / "kept.bin").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_memory_that_only_compiling_lacks_costs_no_start_and_is_not_tried_again(plain: Engine, tmp_path: Path) -> None:
-    tried = []
-
-    def hungry(*_: Any) -> Any:
-        tried.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    engine = load()
-    engine._compiled = Compiled(engine._pipeline.transformer, tmp_path / "kept.bin", hungry)
-    for size in (64, 128):
-        engine.warm_up(plan(engine, num_inference_steps=2, width=size), 8)
-    assert len(tried) <= 2, "freed and tried once more"
-    assert np.array_equal(drawn(engine), drawn(plain))
-
-
-def compiled_blocks(kept: Path) -> Compiled:
-    """Of no blocks at all."""
-    none = SimpleNamespace(transformer_blocks=[], single_transformer_blocks=[], requires_grad_=lambda _: None)
-    return Compiled(none, kept)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    "error", [AssertionError("an assumption of inductor's"), KeyError("s0"), NotImplementedError()]
-)
-def test_whatever_a_compiler_raises_costs_no_start(error: Exception, tmp_path: Path) -> None:
-    tried = []
-
-    def draw() -> None:
-        tried.append(1)
-        if len(tried) == 1:
-            raise error
-
-    compiled = compiled_blocks(tmp_path / "kept.bin")
-    for drawn in (2, 3):
-        compiled.warm_up(draw)
-        assert len(tried) == drawn
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_device_that_fails_while_compiling_ends_the_worker(tmp_path: Path) -> None:
-    def draw() -> None:
-        raise DeviceFailed("it is gone")
-
-    with pytest.raises(DeviceFailed):
-        compiled_blocks(tmp_path / "kept.bin").warm_up(draw)
-
-
-_COMPILING = """
-import sys, torch
-from tests.test_acceleration import load, plan
-engine = load(compile=True, compile_cache_dir=sys.argv[1])
-engine.warm_up(plan(engine, num_inference_steps=2), 8)
-from torch._dynamo.utils import counters
-print("hits", counters["aot_autograd"]["autograd_cache_hit"], "misses", counters["aot_autograd"]["autograd_cache_miss"])
-"""
-
-
-@pytest.mark.slow
-def test_what_was_compiled_is_kept_for_the_next_process(tmp_path: Path) -> None:
-    folder = tmp_path / "volume" / "compile-cache"
-    folder.parent.mkdir()
-    response = []
-    for home in ("one", "two"):
-        environment = {"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / home), "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            [sys.executable, "-c", _COMPILING, str(folder)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        response.append(run.stdout.split())
-    assert len(list(folder.glob("*.bin"))) == 1
-    (hits, misses), (later_hits, later_misses) = ((int(words[1]), int(words[3])) for words in response)
-    assert (hits, later_hits + later_misses) == (0, misses), response
-    assert later_hits > later_misses, "most of it was found"
 
 
 def test_attention_backends_go_by_name(plain: Engine) -> None:

@@ -2,92 +2,208 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import torch.fx.experimental._config as shapes_config
 
-from src.errors import DeviceFailed, InvalidSettings
+from src.catalog import PROFILES
+from src.engine.lora_slots import LoraSlots
+from src.errors import DeviceFailed, InvalidSettings, first_line
 from src.settings import Settings
 from src.weights.disk import keep
 
 log = logging.getLogger("worker")
 
-_HOPPER = 9  # major compute capability: there cuDNN's attention is the fastest that needs no further package
-_AMPERE = 8  # the first with bfloat16
+_AMPERE = (8, 0)  # compute capability: the first with bfloat16
+# Where torch does not choose the fastest attention by itself. On Hopper it does: cuDNN's, and another where that fails.
+_ATTENTION = {(12, 0): "_native_cudnn"}  # RTX 5090
+_GRAPHS = 64  # of one kind of block, at most: by norms, slots, batches; torch's own limit of 8 is for surprises
 
 
-def accelerate(pipeline: Any, settings: Settings, device: torch.device) -> Compiled | None:
+def accelerate(
+    pipeline: Any, settings: Settings, device: torch.device, *, modulation_cache: bool = False
+) -> Compiled | None:
     """Set up `pipeline` for `device`; what compiles its blocks, where COMPILE asks for that.
 
-    Raises InvalidSettings where ATTENTION_BACKEND cannot be had.
+    With a `modulation_cache` adaptive norms are asked outside of the blocks. Raises InvalidSettings where
+    ATTENTION_BACKEND cannot be had.
     """
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    backend = settings.attention_backend
-    if backend == "auto":
-        backend = "_native_cudnn" if major >= _HOPPER else "native"
-    try:
-        pipeline.transformer.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise InvalidSettings(f"ATTENTION_BACKEND={backend}: {error}") from error
-    if device.type == "cuda":
+    on_card = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_card else (0, 0)
+    _set_attention(pipeline.transformer, settings, capability)
+    if on_card:
         pipeline.vae.to(memory_format=torch.channels_last)
-    wanted = major >= _AMPERE if settings.compile is None else settings.compile
-    wanted = wanted and settings.placement_mode != "sequential_offload"  # whose hooks no graph can hold
-    return Compiled(pipeline.transformer, _kept(settings, device)) if wanted else None
+    wanted = capability >= _AMPERE if settings.compile is None else settings.compile
+    if not wanted or settings.placement_mode == "sequential_offload":  # whose hooks no graph can hold
+        return None
+    slots = LoraSlots(pipeline.transformer, settings.lora_target_ranks, device, modulation=not modulation_cache)
+    static_shapes = PROFILES[settings.profile].static_shapes
+    return Compiled(pipeline, _kept(settings, device), slots, static_shapes=static_shapes)
+
+
+def attention_of(transformer: Any) -> str:
+    """The attention backend that its blocks use, by diffusers' name."""
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    backends = (getattr(processor, "_attention_backend", None) for processor in processors)
+    return str(next(filter(None, backends), "native"))
+
+
+def _set_attention(transformer: Any, settings: Settings, capability: tuple[int, int]) -> None:
+    asked = settings.attention_backend
+    if asked != "auto":
+        try:
+            transformer.set_attention_backend(asked)
+        except (ValueError, RuntimeError, ImportError, OSError) as error:
+            raise InvalidSettings(f"ATTENTION_BACKEND={asked}: {error}") from error
+        return
+    for name in PROFILES[settings.profile].attention if capability > (0, 0) else ():
+        try:
+            transformer.set_attention_backend(name)
+        except Exception as error:  # noqa: BLE001 - kernels of others, which raise anything
+            log.info("PROFILE=%s: no %s attention here: %s", settings.profile, name, first_line(error))
+        else:
+            return
+    transformer.set_attention_backend(_ATTENTION.get(capability, "native"))
 
 
 def _kept(settings: Settings, device: torch.device) -> Path:
     """A file for what was compiled for this model, this card and these versions."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     kind = f"{torch.__version__} {diffusers.__version__} {card} {settings.model_name}"
-    kind += f" {settings.placement_mode} {settings.attention_backend}"
+    kind += f" {settings.placement_mode} {settings.attention_backend} {settings.profile}"
     return settings.compile_cache_dir / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.bin"
 
 
 class Compiled:
-    """The blocks of a transformer, compiled while it is warmed up: at any other time nobody waits for a compiler.
+    """A transformer's blocks and the decoder, compiled while they are warmed up: at other times nobody waits for that.
 
-    All blocks of a kind share one graph, for pictures of any size. What no graph fits, adapters say, runs as it is.
-    `kept` is where the next process finds what this one compiled; nothing is kept where its folder cannot be made.
+    All blocks of a kind share their graphs, for pictures of any size, ControlNets' blocks among them, and for adapters
+    that fit the slots. What no graph fits runs as it is. `kept` is where the next process finds what this one compiled;
+    nothing is kept where its folder cannot be made.
     """
 
-    def __init__(self, transformer: Any, kept: Path, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        kept: Path,
+        lora_slots: LoraSlots,
+        backend: str | Callable[..., Any] = "inductor",
+        *,
+        static_shapes: bool = False,
+    ) -> None:
+        self.state = "not warmed up"  # or compiled, or why not
+        self.lora_slots = lora_slots
         self._kept = kept
-        self._failed = False
-        transformer.requires_grad_(False)  # as adapters leave it, or what was compiled before them would not fit after
-        for kind in ("transformer_blocks", "single_transformer_blocks"):
-            for block in getattr(transformer, kind):
-                # Its forward and no more: the hooks that bring weights stay outside of the graph.
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)
+        self._backend = backend
+        self._wants_static = static_shapes
+        self._static: set[tuple[Any, ...]] = set()  # shapes that there are graphs for which fit nothing else
+        self._making_static = False
+        # Or a picture whose tokens are as many as a layer is wide would be compiled for that one size.
+        shapes_config.use_duck_shape = False
+        torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
+        self.add(pipeline.transformer)
+        self._compile(pipeline.vae.decoder)
         torch.compiler.set_stance("eager_on_recompile")
-        if kept.is_file():
-            torch.compiler.load_cache_artifacts(kept.read_bytes())  # of a broken file it says so, and goes on
+        self._in_file = set[tuple[str, str]]()
+        if kept.is_file():  # of a broken file torch says so, and goes on
+            self._in_file = _keys(torch.compiler.load_cache_artifacts(kept.read_bytes()))
+
+    def add(self, network: Any) -> None:
+        """Let the blocks of a transformer or a ControlNet be compiled, or run graphs that fit them."""
+        network.requires_grad_(False)  # as adapters leave it, or what was compiled before them would not fit after
+        for kind in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(network, kind):
+                self._compile(block)
+
+    def _compile(self, module: Any) -> None:
+        """Its forward and no more: the hooks that bring weights stay outside of the graph."""
+        forward = module.forward
+        compiled = partial(torch.compile, fullgraph=True, backend=self._backend)
+        for_any, for_one = compiled(forward, dynamic=True), compiled(_twin(module), dynamic=False)
+
+        @functools.wraps(forward)
+        def run(*inputs: Any, **named: Any) -> Any:
+            if named.get("joint_attention_kwargs", named) is None:  # some pipelines say None, others {}
+                named["joint_attention_kwargs"] = {}
+            if self._wants_static:
+                given = (*inputs, *named.values())
+                shapes = (type(module), *(each.shape for each in given if isinstance(each, torch.Tensor)))
+                if self._making_static:
+                    self._static.add(shapes)
+                if shapes in self._static:
+                    return for_one(*inputs, **named)
+            return for_any(*inputs, **named)
+
+        module.forward = run
 
     def warm_up(self, draw: Callable[[], object]) -> None:
-        """Compile what `draw` needs; where that fails the blocks stay as they are, with a warning."""
-        if self._failed:
+        """Compile what `draw` needs, without adapters and with slots for them; where that fails it runs as it is."""
+        if self.state.startswith("failed"):
             draw()
             return
+        if reason := self._fails(draw):
+            log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
+            torch.compiler.set_stance("force_eager")
+            self.state = f"failed: {reason}"
+            self.lora_slots.give_up()
+            draw()
+            return
+        self.state = "compiled"
+        for rank in self.lora_slots.ranks:
+            with self.lora_slots.empty(rank):
+                reason = self._fails(draw)
+            if reason:
+                log.warning("torch.compile failed, and adapters run uncompiled: LORA_TARGET_RANKS=%s: %s", rank, reason)
+                self.lora_slots.give_up()
+                break
+            self.lora_slots.compiled.add(rank)
+
+    def _fails(self, draw: Callable[[], object]) -> str | None:
+        """Why what `draw` needs cannot be compiled; None where it was."""
         try:
             with torch.compiler.set_stance("default"):
                 draw()
+                if self._wants_static:
+                    self._making_static = True
+                    draw()
         except DeviceFailed:
             raise
         except Exception as error:  # noqa: BLE001 - compilers raise anything, and compiling takes more than drawing
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
-            torch.compiler.set_stance("force_eager")
-            self._failed = True
-            draw()
-        else:
-            self._keep()
+            return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        finally:
+            self._making_static = False
+        return None
 
-    def _keep(self) -> None:
-        artifacts = torch.compiler.save_cache_artifacts()
-        if artifacts and not self._kept.exists():
+    def keep(self) -> None:
+        """Write what was compiled, where the file lacks some of it; once, after all is warmed up.
+
+        What torch 2.13 serializes a second time loads without what it serialized the first time.
+        """
+        artifacts = torch.compiler.save_cache_artifacts() if self.state == "compiled" else None
+        if artifacts and not _keys(artifacts[1]) <= self._in_file:
             keep(self._kept, "COMPILE_CACHE_DIR", lambda unfinished: unfinished.write_bytes(artifacts[0]))
+
+
+def _twin(module: Any) -> Any:
+    """`module.forward` once more: torch keeps graphs by code, and would run a dynamic one where a static one is asked."""
+    return types.MethodType(_twin_of(type(module).forward), module)
+
+
+@functools.cache
+def _twin_of(function: Any) -> Any:
+    code = function.__code__.replace(co_name=f"{function.__name__}_of_one_shape")
+    return types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+
+
+def _keys(info: Any) -> set[tuple[str, str]]:
+    """Of what torch's caches hold: kinds and keys."""
+    return {(kind, key) for kind, keys in info.artifacts.items() for key in keys} if info else set()

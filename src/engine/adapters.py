@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from src.engine.lora import AdapterFile, AdapterWeights, Networks
+from src.engine.lora_slots import LoraSlots
 from src.engine.memory import free_memory, is_out_of_memory
 from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault
 from src.redaction import redact
@@ -27,8 +28,10 @@ _HANDED_OVER = 2_000_000_000  # bytes of weights that may wait in the host's mem
 class Adapters:
     """Holds at most MAX_LORAS adapters in memory; the least recently used goes first."""
 
-    def __init__(self, pipeline: Any, settings: Settings) -> None:
+    def __init__(self, pipeline: Any, settings: Settings, slots: LoraSlots | None = None) -> None:
+        self.warnings: tuple[str, ...] = ()  # of those that count
         self._pipeline = pipeline
+        self._slots = slots
         self._limit = settings.max_loras
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
         self._used: tuple[str, ...] = ()  # names that count for the picture
@@ -71,9 +74,15 @@ class Adapters:
         """
         wanted = {adapter.name: adapter for adapter in adapters if adapter.asked.scale}  # a DoRA counts even at 0
         self._used = tuple(wanted)
-        if not wanted:
+        if self._slots:
+            self._slots.take_out()
+        if wanted:
+            self._count(wanted)
+        else:
             self._set_aside()
-            return
+        self.warnings = tuple(self._slots.put_in()) if self._slots else ()
+
+    def _count(self, wanted: Mapping[str, Adapter]) -> None:
         self._put_back()
         for name in wanted.keys() & self._loaded.keys():
             self._loaded.move_to_end(name)
@@ -144,6 +153,8 @@ class Adapters:
                     setattr(part.get_submodule(parent), attribute, layer.get_base_layer())
 
     def _put_back(self) -> None:
+        if self._slots:
+            self._slots.take_out()
         while self._aside:
             parent, attribute, layer = self._aside.pop()
             setattr(parent, attribute, layer)

@@ -80,8 +80,16 @@ def _named(net: ControlNet, files: Files) -> Iterator[None]:
 class ControlNets:
     """Those of one model. What CONTROLNETS names stays; of others only what the latest plan asked for."""
 
-    def __init__(self, pipeline: Any, model: Model, files: Files, device: torch.device) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        model: Model,
+        files: Files,
+        device: torch.device,
+        on_load: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         self._pipeline = pipeline
+        self._on_load = on_load  # gets each network
         self._device = device
         self._model = model
         self._files = files
@@ -161,6 +169,7 @@ class ControlNets:
                     local_files_only=True,
                 )
                 self._loaded[net.name] = found.to(self._device).eval()
+                self._on_load(self._loaded[net.name])
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

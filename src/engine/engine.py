@@ -14,7 +14,7 @@ import diffusers
 import torch
 
 from src.catalog import SCHEDULERS, Model, Scheduler
-from src.engine.acceleration import Compiled
+from src.engine.acceleration import Compiled, attention_of
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Denoiser, finish
@@ -22,6 +22,7 @@ from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.prompts import Embeddings, Prompts
+from src.engine.quantization import has_products
 from src.engine.redux import Redux
 from src.engine.schedulers import make_scheduler
 from src.errors import (
@@ -66,10 +67,11 @@ class Engine:
         self._views = {model.base.class_name: pipeline}
         self._placed_pipeline = placed_pipeline or PlacedPipeline(pipeline, None, pipeline.device)
         self._compiled = compiled
+        self._profile = settings.profile
         self._alone = threading.Lock()
-        self._adapters = Adapters(pipeline, settings)
+        self._adapters = Adapters(pipeline, settings, compiled.lora_slots if compiled else None)
         device = self._placed_pipeline.device
-        self._controlnets = ControlNets(pipeline, model, files, device)
+        self._controlnets = ControlNets(pipeline, model, files, device, compiled.add if compiled else lambda _: None)
         self._redux = Redux(pipeline, settings.redux_model, files, device)
         self._prompts = Prompts(pipeline, self._redux, device)
         self._own_scheduler = pipeline.scheduler
@@ -121,9 +123,10 @@ class Engine:
             pictures=tuple(finish(picture, plan) for picture in pictures),
             scheduler=scheduler,
             timings=phases.seconds,
-            warnings=(*self._prompts.warnings(plan), *denoiser.warnings),
+            warnings=(*self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
             quantization=self._placed_pipeline.quantization,
+            profile=self._profile,
         )
 
     def check_adapters(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
@@ -132,8 +135,18 @@ class Engine:
 
     def loaded(self) -> Loaded:
         """What is in memory, and where."""
-        placement = self._placed_pipeline.placement
-        return Loaded(self._adapters.in_memory, self._controlnets.in_memory, placement.summary() if placement else {})
+        placement, device = self._placed_pipeline.placement, self._placed_pipeline.device
+        return Loaded(
+            self._adapters.in_memory,
+            self._controlnets.in_memory,
+            placement.summary() if placement else {},
+            {
+                "profile": self._profile,
+                "products_in_8_bits": self._placed_pipeline.quantization == "fp8" and has_products(device),
+                "attention": attention_of(self._pipeline.transformer),
+                "compiled": self._compiled.state if self._compiled else "off",
+            },
+        )
 
     def load_controlnets(self, names: Sequence[str]) -> None:
         """Load these at the start, and keep them; raises InvalidSettings, ModelUnavailable or OutOfMemory."""
@@ -156,6 +169,11 @@ class Engine:
             self.run(plan)
         seconds = self.run(plan).timings
         return sum(seconds.values()) + seconds["denoise"] * (steps / plan.steps - 1)
+
+    def keep_compiled(self) -> None:
+        """Let the next process find what the warm-up compiled."""
+        if self._compiled:
+            self._compiled.keep()
 
     @contextmanager
     def _left_clean(self) -> Iterator[None]:

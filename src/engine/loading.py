@@ -75,7 +75,7 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
             pipeline = _load(index, source, dtype, quantizer)
         with START.stage("load"):
             placed_pipeline = PlacedPipeline(pipeline, placement, device)
-            compiled = accelerate(pipeline, settings, device)
+            compiled = accelerate(pipeline, settings, device, modulation_cache=placement.modulation_cache)
     except WorkerError:
         raise
     except Exception as error:

@@ -39,7 +39,7 @@ class Quantizer:
         self._backend = _BACKENDS[kind]
         self._device = device
         self._folder = folder
-        made_for = f"{device.type}{'-products' if _has_products(device) else ''}"
+        made_for = f"{device.type}{'-products' if has_products(device) else ''}"
         try:
             self._name = f"{kind}-{_FORMAT}-{self._backend.name}-{version(self._backend.name)}-{made_for}"
         except PackageNotFoundError as error:
@@ -122,7 +122,7 @@ class _TorchAo:
         )
 
         products = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-        quantize_(layer, products if _has_products(device) else Float8WeightOnlyConfig())
+        quantize_(layer, products if has_products(device) else Float8WeightOnlyConfig())
         return layer
 
     def restore(self, transformer: Any, weights: dict[str, Any]) -> None:
@@ -193,5 +193,6 @@ def _ask(layer: Any) -> torch.Tensor:
     return answer
 
 
-def _has_products(device: torch.device) -> bool:
+def has_products(device: torch.device) -> bool:
+    """Whether it multiplies in 8 bits; others keep fp8 weights alone, which are smaller and no faster."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _ADA

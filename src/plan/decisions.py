@@ -189,6 +189,16 @@ def check_speed(request: Request, mode: str, spec: ModeSpec, negative_prompt: st
     return [Fault("speed", message)]
 
 
+def decide_speed(
+    request: Request, spec: ModeSpec, negative_prompt: str | None, calls: int, preferred: str
+) -> str | None:
+    """The worker's `preferred` row of SPEEDS where the request says none and it has an effect; None leaves it exact."""
+    cache = SPEEDS[preferred]
+    if "speed" in request.said or cache is None or calls <= cache.computed_first:
+        return None
+    return preferred if negative_prompt is None or spec.cache_context else None
+
+
 def check_references(request: Request, model: Model, spec: ModeSpec, pictures: Pictures) -> Faults:
     """How many pictures the mode starts from, and of what shape those are that it reads as they are."""
     most, count = max(spec.references, 1), len(request.init_images)

@@ -27,6 +27,7 @@ from src.plan.decisions import (
     decide_pixels,
     decide_prompts,
     decide_scheduler,
+    decide_speed,
     decide_steps,
     without_effect,
 )
@@ -124,11 +125,12 @@ def make_plan(
     max_pixels: int,
     batch_size: int = 1,
     controlnets: Sequence[str] = (),
+    speed: str = "exact",
 ) -> Plan:
     """Decide everything that `request` left open; `pictures` are those that its fields hold.
 
-    Of several ControlNets that read the same, those named in `controlnets` are preferred. `faults` and `warnings` are
-    those of reading the request.
+    Of several ControlNets that read the same, those named in `controlnets` are preferred. `speed` is the worker's, for
+    requests that say none. `faults` and `warnings` are those of reading the request.
 
     Raises InvalidRequest with the `faults` and those that only the model's row shows, or AdapterUnavailable where
     nothing else hinders.
@@ -190,6 +192,8 @@ def make_plan(
         "output_quality": request.output_quality,
         **_references(request, controls, adapters),
     }
+    if preferred := decide_speed(request, spec, negative_prompt, steps, speed):
+        decided["speed"] = preferred
     if strength is not None:
         decided["strength"] = strength
     if negative_prompt is None:

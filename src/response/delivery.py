@@ -162,6 +162,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "num_images": len(plan.seeds),
         "scheduler": generation.scheduler,
+        "profile": generation.profile,
         "quantization": generation.quantization,
         "loras": [adapter.summary() for adapter in plan.adapters],
         "controls": [

@@ -71,6 +71,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             },
             "image_prompt": settings.redux_model if "image_prompt" in model.base.takes else None,
             "placement": dict(loaded.placement),
+            "acceleration": dict(loaded.acceleration),
             "aliases": dict(ALIASES),
             "without_effect": dict(WITHOUT_EFFECT),
             "named_sizes": {name: list(size) for name, size in NAMED_SIZES.items()},

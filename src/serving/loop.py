@@ -78,9 +78,12 @@ def serve(
     arguments, _ = runpod.serverless.parser.parse_known_args()
     _check_arguments(arguments)
     checks = [check_start, check_bucket, find_files, check_device, load_model, warm_up]
-    if IS_LOCAL_TEST or settings.runpod_realtime_port or arguments.test_input or arguments.rp_serve_api:
-        for check in checks[:-1]:
+    serves_http = bool(settings.runpod_realtime_port or arguments.rp_serve_api)
+    if IS_LOCAL_TEST or serves_http or arguments.test_input:
+        for check in checks if serves_http else checks[:-1]:
             check()
+        if not serves_http:
+            log.info("no warm-up for a single job: blocks run uncompiled, which is slower")
         START.ready()
     else:
         for check in checks:
