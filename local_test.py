@@ -49,13 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
     try:
         event = _event(options)
-        if not {"describe", "dry_run"} & event["input"].keys():
+        draws = not {"describe", "dry_run"} & event["input"].keys()
+        if draws:
             _check_output(options.output)
         started = time.perf_counter()
         print(f"model    {get_settings().model_name}", flush=True)
         engine = get_engine()
         load = time.perf_counter() - started
-        _warm_up(engine, options)
+        if draws:
+            _warm_up(engine, options)
         if options.picture:
             _check_maker(options.picture, engine.model.name, engine.revision)
     except (WorkerError, OSError, ValueError) as error:

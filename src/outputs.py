@@ -24,7 +24,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is in memory now, adapters as they were asked for, ControlNets by name, and where weights live; how it runs."""
+    """What is in memory now: adapters as they were asked for, ControlNets by name, where weights live, how it runs."""
 
     adapters: tuple[str, ...]
     controlnets: tuple[str, ...]

@@ -289,3 +289,43 @@ def test_without_the_library_an_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr("src.engine.quantization.version", missing)
     with pytest.raises(ModelUnavailable, match=r"fp8 wants torchao: pip install -r requirements-quantization\.txt"):
         load(quantization="fp8")
+
+
+def test_a_profile_chooses_what_the_other_settings_leave_open() -> None:
+    assert Settings().placement_mode == "auto"
+    assert Settings(profile="near").placement_mode == "fp8"
+    assert Settings(profile="near", quantization="none").placement_mode == "auto"
+    assert Settings(profile="fast", quantization="nf4").placement_mode == "nf4"
+    assert Settings(profile="fast", memory_mode="stream").placement_mode == "stream"
+    assert Settings(profile="Fast").profile == "fast"
+
+
+@pytest.mark.parametrize("profile", ["near", "fast"])
+def test_a_profile_is_named_and_used_where_a_request_says_nothing(profile: str, plain: Engine) -> None:
+    settings = Settings(model_name="flux-shapes", profile=profile)
+    engine = load_engine(settings)
+
+    def answer(**fields: Any) -> dict[str, Any]:
+        return respond({"input": {"prompt": PROMPT, "seed": 1, **fields}}, Job(), lambda: settings, lambda: engine)
+
+    (picture,) = opened(response := answer())
+    metadata = response["metadata"]
+    assert (metadata["profile"], metadata["quantization"]) == (profile, "fp8")
+    speed = {"near": "exact", "fast": "balanced"}[profile]
+    assert metadata["speed"] == speed
+    for asked in (response, answer(speed="exact")):
+        event = read_parameters(opened(asked)[0])
+        assert event is not None
+        again = answer(**event["input"])
+        assert again["metadata"]["speed"] == asked["metadata"]["speed"]
+        assert again["images"] == asked["images"]
+    assert 20 < decibels(np.asarray(picture, float), drawn(plain)) < float("inf")
+    assert answer(speed="exact")["metadata"]["speed"] == "exact", "a request counts first"
+    few = answer(num_inference_steps=2)["metadata"]
+    assert few["warnings"] == []
+    assert few["speed"] == "exact"
+    mixed = {"init_image": base64_of(picture), "negative_prompt": "a square", "true_cfg_scale": 2}
+    assert answer(**mixed)["status"] == "success", "where steps cannot be guessed they are computed"
+    told = answer(describe=True)["describe"]["acceleration"]
+    assert told == {"profile": profile, "products_in_8_bits": False, "attention": "native", "compiled": "off"}
+    assert ask(plain)["metadata"]["profile"] == "exact"

@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from handler import respond
@@ -23,11 +24,12 @@ from src.engine.acceleration import Compiled
 from src.engine.lora_slots import LoraSlots
 from src.errors import DeviceFailed
 from src.job import Job
+from src.plan.decisions import decide_calls
 from src.serving.loop import Worker
 from src.settings import ROOT, Settings
-from tests.conftest import opened
+from tests.conftest import base64_of, opened
 from tests.fakes import never
-from tests.test_acceleration import OUTLINE, PROMPT, decibels, drawn, load, plan
+from tests.test_acceleration import OUTLINE, PROMPT, ask, decibels, drawn, load, plan
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,13 @@ class Backend:
 
     def __init__(self) -> None:
         self.made = self.run = self.decoders_made = self.decoders_run = 0
+        self.graphs: list[torch.fx.GraphModule] = []  # of blocks
 
     def __call__(self, graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
         decodes = any("conv" in str(node.target) for node in graph.graph.nodes)
         self.made += not decodes
         self.decoders_made += decodes
+        self.graphs += [] if decodes else [graph]
 
         def run(*inputs: torch.Tensor) -> Any:
             self.run += not decodes
@@ -407,3 +411,52 @@ def test_what_is_kept_grows_when_more_is_compiled(tmp_path: Path) -> None:
             compiled.keep()
         sizes.append(kept.stat().st_size)
     assert sizes[0] < sizes[1] == sizes[2]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_every_mode_runs_the_graphs_of_the_warm_up(tmp_path: Path) -> None:
+    """Some pipelines say None for no arguments of attention, others {}; and a ControlNet's blocks are blocks too."""
+    backend = Backend()
+    engine = compiling(load(), tmp_path / "none", backend)
+    engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    made, steps = backend.made, 4
+    picture = base64_of(opened(ask(engine))[0])
+    white = base64_of(Image.new("L", (128, 128), 255))
+    pictures = {"init_image": picture, "mask_image": white, "control_image": picture}
+    for mode, row in engine.model.modes.items():
+        ran = backend.run
+        response = ask(engine, num_inference_steps=steps, **{name: pictures[name] for name in row.needs})
+        assert response["metadata"]["mode"] == mode
+        calls = decide_calls(steps, row.strength if "strength" in row.takes else None, "euler")[0]
+        blocks = 7 + 2 * row.controlnet  # flux-shapes-canny has two
+        assert backend.run - ran == calls * blocks, mode
+    assert backend.made == made
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_profile_compiles_each_size_of_the_warm_up_once_more(tmp_path: Path) -> None:
+    backend = Backend()
+    held = load()
+    slots = LoraSlots(held._pipeline.transformer, (), torch.device("cpu"))
+    compiled = Compiled(held._pipeline, tmp_path / "none", slots, backend, static_shapes=True)
+    engine = Engine(held._pipeline, held.model, None, compiled=compiled)
+    plain = load()
+    for width in (64, 96):
+        engine.warm_up(plan(engine, num_inference_steps=2, width=width, height=64), 8)
+    static = [graph for graph in backend.graphs if not has_symbols(graph)]
+    assert len(static) >= 4, "two kinds of block for each of two sizes"
+    made = backend.made
+    for width in (64, 96, 128):
+        ran = backend.run
+        fields = {"width": width, "height": 64, "num_inference_steps": 2}
+        assert decibels(drawn(engine, **fields), drawn(plain, **fields)) > 90
+        assert backend.run - ran == 2 * 7
+    assert backend.made == made
+
+
+def has_symbols(graph: torch.fx.GraphModule) -> bool:
+    """Whether it was made for shapes that may change."""
+    shapes = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+    return any(isinstance(shape, torch.SymInt) for shape in shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import types
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def attention_of(transformer: Any) -> str:
     """The attention backend that its blocks use, by diffusers' name."""
     processors = (getattr(module, "processor", None) for module in transformer.modules())
     backends = (getattr(processor, "_attention_backend", None) for processor in processors)
-    return str(next(filter(None, backends), "native"))
+    return str(getattr(found := next(filter(None, backends), "native"), "value", found))
 
 
 def _set_attention(transformer: Any, settings: Settings, capability: tuple[int, int]) -> None:
@@ -127,12 +128,13 @@ class Compiled:
     def _compile(self, module: Any) -> None:
         """Its forward and no more: the hooks that bring weights stay outside of the graph."""
         forward = module.forward
+        of_attention = "joint_attention_kwargs" in inspect.signature(forward).parameters
         compiled = partial(torch.compile, fullgraph=True, backend=self._backend)
         for_any, for_one = compiled(forward, dynamic=True), compiled(_twin(module), dynamic=False)
 
         @functools.wraps(forward)
         def run(*inputs: Any, **named: Any) -> Any:
-            if named.get("joint_attention_kwargs", named) is None:  # some pipelines say None, others {}
+            if of_attention and named.get("joint_attention_kwargs") is None:  # of some networks None, of others {}
                 named["joint_attention_kwargs"] = {}
             if self._wants_static:
                 given = (*inputs, *named.values())
@@ -194,7 +196,7 @@ class Compiled:
 
 
 def _twin(module: Any) -> Any:
-    """`module.forward` once more: torch keeps graphs by code, and would run a dynamic one where a static one is asked."""
+    """`module.forward` once more: torch keeps graphs by code, and would run dynamic ones where static ones are due."""
     return types.MethodType(_twin_of(type(module).forward), module)
 
 

@@ -162,13 +162,14 @@ class ControlNets:
             return
         with _named(net, self._files):
             try:
-                found = diffusers.FluxControlNetModel.from_pretrained(
-                    self._sources[net.name].folder,
-                    dtype=self._pipeline.dtype,
-                    use_safetensors=True,
-                    local_files_only=True,
-                )
-                self._loaded[net.name] = found.to(self._device).eval()
+                with torch.inference_mode(False):  # graphs tell tensors of inference from others
+                    found = diffusers.FluxControlNetModel.from_pretrained(
+                        self._sources[net.name].folder,
+                        dtype=self._pipeline.dtype,
+                        use_safetensors=True,
+                        local_files_only=True,
+                    )
+                    self._loaded[net.name] = found.to(self._device).eval()
                 self._on_load(self._loaded[net.name])
             except Exception as error:
                 if not is_out_of_memory(error):

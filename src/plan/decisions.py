@@ -192,11 +192,14 @@ def check_speed(request: Request, mode: str, spec: ModeSpec, negative_prompt: st
 def decide_speed(
     request: Request, spec: ModeSpec, negative_prompt: str | None, calls: int, preferred: str
 ) -> str | None:
-    """The worker's `preferred` row of SPEEDS where the request says none and it has an effect; None leaves it exact."""
+    """A row of SPEEDS: the request's, or what the worker has `preferred` where it can be; None needs no word."""
     cache = SPEEDS[preferred]
-    if "speed" in request.said or cache is None or calls <= cache.computed_first:
+    if cache is None:
         return None
-    return preferred if negative_prompt is None or spec.cache_context else None
+    if "speed" in request.model_fields_set:
+        return request.speed
+    can_be = negative_prompt is None or spec.cache_context
+    return preferred if can_be and calls > cache.computed_first else "exact"
 
 
 def check_references(request: Request, model: Model, spec: ModeSpec, pictures: Pictures) -> Faults:
