@@ -51,6 +51,13 @@ def accelerate(
     return Compiled(pipeline, _kept(settings, device), slots, static_shapes=static_shapes)
 
 
+def accelerate_controlnet(network: Any, pipeline: Any, compiled: Compiled | None) -> None:
+    """Let a ControlNet's blocks run as the transformer's do."""
+    network.set_attention_backend(attention_of(pipeline.transformer))
+    if compiled:
+        compiled.add(network)
+
+
 def attention_of(transformer: Any) -> str:
     """The attention backend that its blocks use, by diffusers' name."""
     processors = (getattr(module, "processor", None) for module in transformer.modules())

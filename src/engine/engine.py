@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 
 from src.catalog import SCHEDULERS, Model, Scheduler
-from src.engine.acceleration import Compiled, attention_of
+from src.engine.acceleration import Compiled, accelerate_controlnet, attention_of
 from src.engine.adapters import Adapters
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Denoiser, finish
@@ -71,7 +72,8 @@ class Engine:
         self._alone = threading.Lock()
         self._adapters = Adapters(pipeline, settings, compiled.lora_slots if compiled else None)
         device = self._placed_pipeline.device
-        self._controlnets = ControlNets(pipeline, model, files, device, compiled.add if compiled else lambda _: None)
+        as_fast = partial(accelerate_controlnet, pipeline=pipeline, compiled=compiled)
+        self._controlnets = ControlNets(pipeline, model, files, device, as_fast)
         self._redux = Redux(pipeline, settings.redux_model, files, device)
         self._prompts = Prompts(pipeline, self._redux, device)
         self._own_scheduler = pipeline.scheduler
