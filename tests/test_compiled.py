@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from handler import respond
 from src.engine import Engine
 from src.engine.acceleration import Compiled
+from src.engine.block_timing import KINDS
 from src.engine.lora_slots import LoraSlots
 from src.errors import DeviceFailed
 from src.job import Job
@@ -460,3 +462,21 @@ def has_symbols(graph: torch.fx.GraphModule) -> bool:
     """Whether it was made for shapes that may change."""
     shapes = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
     return any(isinstance(shape, torch.SymInt) for shape in shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_warm_up_holds_the_cost_model_against_the_clock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held = load(memory_limit_gb=0.1, memory_mode="stream", max_pixels=128 * 128)
+    before = drawn(held)
+    engine = compiling(held, tmp_path / "none", Backend())
+    with caplog.at_level(logging.INFO, "worker"):
+        for _ in range(2):
+            engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    (line,) = [record.getMessage() for record in caplog.records if "warm-up" in record.getMessage()]
+    placement = held._placed_pipeline.placement
+    assert placement is not None
+    assert f"and {placement.step_seconds:.4f} s were modelled" in line
+    for kind in KINDS:
+        assert re.search(rf"one of {kind} \d+\.\d\d ms \(\d+\.\d\d ms compiled\)", line)
+    assert np.array_equal(drawn(engine), before)

@@ -5,8 +5,9 @@ Knows nothing of what a client wrote, of how a model is found, or of how picture
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from src.catalog import SCHEDULERS, Model, Scheduler
 from src.engine.acceleration import Compiled, accelerate_controlnet, attention_of
 from src.engine.adapters import Adapters
+from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Denoiser, finish
 from src.engine.memory import free_memory, is_out_of_memory
@@ -44,6 +46,9 @@ from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
 from src.weights.files import Files
+from src.weights.placement import GB, Placement
+
+log = logging.getLogger("worker")
 
 
 class Engine:
@@ -69,6 +74,7 @@ class Engine:
         self._placed_pipeline = placed_pipeline or PlacedPipeline(pipeline, None, pipeline.device)
         self._compiled = compiled
         self._profile = settings.profile
+        self._blocks: Mapping[str, BlockSeconds] = {}  # of each kind, once warmed up
         self._alone = threading.Lock()
         self._adapters = Adapters(pipeline, settings, compiled.lora_slots if compiled else None)
         device = self._placed_pipeline.device
@@ -164,13 +170,22 @@ class Engine:
             self._redux.fetch(before_download)
 
     def warm_up(self, plan: Plan, steps: int) -> float:
-        """Draw `plan` twice and throw it away; the seconds that it takes, once warm, with `steps` steps."""
+        """Draw `plan` and throw it away; the seconds that it takes, once warm, with `steps` steps."""
         if self._compiled:
             self._compiled.warm_up(lambda: self.run(plan))
         else:
             self.run(plan)
-        seconds = self.run(plan).timings
-        return sum(seconds.values()) + seconds["denoise"] * (steps / plan.steps - 1)
+        warm = self.run(plan)
+        step = warm.timings["denoise"] / plan.steps
+        if not self._blocks:
+            compiled = self._compiled is not None and self._compiled.state == "compiled"
+            transformer = self._pipeline.transformer
+            self._blocks = time_blocks(transformer, lambda: self.run(plan), self._synchronize, compiled=compiled)
+            placement = self._placed_pipeline.placement
+            own_size = plan.canvas == (self.model.width, self.model.height) and len(plan.seeds) == 1
+            if placement and own_size:  # what was modelled
+                log.info("%s", _compared(placement, step, warm.peak_memory, self._blocks, transformer))
+        return sum(warm.timings.values()) + step * (steps - plan.steps)
 
     def keep_compiled(self) -> None:
         """Let the next process find what the warm-up compiled."""
@@ -221,6 +236,20 @@ class Engine:
     @property
     def _on_cuda(self) -> bool:
         return self._placed_pipeline.device.type == "cuda"
+
+
+def _compared(
+    placement: Placement, step: float, peak: int | None, blocks: Mapping[str, BlockSeconds], transformer: Any
+) -> str:
+    """What was measured, and what the cost model had said."""
+    words = [f"a step takes {step:.4f} s, and {placement.step_seconds:.4f} s were modelled"]
+    if peak is not None:
+        words.append(f"{peak / GB:.2f} GB at the peak, and {placement.peak / GB:.2f} GB were modelled")
+    words.append(f"its blocks {of_a_step(transformer, blocks):.4f} s")
+    for kind, each in blocks.items():
+        compiled = "" if each.compiled is None else f" ({each.compiled * 1000:.2f} ms compiled)"
+        words.append(f"one of {kind} {each.eager * 1000:.2f} ms{compiled}")
+    return "warm-up: " + "; ".join(words)
 
 
 @contextmanager
