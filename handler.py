@@ -81,17 +81,26 @@ def check_start() -> None:
 
 
 @cache
-def find_files() -> None:
-    """See that the model's files are here, and read them ahead: torch takes seconds to import."""
-    from src.serving import startup
-    from src.weights.read_ahead import read_ahead
+def read_ahead() -> None:
+    """Begin to read the model's files, where they are here: before all that takes time without them."""
+    from src.weights import read_ahead
 
-    startup.find_files(get_settings())
-    read_ahead(get_settings())
+    read_ahead.read_ahead(get_settings())
+
+
+@cache
+def find_files() -> None:
+    """See that the model's files are here; what came only now is read ahead now."""
+    from src.serving import startup
+    from src.weights import read_ahead
+
+    if startup.find_files(get_settings()):
+        read_ahead.read_ahead(get_settings())
 
 
 @cache
 def _load_engine() -> Engine:
+    read_ahead()
     check_start()
     find_files()
     with START.stage("torch"):
@@ -205,7 +214,8 @@ def main(begun: float | None = None) -> None:
             settings = get_settings()
             signal.signal(signal.SIGTERM, leaving.leave_at_once)  # during the start; the loop has its own
             logs.configure(settings)
-            from src.serving import loop
+            read_ahead()
+            from src.serving import loop  # and with it the SDK, which takes a second
         status = loop.serve(answer, settings, get_engine, get_bucket, check_start=check_start, find_files=find_files)
         leaving.leave(status)
     except WorkerError as error:

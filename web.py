@@ -106,6 +106,7 @@ def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
     import handler
 
     endpoint = LocalEndpoint(handler.answer, settings.request_timeout, device_failed=failed)
+    handler.read_ahead()
     handler.check_start()
     startup.check_bucket(handler.get_bucket())
     handler.find_files()

@@ -15,6 +15,7 @@ log = logging.getLogger("worker")
 STAGES: Mapping[str, str] = MappingProxyType(
     {
         "settings": "code imported and settings read",
+        "read-ahead": "weights read ahead into memory",
         "checks": "token, hub, disk and driver checked",
         "bucket": "bucket tried",
         "files": "files of the model found",
@@ -43,6 +44,7 @@ class Start:
     def stage(self, name: str, since: float | None = None) -> Iterator[dict[str, Any]]:
         """Do a row of STAGES, and say so the first time; what is put into the dict is said with it.
 
+        Of bytes it is said how many that is a second.
         `since` is when it began, by time.perf_counter(), and the whole start with it.
         """
         begun = time.perf_counter() if since is None else since
@@ -51,9 +53,15 @@ class Start:
         self._current = name
         facts: dict[str, Any] = {}
         yield facts
+        self.say(name, time.perf_counter() - begun, **facts)
+
+    def say(self, name: str, seconds: float, **facts: Any) -> None:
+        """A row of STAGES is done and took `seconds`, as `stage` says it; also of what other threads did meanwhile."""
         if name in self.seconds or self._ready:  # another model in the same process
             return
-        self.seconds[name] = round(time.perf_counter() - begun, 2)
+        moved = {f"{fact}_per_second": value for fact, value in facts.items() if fact.endswith("bytes") and value}
+        facts |= {fact: round(value / max(seconds, 0.001)) for fact, value in moved.items()}
+        self.seconds[name] = round(seconds, 2)
         words = "".join(f", {fact.replace('_', ' ')} {_shown(value)}" for fact, value in facts.items() if value)
         line = {"stage": name, "seconds": self.seconds[name], **facts}
         log.info("start: %s in %.2f s%s", STAGES[name], self.seconds[name], words, extra={"facts": line})
@@ -62,8 +70,9 @@ class Start:
         """All stages are done: say what the whole took."""
         self._ready = True
         whole = round(time.perf_counter() - self._begun, 2)
-        words = ", ".join(f"{name} {seconds}" for name, seconds in self.seconds.items())
-        facts = {"stage": "ready", "seconds": whole, "stages": self.seconds}
+        stages = dict(self.seconds)
+        words = ", ".join(f"{name} {seconds}" for name, seconds in stages.items())
+        facts = {"stage": "ready", "seconds": whole, "stages": stages}
         log.info("start: ready for jobs after %.2f s: %s", whole, words, extra={"facts": facts})
 
     def under_way(self) -> str:

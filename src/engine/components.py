@@ -5,38 +5,60 @@ Libraries fill what is missing with random numbers or with an empty vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from safetensors import safe_open
 
 from src.errors import Refused
 from src.weights.files import components
+from src.weights.read_ahead import one_ahead
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _NETWORKS = (diffusers.ModelMixin, transformers.PreTrainedModel)
+_WRITTEN = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in a safetensors file's header
 _UNTRAINED = ("position_ids", "inv_freq")  # buffers that old files hold and that every library makes by itself
 _SPARE_WORDS = 0.1  # encoders are padded for the hardware's sake, tokenizers have marks that nobody uses
 _MOST_NAMED = 5
 
 
-def load_networks(index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, but_for: Mapping[str, Any]) -> Any:
-    """The networks that `index` names, by name, in the host's memory.
+def load_networks(
+    index: Mapping[str, Any], folder: Path, dtype: torch.dtype, *, but_for: Container[str], short: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """The networks that `index` names, one after another with their names, in the host's memory.
+
+    Weights that their files hold in `dtype` are mapped from there, and nothing is read of them yet. The others are
+    converted; where memory is `short`, their files are read just before, and leave the system's cache after.
 
     Raises Refused with the tensors that a file lacks, or holds and nobody reads.
     """
-    networks = {}
-    for name, class_name in components(index).items():
-        found: Any = getattr(_LIBRARIES.get(index[name][0]), class_name, None)
-        if name not in but_for and _is_network(found):
-            networks[name], report = found.from_pretrained(
-                folder / name, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            _check_report(name, report)
-    return networks
+    wanted: dict[str, Any] = {
+        name: found
+        for name, class_name in components(index).items()
+        if name not in but_for and _is_network(found := getattr(_LIBRARIES.get(index[name][0]), class_name, None))
+    }
+    converted = [_converted(folder / name, dtype) if short else [] for name in wanted]
+    for _, (name, found) in zip(one_ahead(converted), wanted.items(), strict=True):
+        network, report = found.from_pretrained(
+            folder / name, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        _check_report(name, report)
+        yield name, network
+
+
+def _converted(folder: Path, dtype: torch.dtype) -> list[Path]:
+    """The files of a network that hold values of another type."""
+    files = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - a handle, no mapping
+        if types != {_WRITTEN[dtype]}:
+            files.append(file)
+    return files
 
 
 def check_vocabularies(pipeline: Any) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ from src.engine.components import check_vocabularies, load_networks
 from src.engine.controlnets import values_of
 from src.engine.engine import Engine
 from src.engine.machine import measure
-from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
+from src.engine.staging import Staging, mapped
 from src.errors import ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
+from src.weights.file_parts import FileReader
 from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
+from src.weights.host import host_memory
 from src.weights.placement import Weights, Work, choose_placement
+from src.weights.read_ahead import size_of, stays_in_memory, weight_files
 
 
 def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
@@ -69,12 +74,20 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
             facts.update(placement.summary())
 
         # 3. Its weights, read and put there
-        with START.stage("read"):
+        with START.stage("read") as facts:
+            short = not stays_in_memory(weight_files(source.folder), host_memory)
+            staging = Staging(device, FileReader(drop_behind=short))
             kind = placement.quantization
-            quantizer = Quantizer(kind, device, settings.quantized_dir) if kind else None
-            pipeline = _load(index, source, dtype, quantizer)
-        with START.stage("load"):
-            placed_pipeline = PlacedPipeline(pipeline, placement, device)
+            quantizer = Quantizer(kind, device, settings.quantized_dir, staging) if kind else None
+            pipeline, read = _load(
+                index, source, dtype, quantizer, partial(place, placement=placement, staging=staging), short=short
+            )
+            left = mapped(weight for network in networks_of(pipeline).values() for weight in network.parameters())
+            facts |= {"bytes": size_of(read) - sum(weight.nbytes for weight in left), "streamed": short}
+        with START.stage("load") as facts:
+            brought = staging.bytes
+            placed_pipeline = PlacedPipeline(pipeline, placement, device, staging)
+            facts["bytes"] = staging.bytes - brought
             compiled = accelerate(pipeline, settings, device, modulation_cache=placement.modulation_cache)
     except WorkerError:
         raise
@@ -110,38 +123,51 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
     )
 
 
-def _load(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer | None) -> Any:
-    """The pipeline with all its parts, in the host's memory but for weights that were quantized on the device.
+def _load(
+    index: Mapping[str, Any],
+    source: Source,
+    dtype: torch.dtype,
+    quantizer: Quantizer | None,
+    settle: Callable[[str, Any], None],
+    *,
+    short: bool,
+) -> tuple[Any, list[Path]]:
+    """The pipeline with all its parts, and the files that its weights are in.
+
+    Each network goes through `settle` as soon as it is there; `short` is whether the files cannot all stay in memory.
 
     FLUX.2-dev names a processor of words and pictures, which wants torchvision; its tokenizer is all that is needed.
     """
-    folder = source.folder
+    folder, files = source.folder, weight_files(source.folder)
     processors = [
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
-    restored = _restored(index, source, dtype, quantizer) if quantizer else None
-    if restored is not None:
+    kept = quantizer.file(_fingerprint(source)) if quantizer else None
+    if quantizer and kept and (restored := _restored(index, source, dtype, quantizer, kept)) is not None:
         parts["transformer"] = restored
-    parts |= load_networks(index, folder, dtype, but_for=parts)
+        settle("transformer", restored)
+        files = [kept, *(file for file in files if file.parent.name != "transformer")]
+    for name, network in load_networks(index, folder, dtype, but_for=tuple(parts), short=short):
+        if name == "transformer" and quantizer and kept:
+            quantizer.keep(network, quantizer.quantize(network), kept)
+        settle(name, network)
+        parts[name] = network
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
-    if quantizer and restored is None:
-        answers = quantizer.quantize(pipeline.transformer)
-        quantizer.keep(pipeline.transformer, answers, quantizer.file(_fingerprint(source)))
     for name in processors:
         pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
     check_vocabularies(pipeline)
-    return pipeline
+    return pipeline, files
 
 
-def _restored(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer) -> Any:
-    """The transformer with the weights that an earlier worker quantized; None where there are none that are right."""
+def _restored(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer, kept: Path) -> Any:
+    """The transformer with the weights that an earlier worker `kept`; None where there are none that are right."""
     of = getattr(diffusers, index["transformer"][1])
     with init_empty_weights():
         transformer = of.from_config(of.load_config(source.folder / "transformer")).to(dtype).eval()
-    return transformer if quantizer.restore(transformer, quantizer.file(_fingerprint(source))) else None
+    return transformer if quantizer.restore(transformer, kept) else None
 
 
 def _fingerprint(source: Source) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from src.engine.staging import Staging
 from src.weights.placement import SLOTS
 
 log = logging.getLogger("worker")
@@ -29,8 +30,9 @@ class Offloader:
     followed it the last time is on its way.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, staging: Staging | None = None) -> None:
         self.device = device
+        self.staging = staging or Staging(device)
         self._offloaded: list[OffloadedWeights] = []
         self._slots: list[_Slot] = []
         self._last: OffloadedWeights | None = None
@@ -86,10 +88,9 @@ class OffloadedWeights:
         # What stands in the place of a weight: of its shape and type, and two or four bytes long.
         self._absent = [torch.zeros((), dtype=w.dtype, device=offloader.device).expand(w.shape) for w in self._weights]
         self.size = sum(map(_aligned, self._weights))
-        self.home = torch.frombuffer(mmap.mmap(-1, self.size), dtype=torch.uint8)  # whole pages, to be pinned
-        _pin(self, offloader.device)
-        for weight, there in zip(self._weights, self._views(self.home), strict=True):
-            there.copy_(weight.data)
+        self.home = _own_pages(self.size)
+        offloader.staging.fill(zip((weight.data for weight in self._weights), self._views(self.home), strict=True))
+        _pin(self, offloader.device)  # pages that are filled: the driver would have to find each of the others
         self._set(self._absent)
 
     @contextmanager
@@ -168,6 +169,17 @@ class _Slot:
 
 def _aligned(weight: torch.Tensor) -> int:
     return -(-weight.numel() * weight.itemsize // _ALIGNED) * _ALIGNED
+
+
+def _own_pages(size: int) -> torch.Tensor:
+    """`size` bytes in whole pages, to be pinned: of this process alone, and large ones where the system has them.
+
+    What Python maps by default is shared, which is accounted as a file in memory and gets no large pages.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # another system, or a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _pin(weights: OffloadedWeights, device: torch.device) -> None:

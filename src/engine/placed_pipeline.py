@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,41 +11,74 @@ from torch import nn
 
 from src.engine.modulation import ModulationCache
 from src.engine.offload import Offloader
+from src.engine.staging import Staging
 from src.weights.placement import Placement, block_of, in_order, is_modulation
 
-_ALIGNED = 64  # bytes; as torch's own CPU memory is (c10/core/alignment.h)
+
+def networks_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The components that hold weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def place(name: str, network: nn.Module, placement: Placement | None, staging: Staging) -> None:
+    """Bring the weights of the pipeline's network `name` to where they stay: all but those that are onloaded by turns.
+
+    Without a placement they stay on the device where they are.
+    """
+    moved = set(_moved_by_turns(name, network, placement)) if placement else set()
+    host = placement is None or placement.offload is not None
+    weights = (weight for weight in network.parameters() if weight not in moved)
+    staging.bring((w for w in weights if not host or w.device.type == "cpu"), torch.device("cpu") if host else None)
+
+
+def _moved_by_turns(name: str, network: nn.Module, placement: Placement) -> Iterator[nn.Parameter]:
+    for block in _streamed(name, network, placement):
+        yield from block.parameters()
+    if placement.modulation_cache and name == "transformer":
+        for layer in _modulation(network):
+            yield from layer.parameters()
+
+
+def _streamed(name: str, network: nn.Module, placement: Placement) -> list[nn.Module]:
+    blocks = in_order(block for tensor, _ in network.named_parameters() if (block := block_of(tensor)))
+    return [network.get_submodule(blocks[index]) for index in placement.streamed.get(name, ())]
+
+
+def _modulation(transformer: nn.Module) -> list[nn.Module]:
+    return [layer for name, layer in transformer.named_modules() if is_modulation(name)]
 
 
 class PlacedPipeline:
     """Puts the pipeline's weights in their places; without a placement they stay where they are."""
 
-    def __init__(self, pipeline: Any, placement: Placement | None, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: Any, placement: Placement | None, device: torch.device, staging: Staging | None = None
+    ) -> None:
         self.placement = placement
         self.device = device
         self._offloader: Offloader | None = None
         self._modulation_cache: ModulationCache | None = None
         self._offload = placement.offload if placement else None
-        if device.type == "cpu":
-            _align(pipeline)
+        staging = staging or Staging(device)
+        for name, network in networks_of(pipeline).items():
+            place(name, network, placement, staging)  # where it was not while the model was loaded
         if self._offload == "sequential" and device.type != "cpu":  # where its weights are, it would bring them
             pipeline.enable_sequential_cpu_offload(device=device)
         elif self._offload == "model":
             self.prepare(pipeline)
         elif placement and self._offload is None:
-            self._offload_weights(pipeline, placement)
+            self._offload_weights(pipeline, placement, staging)
             pipeline.to(device)
 
-    def _offload_weights(self, pipeline: Any, placement: Placement) -> None:
-        offloader = self._offloader = Offloader(self.device)
+    def _offload_weights(self, pipeline: Any, placement: Placement, staging: Staging) -> None:
+        offloader = self._offloader = Offloader(self.device, staging)
         modulation: list[nn.Module] = []
         if placement.modulation_cache:
-            modulation = [layer for name, layer in pipeline.transformer.named_modules() if is_modulation(name)]
+            modulation = _modulation(pipeline.transformer)
             self._modulation_cache = ModulationCache(pipeline.transformer, offloader)
-        for component, indices in placement.streamed.items():
-            network = getattr(pipeline, component)
-            blocks = in_order(block for name, _ in network.named_parameters() if (block := block_of(name)))
-            for index in indices:
-                offloader.stream(network.get_submodule(blocks[index]), without=modulation)
+        for component in placement.streamed:
+            for block in _streamed(component, getattr(pipeline, component), placement):
+                offloader.stream(block, without=modulation)
 
     @property
     def quantization(self) -> str | None:
@@ -61,15 +94,3 @@ class PlacedPipeline:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""
         cache = self._modulation_cache
         return cache.ahead(scheduler, steps, adapter_weights) if cache else nullcontext()
-
-
-def _align(pipeline: Any) -> None:
-    """Let weights begin where torch's own memory does, wherever in their files they were mapped from.
-
-    On some processors MKL rounds the last bit otherwise where a matrix begins elsewhere: a picture would depend on
-    which weights are offloaded.
-    """
-    networks = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
-    for weight in (weight for network in networks for weight in network.parameters()):
-        if type(weight) is nn.Parameter and weight.data_ptr() % _ALIGNED:
-            weight.data = weight.data.clone()

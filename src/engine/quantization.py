@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from src.catalog import QUANTIZATIONS
+from src.engine.staging import Staging
 from src.errors import InvalidSettings, Refused
 from src.weights.disk import keep
 from src.weights.placement import block_of, is_modulation
@@ -34,10 +35,11 @@ Answers = dict[str, torch.Tensor]  # of layers by name: [_PROBES, out_features]
 class Quantizer:
     """One row of QUANTIZATIONS on one device, and the folder where the next worker finds what this one made."""
 
-    def __init__(self, kind: str, device: torch.device, folder: Path = Path()) -> None:
+    def __init__(self, kind: str, device: torch.device, folder: Path = Path(), staging: Staging | None = None) -> None:
         self._kind = kind
         self._backend = _BACKENDS[kind]
         self._device = device
+        self._staging = staging or Staging(device)
         self._folder = folder
         made_for = f"{device.type}{'-products' if has_products(device) else ''}"
         try:
@@ -52,7 +54,8 @@ class Quantizer:
         """
         answers = {}
         for name in _chosen(transformer):  # one layer at a time is on the device in both forms
-            layer = transformer.get_submodule(name).to(self._device)
+            layer = transformer.get_submodule(name)
+            self._staging.bring(layer.parameters())
             answers[name] = _ask(layer).cpu()
             transformer.set_submodule(name, self._backend.quantize(layer, self._device))
             del layer

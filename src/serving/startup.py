@@ -50,8 +50,8 @@ def check_bucket(bucket: Bucket | None) -> None:
         )
 
 
-def find_files(settings: Settings) -> None:
-    """See that the files of the model and of its ControlNets are on this machine: download what is not.
+def find_files(settings: Settings) -> int:
+    """See that the files of the model and of its ControlNets are on this machine; the bytes of what was downloaded.
 
     Raises ModelUnavailable with the reason where they cannot be had.
     """
@@ -73,6 +73,7 @@ def find_files(settings: Settings) -> None:
             if not wanted.part:
                 facts |= {"folder": str(source.folder), "revision": source.revision}
         facts["downloaded_bytes"] = downloaded
+    return downloaded
 
 
 class _Repo(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -10,10 +12,13 @@ from huggingface_hub import snapshot_download
 
 from src.catalog import repo_of
 from src.settings import Settings
+from src.stages import START
+from src.weights.file_parts import drop
 from src.weights.files import Files
-from src.weights.host import host_memory
+from src.weights.host import HostMemory, host_memory
 
 _THREADS, _CHUNK = 4, 16 << 20
+SHARE = 0.7  # of the memory that is free: what takes more of it cannot be counted on to stay in the system's cache
 
 
 def read(file: Path) -> None:
@@ -24,45 +29,91 @@ def read(file: Path) -> None:
             pass
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Of a model in diffusers' layout, the largest first."""
+    return sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of `files` together."""
+    return sum(file.stat().st_size for file in files)
+
+
+def stays_in_memory(files: Iterable[Path], memory: Callable[[], HostMemory] = host_memory) -> bool:
+    """Whether `files` can all be in the system's cache until they are used."""
+    return size_of(files) < SHARE * memory().free
+
+
 def read_ahead(
     settings: Settings,
     download: Callable[..., str] = snapshot_download,
     *,
     read: Callable[[Path], None] = read,
-    share: float = 0.7,
+    memory: Callable[[], HostMemory] = host_memory,
 ) -> Thread:
     """Start to read the weights of MODEL_NAME; load_engine then finds them in memory.
 
-    Only what is on this machine, and only what takes less than a `share` of the memory that is free: what cannot stay
-    is read in vain. Several files side by side, which is what network volumes are fast at. Whatever goes wrong is for
-    load_engine to say.
+    Only what is on this machine, and only what stays in memory: what cannot is read in vain, and load_engine streams
+    it. Several files side by side, which is what network volumes are fast at. Whatever goes wrong is for load_engine to
+    say.
     """
-    thread = Thread(target=_read_ahead, args=(settings, download, read, share), name="read ahead", daemon=True)
+    arguments = (settings, download, read, memory)
+    thread = Thread(target=_read_ahead, args=arguments, name="read ahead", daemon=True)
     thread.start()
     return thread
 
 
-def _read_ahead(settings: Settings, download: Callable[..., str], read: Callable[[Path], None], share: float) -> None:
-    name = settings.model_name
+def _read_ahead(
+    settings: Settings,
+    download: Callable[..., str],
+    read: Callable[[Path], None],
+    memory: Callable[[], HostMemory],
+) -> None:
+    name, begun = settings.model_name, time.perf_counter()
     try:
         source = Files(settings, download).here(name, repo_of(name), settings.model_revision)
         if source is None:
             return
-        weights = sorted(source.folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
-        if any(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's: smaller ones
-            weights = [file for file in weights if file.parent.name != "transformer"]
-        if sum(file.stat().st_size for file in weights) < share * host_memory().free:
-            waiting = iter(weights)
+        weights = weight_files(source.folder)
+        if quantized := list(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's
+            newest = max(quantized, key=lambda file: file.stat().st_mtime_ns)
+            weights = [newest, *(file for file in weights if file.parent.name != "transformer")]
+        if not stays_in_memory(weights, memory):
+            return
+        waiting = iter(weights)
 
-            def work() -> None:
-                for file in waiting:
-                    read(file)
+        def work() -> None:
+            for file in waiting:
+                read(file)
 
-            # No pool: its threads would keep a start alive that was refused.
-            threads = [Thread(target=work, daemon=True) for _ in range(_THREADS)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+        # No pool: its threads would keep a start alive that was refused.
+        threads = [Thread(target=work, daemon=True) for _ in range(_THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        START.say("read-ahead", time.perf_counter() - begun, bytes=size_of(weights))
     except Exception:  # noqa: BLE001 - nobody waits for it, and load_engine will meet the same
         return
+
+
+def one_ahead(
+    groups: Sequence[Sequence[Path]], read: Callable[[Path], None] = read, drop: Callable[[Path], None] = drop
+) -> Iterator[None]:
+    """For each group of files in turn: they are in the system's cache, and leave it when the next is asked for.
+
+    Meanwhile the next group is being read, and never more than that one.
+    """
+
+    def bring(files: Sequence[Path]) -> None:
+        for file in files:
+            read(file)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="one ahead") as thread:
+        coming = [thread.submit(bring, files) for files in groups[:1]]
+        for number, files in enumerate(groups, 1):
+            coming.pop().result()
+            coming += [thread.submit(bring, following) for following in groups[number : number + 1]]
+            yield
+            for file in files:
+                drop(file)
