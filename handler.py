@@ -213,9 +213,10 @@ def main(begun: float | None = None) -> None:
         with START.stage("settings", since=begun):
             settings = get_settings()
             signal.signal(signal.SIGTERM, leaving.leave_at_once)  # during the start; the loop has its own
-            logs.configure(settings)
-            read_ahead()
-            from src.serving import loop  # and with it the SDK, which takes a second
+            logs.configure(settings, sdk=False)
+            read_ahead()  # the SDK alone takes a second to import
+            logs.configure_sdk()
+            from src.serving import loop
         status = loop.serve(answer, settings, get_engine, get_bucket, check_start=check_start, find_files=find_files)
         leaving.leave(status)
     except WorkerError as error:

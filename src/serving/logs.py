@@ -87,9 +87,9 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(level)
 
 
-def _keep_secrets_out_of_the_sdk() -> None:
-    """Its logger prints by itself."""
-    from runpod.serverless.modules.rp_logger import RunPodLogger  # heavy, and of no use where RunPod is not served
+def configure_sdk() -> None:
+    """The same for the SDK's logger, which prints by itself; it is imported for that, which takes a second."""
+    from runpod.serverless.modules.rp_logger import RunPodLogger
 
     sdk = RunPodLogger()  # one for all of its modules
 
@@ -97,6 +97,7 @@ def _keep_secrets_out_of_the_sdk() -> None:
         RunPodLogger.log(sdk, redact(str(message)), message_level, job_id and redact(str(job_id)))
 
     sdk.log = write
+    quiet_libraries()
 
 
 def _keep_secrets_out_of_python() -> None:
@@ -123,9 +124,9 @@ def configure(settings: Settings, *, sdk: bool = True) -> None:
     log.setLevel(settings.log_level)
     log.propagate = False
     _keep_secrets_out_of_python()
-    if sdk:
-        _keep_secrets_out_of_the_sdk()
     quiet_libraries()
+    if sdk:
+        configure_sdk()
 
 
 def job_ended(job: Job, outcome: str, plan: Plan | None, *, error: str = "", level: int = logging.INFO) -> None:

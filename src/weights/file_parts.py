@@ -41,32 +41,33 @@ class FileReader:
         descriptor = os.open(part.file, os.O_RDONLY)
         try:
             while views:
-                count = self._request(descriptor, views[:_MOST_VIEWS], offset)
+                count = self.request(descriptor, views[:_MOST_VIEWS], offset)
                 if not count:
                     raise Refused(f"{part.file} became shorter while it was read: download it again")
                 offset += count
                 views = _rest(views, count)
             if self.drop_behind:
-                _drop(descriptor, part.offset, offset - part.offset)
+                self.drop(descriptor, part.offset, offset - part.offset)
         finally:
             os.close(descriptor)
 
-    def _request(self, descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+    def request(self, descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+        """Fill what comes of `views` at once; its bytes, 0 at the end of the file."""
         return os.preadv(descriptor, views, offset)
+
+    def drop(self, descriptor: int, offset: int, size: int) -> None:
+        """Take a part out of the system's cache, but for pages that somebody has mapped and touched."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def drop(file: Path) -> None:
-    """Take a file out of the system's cache, but for pages that are mapped and in use."""
+    """Take a whole file out of the system's cache."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        _drop(descriptor, 0, 0)
+        FileReader().drop(descriptor, 0, 0)  # 0 bytes are all to its end
     finally:
         os.close(descriptor)
-
-
-def _drop(descriptor: int, offset: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _rest(views: list[memoryview], count: int) -> list[memoryview]:
