@@ -323,8 +323,8 @@ def test_a_stage_is_one_line_with_its_seconds_and_its_facts(caplog: pytest.LogCa
     assert start.under_way() == ""
     files, ready = caplog.records
     assert files.getMessage().startswith(f"start: {STAGES['files']} in 0.0")
-    told, _, speed = files.getMessage().partition(", downloaded bytes per second ")
-    assert told.endswith(" s, folder /models, downloaded bytes 1,234,567")
+    words, _, speed = files.getMessage().partition(", downloaded bytes per second ")
+    assert words.endswith(" s, folder /models, downloaded bytes 1,234,567")
     assert int(speed.replace(",", "")) == files.facts["downloaded_bytes_per_second"] > 1_234_567  # type: ignore[attr-defined]
     assert files.facts["stage"] == "files"  # type: ignore[attr-defined]
     assert ready.getMessage().startswith("start: ready for jobs after 0.0")

@@ -72,10 +72,17 @@ class CudaCard:
 class Staging:
     """Brings weights to a device; `bytes` counts what was brought so far. Not for two threads at once."""
 
-    def __init__(self, device: torch.device, reader: FileReader | None = None, card: Card | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        reader: FileReader | None = None,
+        card: Card | None = None,
+        chunk: int = CHUNK,
+    ) -> None:
         self.device = device
         self.bytes = 0
         self.reader = reader or FileReader()
+        self._chunk = chunk
         self._card = card or (CudaCard(device) if device.type == "cuda" else None)
 
     def bring(self, weights: Iterable[nn.Parameter], device: torch.device | None = None) -> None:
@@ -113,9 +120,9 @@ class Staging:
             else:
                 there.copy_(source)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="staging") as threads:
-            list(threads.map(self._read, _chunks(host)))
+            list(threads.map(self._read, _chunks(host, self._chunk)))
             if self._card and card:
-                self._send(self._card, _chunks(card), threads)
+                self._send(self._card, _chunks(card, self._chunk), threads)
 
     def _read(self, chunk: list[_Piece]) -> None:
         """Fill a chunk's own places, which are in the host's memory."""
@@ -125,7 +132,7 @@ class Staging:
         """Through pinned buffers: while one is on its way to the card, the others are filled."""
         free = SimpleQueue[tuple[torch.Tensor, Callable[[], object]]]()
         for _ in range(THREADS):
-            free.put((card.pinned(CHUNK), lambda: None))
+            free.put((card.pinned(self._chunk), lambda: None))
 
         def send(chunk: list[_Piece]) -> None:
             buffer, wait = free.get()
@@ -175,12 +182,12 @@ class _Piece(NamedTuple):
         return self.part == other.part._replace(offset=other.part.offset + other.there.nbytes)
 
 
-def _chunks(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """What is read by one request each: at most CHUNK bytes, in the order of the files."""
+def _chunks(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
+    """What is read by one request each: at `most` so many bytes, in the order of the files."""
     chunk, size = list[_Piece](), 0
     for whole in sorted(pieces, key=lambda piece: piece.part or FilePart(Path(), 0)):
-        for piece in whole.split(CHUNK):
-            if chunk and (size + piece.there.nbytes > CHUNK or not piece.follows(chunk[-1])):
+        for piece in whole.split(most):
+            if chunk and (size + piece.there.nbytes > most or not piece.follows(chunk[-1])):
                 yield chunk
                 chunk, size = [], 0
             chunk.append(piece)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +25,11 @@ class FilePart(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True)
 class FileReader:
     """Fills memory from files. `drop_behind` takes out of the system's cache what was read: where memory is short."""
 
-    drop_behind: bool = False
+    def __init__(self, *, drop_behind: bool = False) -> None:
+        self.drop_behind = drop_behind
 
     def read(self, part: FilePart, into: Sequence[memoryview]) -> None:
         """Fill one after another of `into`, which are of bytes, from `part` on; several threads may.
