@@ -173,6 +173,26 @@ def cpu(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cold_start(results: dict[str, Any]) -> str:
+    """How long a start waits for weights on a network volume, by way."""
+    ways, volume = results["ways"], results["volume"]
+    least = min(found["wait_seconds"] for found in ways.values())
+    lines = ["| weights on a slow volume | waits after torch's import | times as long | cached at most |"]
+    lines.append("| --- " * 4 + "|")
+    for way, found in ways.items():
+        wait = found["wait_seconds"]
+        lines.append(f"| {way} | {wait:.2f} s | {wait / least:.1f} | {found['most_in_cache'] / 1e6:.0f} MB |")
+    megabytes, rate = results["bytes"] / 1e6, volume["bytes_per_second_of_a_connection"] / 1e6
+    lines += [
+        "",
+        f"{megabytes:.0f} MB behind a file that sleeps {1000 * volume['latency_seconds']:.1f} ms a request, and as",
+        f"long as its bytes take at {rate:.0f} MB/s of each connection; the import of torch and diffusers is real.",
+        f"`python -m benchmarks.cold_start`, medians of {results['rounds']} starts each on",
+        f"{results['machine']['cores']} cores. From RunPod's volumes, and to cards: not measured yet.",
+    ]
+    return "\n".join(lines)
+
+
 def soak(results: dict[str, Any]) -> str:
     """What a worker holds after more and more jobs of all kinds."""
     waves = results["waves"]
@@ -267,6 +287,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoding": encoding,
     "gpu": gpu,
     "cpu": cpu,
+    "cold_start": cold_start,
     "soak": soak,
     "hostile": hostile,
     "generated": generated,

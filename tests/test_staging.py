@@ -272,8 +272,8 @@ def test_where_memory_is_short_the_weights_are_streamed_and_the_picture_is_the_s
         caplog.clear()
         monkeypatch.setattr(loading, "host_memory", lambda free=free: HostMemory(1 << 40, free))
         pictures.append(drawn(load_engine(settings)))
-        found = [vars(line)["facts"] for line in caplog.records if "start:" in line.msg]
-        lines[free] = {facts["stage"]: facts for facts in found}
+        every = [vars(line)["facts"] for line in caplog.records if "start:" in line.msg]
+        lines[free] = {facts["stage"]: facts for facts in every}
     assert pictures[0] == pictures[1]
     assert [lines[free]["read"]["streamed"] for free in lines] == [False, True]
     for found in lines.values():

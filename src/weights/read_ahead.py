@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from threading import Thread
 
@@ -21,10 +22,10 @@ _THREADS, _CHUNK = 4, 16 << 20
 SHARE = 0.7  # of the memory that is free: what takes more of it cannot be counted on to stay in the system's cache
 
 
-def read(file: Path) -> None:
+def read(file: Path, opened: Callable[[Path], FileIO] = lambda file: file.open("rb", buffering=0)) -> None:
     """To its end, and forget it: the system has it in its cache then."""
     memory = bytearray(_CHUNK)
-    with file.open("rb", buffering=0) as stream:
+    with opened(file) as stream:
         while stream.readinto(memory):
             pass
 
