@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -348,7 +349,7 @@ def test_no_request_of_the_hubs_is_logged_at_any_level(hub: Hub, tmp_path: Path)
     script = (
         "import logging; logging.basicConfig(level=logging.DEBUG); from src.settings import Settings; "
         "from src.serving import logs, startup; settings = Settings.from_environment(); logs.configure(settings); "
-        "startup.check_start(settings); startup.find_files(settings)"
+        "startup.check_start(settings); print('bytes', startup.find_files(settings), startup.find_files(settings))"
     )
     environment = {"MODEL_NAME": "someone/signed", "HF_HOME": str(tmp_path), "LOG_LEVEL": "DEBUG", "HF_DEBUG": "1"}
     ran = subprocess.run(
@@ -360,6 +361,9 @@ def test_no_request_of_the_hubs_is_logged_at_any_level(hub: Hub, tmp_path: Path)
     other.close()
     text = ran.stdout + ran.stderr
     assert "files of the model found" in text
+    came, again = map(int, re.findall(r"^bytes (\d+) (\d+)$", text, re.MULTILINE)[0])
+    assert came > 10_000_000, "what is read ahead anew"
+    assert again == 0
     assert [path for path, _ in other.asked if SIGNED in path], "files came by signed addresses"
     for word in ("Signature", "0f1e2d3c", "HTTP", "GET", "Request", "hf_friend"):
         assert word not in text, text

@@ -33,7 +33,7 @@ from src.weights.file_parts import FileReader
 from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
 from src.weights.host import host_memory
 from src.weights.placement import Weights, Work, choose_placement
-from src.weights.read_ahead import size_of, stays_in_memory, weight_files
+from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
 
 def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
@@ -144,10 +144,12 @@ def _load(
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
     kept = quantizer.file(_fingerprint(source)) if quantizer else None
-    if quantizer and kept and (restored := _restored(index, source, dtype, quantizer, kept)) is not None:
-        parts["transformer"] = restored
-        settle("transformer", restored)
-        files = [kept, *(file for file in files if file.parent.name != "transformer")]
+    if quantizer and kept and kept.is_file():
+        for _ in one_ahead([[kept] if short else []]):
+            if (restored := _restored(index, source, dtype, quantizer, kept)) is not None:
+                parts["transformer"] = restored
+                settle("transformer", restored)
+                files = [kept, *(file for file in files if file.parent.name != "transformer")]
     for name, network in load_networks(index, folder, dtype, but_for=tuple(parts), short=short):
         if name == "transformer" and quantizer and kept:
             quantizer.keep(network, quantizer.quantize(network), kept)

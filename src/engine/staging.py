@@ -97,6 +97,8 @@ class Staging:
         if device.type == "cpu":
             of_files = set(mapped(plain))
             elsewhere += [w for w in plain if w.device.type == "cpu" and (w in of_files or w.data_ptr() % _ALIGNED)]
+        if not elsewhere:
+            return
         with torch.inference_mode(False):  # weights are no tensors of inference
             there = [torch.empty_like(weight.data, device=device) for weight in elsewhere]
         self.fill(zip((weight.data for weight in elsewhere), there, strict=True))

@@ -79,7 +79,10 @@ def _rest(views: list[memoryview], count: int) -> list[memoryview]:
 
 
 class MappedFiles:
-    """The files that are mapped into this process now; nothing where the system does not list them (/proc)."""
+    """The files that are mapped into this process now; nothing where the system does not list them (/proc).
+
+    A page that somebody wrote to is not told from its file's: nobody writes to weights before they are where they live.
+    """
 
     def __init__(self, maps: Path = _MAPS) -> None:
         self._mappings: list[tuple[int, int, FilePart]] = []  # by address: first byte, byte after the last
