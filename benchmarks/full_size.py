@@ -9,13 +9,13 @@ openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, mistralai/Mistral-Small-3.2
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 
 from deploy.plan import WEIGHTS
@@ -116,7 +116,7 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
     Weights are drawn once and repeated: billions of their own would take minutes.
     """
-    with init_empty_weights():  # but for buffers
+    with _without_weights():
         parts: dict[str, Any] = {part: make() for part, make in FULL_SIZE[name].items()}
     drawn = (0.02 * torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))).to(dtype)
     for network in parts.values():
@@ -137,6 +137,23 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     options = {"is_distilled": True} if name.startswith("FLUX.2-klein") else {}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name != "FLUX.1-schnell")
     return getattr(diffusers, model.base.class_name)(scheduler=scheduler, **parts, **tokenizers, **options)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Within it layers are made without memory for their weights; their buffers are real."""
+    own = nn.Module.register_parameter
+
+    def register(layer: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+        if weight is not None and not weight.is_meta:  # one that two layers share stays one
+            weight = nn.Parameter(weight.data.to("meta"), requires_grad=False)
+        own(layer, name, weight)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = own  # type: ignore[method-assign]
 
 
 def _filled(shape: torch.Size, name: str, drawn: torch.Tensor) -> torch.Tensor:

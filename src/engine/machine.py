@@ -20,7 +20,8 @@ _TIMES = 3
 def measure(device: torch.device, dtype: torch.dtype, memory_limit_gb: float | None = None) -> Machine:
     """`device` and its host; it takes milliseconds on a card and a tenth of a second on the CPU.
 
-    `memory_limit_gb` is the most that may be used of the device, in gigabytes; on a card torch holds us to it.
+    `memory_limit_gb` is the most that may be used of the device, in gigabytes; on a card torch holds us to it. What
+    CUDA's context and its libraries take counts towards it: torch's allocator gets what they leave.
     """
     host, most = host_memory(), int(memory_limit_gb * GB) if memory_limit_gb else None
     speed = _flops(device, dtype), _bandwidth(device)
@@ -28,12 +29,22 @@ def measure(device: torch.device, dtype: torch.dtype, memory_limit_gb: float | N
         torch.cuda.empty_cache()  # what was just measured with
         free, total = torch.cuda.mem_get_info(device)
         if most:
+            most = max(most - context_memory(device), 0)
             torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0))
-        return Machine(torch.cuda.get_device_name(device), min(free, most or free), host.free, *speed)
+        return Machine(torch.cuda.get_device_name(device), min(free, free if most is None else most), host.free, *speed)
     everything = host.total
     if most and most < everything:  # as if there were a card of that size
         return Machine("the CPU", most, everything - most, *speed)
     return Machine("the CPU", everything, everything, *speed, shared=True)
+
+
+def context_memory(device: torch.device) -> int:
+    """Bytes of a card that are in use and not of torch's allocator: CUDA's context, its libraries and their kernels.
+
+    Whoever else uses the card is among them; a worker has its card to itself.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return max(total - free - torch.cuda.memory_reserved(device), 0)
 
 
 def check_device() -> None:
