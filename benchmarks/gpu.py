@@ -1,230 +1,189 @@
-"""`python -m benchmarks.gpu`: plain diffusers, each step of the ladder, and our plan on smaller and smaller cards.
+"""`python -m benchmarks.gpu`: plain diffusers, each step of the ladder, adapters, and our plan on smaller cards.
 
 Models of full size with random weights are built on the spot (no download); all ways run in one process, one after
 another, and each way's picture is compared with the plain one's. Without a card the same script runs flux-shapes, on
-pretended cards of its size: that shows exactness, not speed. Writes results/gpu.json and results/gpu.png.
+pretended cards of its size: that shows exactness, not speed.
 
-    python -m benchmarks.gpu                      # all models, all ways: about 20 minutes on an H100
-    python -m benchmarks.gpu FLUX.1-schnell       # one model
+A way that fails is a row that says why, and so is one that wants a package, a setting or more time than there is. The
+file is written after every row; rows of earlier runs stay, and ways that have none come first. torch, transformers,
+diffusers and what they bring are enough to run it; ways of this worker want psutil, others what their rows name.
+
+    python -m benchmarks.gpu                                         # all models, all ways
+    python -m benchmarks.gpu --models FLUX.1-dev --ways 'within*'    # some of them, and the plain way
+    python -m benchmarks.gpu --minutes 9.5 --output gpu.json         # what fits into that time
+    python -m benchmarks.gpu --profile                               # and where the time of a step goes
+
+Writes results/gpu.json, results/gpu.png where there is matplotlib, and with --profile results/gpu_profile.json.
 """
 
 from __future__ import annotations
 
-import gc
-import json
+import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import diffusers
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
+from benchmarks.bare import without_needless_packages
+from benchmarks.gpu_results import OtherMachine, Results, Row
+from benchmarks.gpu_ways import PLAIN, WAYS, LeftOut, Way, chosen
 
-from benchmarks.full_size import build, weigh_parts
-from benchmarks.machine import machine
-from src.catalog import Model, get_model
-from src.engine import Engine
-from src.engine.acceleration import accelerate
-from src.engine.machine import measure
-from src.engine.placed_pipeline import PlacedPipeline
-from src.engine.quantization import Quantizer
-from src.errors import InvalidSettings
-from src.plan.plan import Plan, make_plan
-from src.request.reading import read_request
-from src.settings import ROOT, Settings
-from src.weights.placement import GB, DoesNotFit, Machine, Placement, Work, choose_placement, flops, smallest
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-RESULTS = ROOT / "benchmarks" / "results"
-MODELS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B")
-STEPS = {"FLUX.1-dev": 28}  # as the published figures; others take their own
-CAPS_GB = (24, 20, 18, 16)
-DEV_GB = (7.8, 37.7)  # what FLUX.1-dev needs at least, and with everything resident (tests/test_placement.py)
-PROMPT = "a red circle on a blue background"
-TIMES = 3
+OUTPUT = Path(__file__).parent / "results" / "gpu.json"
+ALLOCATOR = "expandable_segments:True"  # as in the Dockerfile: torch's allocator splinters less
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to draw the same picture."""
+class Bench(Protocol):
+    """What benchmarks/gpu_bench.py measures a model with."""
 
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    cap: int | None = None  # gigabytes of the card
-    steps: int | None = None  # fewer, where a whole picture would take minutes
-    plain: bool = False  # diffusers alone, as the specification has it
-    speed: str = "exact"
+    def facts(self) -> dict[str, Any]:
+        """What holds for all of its rows."""
 
+    def measure(self, way: Way) -> Row:
+        """The row of `way`; raises where there is none."""
 
-LADDER = (
-    Way("plain diffusers", plain=True),
-    Way("this worker, everything resident", {"compile": False, "attention_backend": "native", "memory_mode": "full"}),
-    Way("+ attention by the card", {"compile": False, "memory_mode": "full"}),
-    Way("+ compiled blocks", {"compile": True, "memory_mode": "full"}),
-    Way("+ fp8", {"quantization": "fp8"}),
-    Way("balanced", {"memory_mode": "full"}, speed="balanced"),
-    Way("fast", {"memory_mode": "full"}, speed="fast"),
-)
-SMALLER = (
-    *(Way(f"within {cap} GB", cap=cap) for cap in CAPS_GB),
-    Way("adaptive norms ahead", {"memory_mode": "modulation_cache"}),
-    Way("nf4", {"quantization": "nf4"}),
-    Way("diffusers' model offload", {"memory_mode": "model_offload", "compile": False}),
-    Way("diffusers' sequential offload", {"memory_mode": "sequential_offload", "compile": False}, steps=2),
-)
+    def works(self) -> bool:
+        """Whether the device still computes."""
 
 
-def main(names: tuple[str, ...] = ()) -> None:
+class Budget:
+    """Seconds until `minutes` are over, by `clock`; without `minutes` there is no end."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = None if minutes is None else clock() + 60 * minutes
+
+    def clock(self) -> float:
+        """Seconds, from some beginning."""
+        return self._clock()
+
+    def why_not(self, expected: float) -> str | None:
+        """Why nothing is begun that is expected to take so many seconds; None where there is time for it."""
+        left = float("inf") if self._end is None else self._end - self._clock()
+        if left > 0 and expected <= left:
+            return None
+        return f"--minutes: {max(left, 0):.0f} seconds were left, and it is expected to take {expected:.0f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR)  # before torch is imported
+    budget = Budget(options.minutes)
+    try:
+        with without_needless_packages():
+            import torch
+
+            from benchmarks import gpu_bench, gpu_profile
+            from benchmarks.machine import machine
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"benchmarks.gpu wants {error.name}, which this machine does not have") from error
+
     on_card = torch.cuda.is_available()
-    results: dict[str, Any] = {"machine": machine(), "full_size": on_card, "times": TIMES, "models": {}}
-    for name in names or (MODELS if on_card else ("flux-shapes",)):
-        results["models"][name] = run(name)
-        (RESULTS / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")  # what there is, should the rest fail
-    plot(results["models"]).savefig(RESULTS / "gpu.png", dpi=80)
-    print(json.dumps(results, indent=2))
+    models = options.models or (gpu_bench.MODELS if on_card else (gpu_bench.SHIPPED,))
+    try:
+        ways = chosen(options.ways)
+        results = Results(options.output, machine(), full_size=on_card)
+    except (OtherMachine, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    for name in models:
+        bench = run(gpu_bench.Bench, name, ways, results, budget)
+        if options.profile and bench is not None and not budget.why_not(0):
+            gpu_profile.keep(bench, options.output.with_name("gpu_profile.json"), machine())
+        del bench
+    try:
+        plot(results.found["models"]).savefig(options.output.with_suffix(".png"), dpi=80)
+    except ModuleNotFoundError as error:
+        print(f"no plot without {error.name}", file=sys.stderr)
 
 
-def run(name: str) -> dict[str, Any]:
-    """All ways of one model."""
-    bench = Bench(name)
-    ways = []
-    for way in (*LADDER, *SMALLER):
-        with as_new():
-            ways.append({"way": way.name, **bench.draw(way)})
-        print(name, ways[-1], file=sys.stderr, flush=True)
-    return {"steps": bench.work.num_inference_steps, "floor_seconds": bench.floor, "ways": ways}
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="rows of the catalog; three by default")
+    parser.add_argument("--ways", nargs="+", default=(), metavar="PATTERN", help="names of ways, * for any letters")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would take longer than what is left of them")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT, metavar="FILE", help="JSON with the rows, earlier ones too"
+    )
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes")
+    return parser.parse_args(arguments)
 
 
-class Bench:
-    """One model, and the picture that the plain way draws of it."""
-
-    def __init__(self, name: str) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        found = get_model(name)
-        self.model: Model = found
-        steps = STEPS.get(name, found.num_inference_steps)
-        self.work = Work(found.width, found.height, steps, found.max_sequence_length, found.width * found.height)
-        parts = {name: part for name, part in self._build().components.items() if isinstance(part, torch.nn.Module)}
-        self.weights = weigh_parts(parts, self.dtype)
-        self.machine: Machine = measure(self.device, self.dtype)
-        self.floor = steps * flops(self.weights, self.work) / self.machine.flops
-        self.plain: np.ndarray[Any, Any] | None = None
-
-    def draw(self, way: Way) -> dict[str, Any]:
-        """Seconds, memory, and how far from the plain picture; or why there is none."""
+def run(make: Callable[[str], Any], name: str, ways: Sequence[Way], results: Results, budget: Budget) -> Any | None:
+    """All `ways` of one model, the plain one before them; the Bench that `make` gave, or None where it gave none."""
+    first = [way for way in WAYS if way.name == PLAIN]
+    rows = {row["way"]: row for row in results.rows(name)}
+    rest = sorted((way for way in ways if way not in first), key=lambda way: "seconds" in rows.get(way.name, {}))
+    bench: Bench | None = None
+    why = budget.why_not(0)
+    if not why:
         try:
-            draw, placement = self._plain() if way.plain else self._ours(way)
-        except (DoesNotFit, InvalidSettings) as error:
-            return {"error": str(error)}
-        steps = way.steps or self.work.num_inference_steps
-        draw("warm-up", 2)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds, picture = [], np.zeros(0)
-        for i in range(1 if way.steps else TIMES):
-            begun = time.perf_counter()
-            picture = np.asarray(draw(f"{PROMPT} {i}", steps), float)  # a new prompt each time
-            seconds.append(time.perf_counter() - begun)
-        row: dict[str, Any] = {
-            "seconds": round(median(seconds), 4),
-            "seconds_per_step": round(median(seconds) / steps, 4),
-            "peak_gb": round(torch.cuda.max_memory_allocated() / GB, 2) if self.device.type == "cuda" else None,
-            "placement": placement.summary() if placement else None,
-        }
-        if way.plain:
-            self.plain = picture
-        if self.plain is not None and not way.steps:
-            difference = np.abs(picture - self.plain)
-            mean_square = float((difference**2).mean())
-            row["max_difference"] = float(difference.max())
-            row["psnr"] = round(10 * np.log10(255**2 / mean_square), 1) if mean_square else None
-        return row
-
-    def _plain(self) -> tuple[Callable[[str, int], Image.Image], None]:
-        pipeline = self._build().to(self.device)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.enable_attention_slicing()
-        pipeline.transformer.set_attention_backend("native")  # another way's stays on in diffusers
-
-        def draw(prompt: str, steps: int) -> Image.Image:
-            generator = torch.Generator("cpu").manual_seed(1)
-            size = {"width": self.work.width, "height": self.work.height}
-            with torch.inference_mode():
-                result = pipeline(
-                    prompt=prompt, **size, num_inference_steps=steps, guidance_scale=self.model.guidance_scale,
-                    max_sequence_length=self.work.max_sequence_length, generator=generator,
-                )  # fmt: skip
-            picture: Image.Image = result.images[0]
-            return picture
-
-        return draw, None
-
-    def _ours(self, way: Way) -> tuple[Callable[[str, int], Image.Image], Placement]:
-        limit = {"memory_limit_gb": self._limit(way.cap)} if way.cap else {}
-        settings = Settings(model_name=self.model.name, **way.settings, **limit)
-        machine = measure(self.device, self.dtype, settings.memory_limit_gb)
-        placement = choose_placement(self.weights, replace(machine, shared=False), self.work, settings.placement_mode)
-        pipeline = self._build()
-        if placement.quantization:
-            Quantizer(placement.quantization, self.device).quantize(pipeline.transformer)
-        placed_pipeline = PlacedPipeline(pipeline, placement, self.device)
-        compiled = accelerate(pipeline, settings, self.device)
-        engine = Engine(pipeline, self.model, None, placed_pipeline=placed_pipeline, compiled=compiled)
-
-        def plan(prompt: str, steps: int) -> Plan:
-            fields = {"prompt": prompt, "seed": 1, "num_inference_steps": steps, "speed": way.speed}
-            request, faults, _ = read_request({"input": fields})
-            return make_plan(request, faults, self.model, max_pixels=self.work.max_pixels)
-
-        engine.warm_up(plan("warm-up", 2), 2)
-        return lambda prompt, steps: engine.run(plan(prompt, steps)).pictures[0], placement
-
-    def _limit(self, cap: int) -> float:
-        """`cap` in gigabytes; without a card one that is as narrow for this model as `cap` is for FLUX.1-dev."""
-        if self.device.type == "cuda":
-            return cap
-        apart = replace(self.machine, host_memory=1 << 50, shared=False)
-        least, full = (smallest(self.weights, apart, self.work, mode) / GB for mode in ("auto", "full"))
-        return least + (cap - DEV_GB[0]) / (DEV_GB[1] - DEV_GB[0]) * (full - least)
-
-    def _build(self) -> Any:
-        if self.model.name == "flux-shapes":
-            return diffusers.FluxPipeline.from_pretrained(ROOT / self.model.repo, dtype=self.dtype)
-        return build(self.model.name, self.dtype)
+            bench = make(name)
+            results.describe(name, bench.facts())
+        except Exception as error:  # noqa: BLE001 - the other models are to be measured all the same
+            why = f"the model could not be made: {words(error)}"
+    took: list[float] = []
+    for way in (*first, *rest):
+        expected = rows.get(way.name, {}).get("took_seconds") or (median(took) if took else 0.0)
+        left_out = why or budget.why_not(expected)
+        if left_out or bench is None:
+            row: Row = {"way": way.name, "left_out": left_out}
+        else:
+            begun = budget.clock()
+            row = attempt(bench, way)
+            row["took_seconds"] = round(budget.clock() - begun, 1)
+            took.append(row["took_seconds"])
+            if "error" in row and not bench.works():
+                why = f"the device failed while it drew {way.name!r}, and computes nothing in this process"
+        results.keep(name, row)
+        print(name, row, file=sys.stderr, flush=True)
+    return bench
 
 
-@contextmanager
-def as_new() -> Iterator[None]:
-    """Nothing of the last way is left: no weights, no cap, nothing compiled."""
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
-    yield
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def attempt(bench: Bench, way: Way) -> Row:
+    """The way's row; one that fails says why, whatever it raised."""
+    from src.errors import let_go
+
+    try:
+        return bench.measure(way)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except LeftOut as error:
+        return {"way": way.name, "left_out": str(error)}
+    except ModuleNotFoundError as error:
+        return {"way": way.name, "left_out": f"it wants {error.name}, which this machine does not have"}
+    except BaseException as error:  # noqa: BLE001 - compilers and extensions raise anything
+        let_go(error)  # its frames hold a model's weights
+        return {"way": way.name, "error": words(error)}
+
+
+def words(error: BaseException) -> str:
+    """One line of at most 300 letters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def plot(models: Mapping[str, Any]) -> Figure:
-    """Seconds of each way, the model's arithmetic floor as a line."""
-    figure = Figure(figsize=(11, 1 + 4 * len(models)), layout="constrained")
+    """Seconds of each way that was measured, the model's floor by a warm product as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1 + 5 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), squeeze=False)[:, 0]
     for axis, (name, found) in zip(axes, models.items(), strict=True):
         ways = [way for way in found["ways"] if "seconds" in way]
         seconds = [way["seconds_per_step"] * found["steps"] for way in ways]
-        axis.barh([way["way"] for way in ways], seconds, color="#4878a8")
-        axis.axvline(found["floor_seconds"], color="#c04040", label="arithmetic floor")
-        axis.set(title=name, xlabel=f"seconds for a picture of {found['steps']} steps")
+        names = [way["way"] + (" (ran eager)" if "fell_back" in way else "") for way in ways]
+        axis.barh(names, seconds, color="#4878a8")
+        if found.get("floor_seconds"):
+            axis.axvline(found["floor_seconds"]["product"], color="#c04040", label="floor by a warm product")
+            axis.legend()
+        axis.set(title=name, xlabel=f"seconds for a picture of {found.get('steps')} steps")
         axis.invert_yaxis()
-        axis.legend()
     return figure
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]))
+    main()

@@ -160,11 +160,11 @@ def _weights(sizes: Mapping[str, Any]) -> Weights:
 def measured_seconds(model: Model, card: Card, results: Path = MEASURED) -> float | None:
     """Seconds of one picture that benchmarks/gpu.py took on such a card, for as many steps as the model's own.
 
-    None where nobody measured it.
+    None where nobody measured it, or where its blocks did not run compiled as a worker's do.
     """
     found = json.loads(results.read_text())
     if not found["full_size"] or found["machine"]["card"] not in card.types:
         return None
     ways = found["models"].get(model.name, {"ways": ()})["ways"]
-    rows = [row for row in ways if row["way"] == _AS_SERVED and "seconds_per_step" in row]
+    rows = [row for row in ways if row["way"] == _AS_SERVED and "seconds_per_step" in row and "fell_back" not in row]
     return rows[0]["seconds_per_step"] * model.num_inference_steps if rows else None

@@ -100,7 +100,7 @@ def test_a_thousand_pictures_cost_their_seconds() -> None:
 
 
 def test_measured_seconds_win_where_there_are_some(tmp_path: Path) -> None:
-    results = {
+    results: dict[str, Any] = {
         "full_size": True,
         "machine": {"card": "NVIDIA H100 80GB HBM3"},
         "models": {"FLUX.1-dev": {"ways": [{"way": "+ compiled blocks", "seconds": 4.2, "seconds_per_step": 0.15}]}},
@@ -111,6 +111,10 @@ def test_measured_seconds_win_where_there_are_some(tmp_path: Path) -> None:
     assert measured_seconds(dev, card("H100"), file) == pytest.approx(50 * 0.15)
     assert measured_seconds(dev, card("A100"), file) is None, "another card"
     assert measured_seconds(get_model("FLUX.1-schnell"), card("H100"), file) is None, "another model"
+    results["models"]["FLUX.1-dev"]["ways"][0]["fell_back"] = "114 of 114 calls of blocks ran eager"
+    file.write_text(json.dumps(results))
+    assert measured_seconds(dev, card("H100"), file) is None, "not as a worker serves it"
+    del results["models"]["FLUX.1-dev"]["ways"][0]["fell_back"]
     file.write_text(json.dumps({**results, "full_size": False}))
     assert measured_seconds(dev, card("H100"), file) is None, "flux-shapes without a card"
 

@@ -1,0 +1,62 @@
+"""Packages that src imports at the top of a file and no picture needs: a machine for measuring may lack them.
+
+Of what it does need, torch, transformers and diffusers bring all but psutil: without it no placement can be chosen, and
+the ways of this worker are rows that say so.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+NEEDLESS = ("accelerate", "backports", "brotli", "dotenv", "httpx2", "peft", "psutil")
+
+
+class _Absent(type):
+    """Stands for all that a package has: it can be named, in an `except` too; calling it says what is missing."""
+
+    def __getattr__(cls, name: str) -> _Absent:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return absent(cls.__name__)
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise ModuleNotFoundError(f"No module named {cls.__name__!r}", name=cls.__name__)
+
+
+def absent(package: str) -> _Absent:
+    """What stands for `package` where it is not installed."""
+    return _Absent(package, (Exception,), {})
+
+
+@contextmanager
+def without_needless_packages() -> Iterator[None]:
+    """Within it what src imports of NEEDLESS need not be installed; everybody else is told the truth."""
+    own = builtins.__import__
+
+    def load(
+        name: str,
+        globals: Mapping[str, Any] | None = None,
+        locals: Mapping[str, Any] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> Any:
+        package = name.partition(".")[0]
+        by_src = str((globals or {}).get("__name__")).partition(".")[0] == "src"
+        if level or not by_src or package not in NEEDLESS:
+            return own(name, globals, locals, fromlist or (), level)
+        try:
+            found = own(name, globals, locals, fromlist or (), level)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] != package:
+                raise
+            return absent(package)
+        return found if all(hasattr(found, each) for each in fromlist or ()) else absent(package)
+
+    builtins.__import__ = load
+    try:
+        yield
+    finally:
+        builtins.__import__ = own
