@@ -32,9 +32,12 @@ def absent(package: str) -> _Absent:
 
 
 @contextmanager
-def without_needless_packages() -> Iterator[None]:
-    """Within it what src imports of NEEDLESS need not be installed; everybody else is told the truth."""
-    own = builtins.__import__
+def without_needless_packages(*packages: str) -> Iterator[None]:
+    """Within it what src imports of `packages` need not be installed; everybody else is told the truth.
+
+    NEEDLESS are those by default.
+    """
+    own, needless = builtins.__import__, packages or NEEDLESS
 
     def load(
         name: str,
@@ -45,7 +48,7 @@ def without_needless_packages() -> Iterator[None]:
     ) -> Any:
         package = name.partition(".")[0]
         by_src = str((globals or {}).get("__name__")).partition(".")[0] == "src"
-        if level or not by_src or package not in NEEDLESS:
+        if level or not by_src or package not in needless:
             return own(name, globals, locals, fromlist or (), level)
         try:
             found = own(name, globals, locals, fromlist or (), level)

@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu`: plain diffusers, each step of the ladder, adapters, and our plan on smaller cards.
 
 Models of full size with random weights are built on the spot (no download); all ways run in one process, one after
-another, and each way's picture is compared with the plain one's. Without a card the same script runs flux-shapes, on
+another, and each way's picture is compared with the plain one's, or with that of the same way without what saves
+memory or compiles its adapters. Without a card the same script runs flux-shapes, on
 pretended cards of its size: that shows exactness, not speed.
 
 A way that fails is a row that says why, and so is one that wants a package, a setting or more time than there is. The
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.bare import without_needless_packages
 from benchmarks.gpu_results import OtherMachine, Results, Row
-from benchmarks.gpu_ways import PLAIN, WAYS, LeftOut, Way, chosen
+from benchmarks.gpu_ways import LeftOut, Way, chosen, with_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,10 +115,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(make: Callable[[str], Any], name: str, ways: Sequence[Way], results: Results, budget: Budget) -> Any | None:
-    """All `ways` of one model, the plain one before them; the Bench that `make` gave, or None where it gave none."""
-    first = [way for way in WAYS if way.name == PLAIN]
+    """All `ways` of one model, and what they are held against; the Bench that `make` gave, or None where it failed."""
     rows = {row["way"]: row for row in results.rows(name)}
-    rest = sorted((way for way in ways if way not in first), key=lambda way: "seconds" in rows.get(way.name, {}))
+    measured = {way for way, row in rows.items() if "seconds" in row}
     bench: Bench | None = None
     why = budget.why_not(0)
     if not why:
@@ -127,7 +127,7 @@ def run(make: Callable[[str], Any], name: str, ways: Sequence[Way], results: Res
         except Exception as error:  # noqa: BLE001 - the other models are to be measured all the same
             why = f"the model could not be made: {words(error)}"
     took: list[float] = []
-    for way in (*first, *rest):
+    for way in with_references(ways, measured):
         expected = rows.get(way.name, {}).get("took_seconds") or (median(took) if took else 0.0)
         left_out = why or budget.why_not(expected)
         if left_out or bench is None:

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.full_size import build, weigh_parts
 from benchmarks.gpu_results import Row
-from benchmarks.gpu_ways import LeftOut, Way, reference
+from benchmarks.gpu_ways import LeftOut, Way
 from deploy.cards import CARDS
 from src.catalog import get_model
 from src.engine import Engine
@@ -271,7 +271,7 @@ class Bench:
 
     def _exactness(self, way: Way) -> Row:
         """How far the first picture is from that of the way that it is held against."""
-        picture, expected = self._first.get(way.name), self._first.get(reference(way) or "")
+        picture, expected = self._first.get(way.name), self._first.get(way.against or "")
         if picture is None or expected is None:
             return {}
         difference = picture - expected

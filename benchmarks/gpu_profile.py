@@ -18,10 +18,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_bench import Bench, as_new
-from benchmarks.gpu_ways import WAYS
+from benchmarks.gpu_ways import AS_SERVED, BY_THE_CARD, WAYS
 from src.job import Progress
 
-PROFILED = ("+ attention by the card", "+ compiled blocks")
+PROFILED = (BY_THE_CARD, AS_SERVED)
 STEPS = 4  # those after a first one
 _SHOWN = 12  # of the kernels that take the most time
 # By names of CUDA's kernels, and of torch's operators where there is no card; the first that fits counts.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-PLAIN = "plain diffusers"  # what all others are held against
+PLAIN = "plain diffusers"
+BY_THE_CARD = "+ attention by the card"
 AS_SERVED = "+ compiled blocks"  # what a worker does by itself where the model fits
 
 
@@ -26,61 +27,70 @@ class Way:
     cap: int | None = None  # gigabytes of the card, its context among them
     compiled: bool = False  # whether it is a fault where blocks run as they are
     speed: str | None = None  # of the request
+    against: str | None = PLAIN  # the way whose picture this one's is held against
     steps: int | None = None  # fewer, where a whole picture would take minutes
     wants: tuple[str, ...] = ()  # packages
 
 
 _EAGER = {"compile": False, "memory_mode": "full"}
 _COMPILED = {"compile": True, "memory_mode": "full"}
+_FP8 = {"quantization": "fp8", "compile": True}
 _ONE, _FOUR = (16,), (16, 32, 16, 32)
+_PEFT, _TORCHAO, _ACCELERATE = ("peft",), ("torchao",), ("accelerate",)
+
+
+def _within(cap: int) -> Way:
+    return Way(f"within {cap} GB", cap=cap, against=AS_SERVED)
+
+
+def _offload(kind: str, steps: int | None = None) -> Way:
+    settings = {"memory_mode": f"{kind}_offload", "compile": False}
+    return Way(f"diffusers' {kind} offload", settings, against=BY_THE_CARD, steps=steps, wants=_ACCELERATE)
+
 
 # In the order in which they are drawn: where time is short the last are left out.
 WAYS: tuple[Way, ...] = (
     Way(PLAIN, diffusers="plain"),
     Way("this worker, everything resident", {**_EAGER, "attention_backend": "native"}),
-    Way("+ attention by the card", _EAGER),
+    Way(BY_THE_CARD, _EAGER),
     Way(AS_SERVED, _COMPILED, compiled=True),
-    Way("+ fp8", {"quantization": "fp8", "compile": True}, compiled=True, wants=("torchao",)),
+    Way("+ fp8", _FP8, compiled=True, wants=_TORCHAO),
     Way("profile near", {"profile": "near"}),
     Way("profile fast", {"profile": "fast"}),
-    Way("within 24 GB", cap=24),
-    Way("within 16 GB", cap=16),
+    _within(24),
+    _within(16),
     Way("diffusers' group offload, blocks", diffusers="block_level"),
-    Way("one adapter", _EAGER, adapters=_ONE, wants=("peft",)),
-    Way("one adapter, compiled", _COMPILED, adapters=_ONE, compiled=True, wants=("peft",)),
-    Way("four adapters", _EAGER, adapters=_FOUR, wants=("peft",)),
-    Way("four adapters, compiled", _COMPILED, adapters=_FOUR, compiled=True, wants=("peft",)),
-    Way(
-        "fp8, one adapter",
-        {"quantization": "fp8", "compile": True},
-        adapters=_ONE,
-        compiled=True,
-        wants=("torchao", "peft"),
-    ),
+    Way("one adapter", _EAGER, adapters=_ONE, against=None, wants=_PEFT),
+    Way("one adapter, compiled", _COMPILED, adapters=_ONE, compiled=True, against="one adapter", wants=_PEFT),
+    Way("four adapters", _EAGER, adapters=_FOUR, against=None, wants=_PEFT),
+    Way("four adapters, compiled", _COMPILED, adapters=_FOUR, compiled=True, against="four adapters", wants=_PEFT),
+    Way("fp8, one adapter", _FP8, adapters=_ONE, compiled=True, against="one adapter", wants=_TORCHAO + _PEFT),
     Way("balanced", _COMPILED, speed="balanced"),
     Way("fast", _COMPILED, speed="fast"),
-    Way("within 18 GB", cap=18),
-    Way("within 12 GB", cap=12),
-    Way("adaptive norms ahead", {"memory_mode": "modulation_cache"}),
+    _within(18),
+    _within(12),
+    Way("adaptive norms ahead", {"memory_mode": "modulation_cache"}, against=AS_SERVED),
     Way("profile exact", {"profile": "exact"}),
     Way("diffusers' group offload, leaves", diffusers="leaf_level"),
-    Way("diffusers' model offload", {"memory_mode": "model_offload", "compile": False}, wants=("accelerate",)),
-    Way(
-        "diffusers' sequential offload",
-        {"memory_mode": "sequential_offload", "compile": False},
-        steps=2,
-        wants=("accelerate",),
-    ),
+    _offload("model"),
+    _offload("sequential", steps=2),
     Way("nf4", {"quantization": "nf4", "compile": False}, wants=("bitsandbytes",)),
 )
 
 
-def reference(way: Way) -> str | None:
-    """The way whose picture `way`'s is held against: the plain one, or the first with the same adapters."""
-    if not way.adapters:
-        return PLAIN
-    first = next(each.name for each in WAYS if each.adapters == way.adapters)
-    return None if first == way.name else first
+def with_references(ways: Sequence[Way], measured: Container[str]) -> tuple[Way, ...]:
+    """`ways` in the order in which they are drawn: those that have no figures yet, and what they are held against.
+
+    Those whose names are in `measured` come last.
+    """
+    names = {way.name for way in ways}
+    first = {way.name for way in ways if way.name not in measured}
+    for way in reversed(WAYS):  # what one is held against stands before it
+        if way.name in first and way.against:
+            first.add(way.against)
+    first.add(PLAIN)
+    last = [way for way in WAYS if way.name in names - first]
+    return (*(way for way in WAYS if way.name in first), *last)
 
 
 def chosen(patterns: Sequence[str]) -> tuple[Way, ...]:

@@ -39,10 +39,10 @@ def small(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def weights_of(folder: Path) -> Weights:
-    """The sizes of the model in `folder`, in float32."""
+def weights_of(folder: Path, itemsize: int = 4) -> Weights:
+    """The sizes of the model in `folder`, in float32 or with `itemsize` bytes to a value."""
     transformer, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae"))
-    return Weights.of(check_whole(folder), transformer, vae, 4)
+    return Weights.of(check_whole(folder), transformer, vae, itemsize)
 
 
 def all_placements(weights: Weights) -> list[Placement]:

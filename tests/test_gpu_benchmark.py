@@ -22,7 +22,7 @@ from benchmarks.full_size import _without_weights
 from benchmarks.gpu import Budget, attempt, run, words
 from benchmarks.gpu_bench import Bench, block_calls, published_rate
 from benchmarks.gpu_results import OtherMachine, Results
-from benchmarks.gpu_ways import AS_SERVED, PLAIN, WAYS, LeftOut, Way, chosen, reference
+from benchmarks.gpu_ways import AS_SERVED, PLAIN, WAYS, LeftOut, Way, chosen, with_references
 from deploy import plan
 from src.engine.lora import AdapterFile, Networks
 from src.errors import InvalidSettings
@@ -209,9 +209,13 @@ def test_each_way_is_held_against_one_that_was_drawn_before_it() -> None:
     names = [way.name for way in WAYS]
     assert len(set(names)) == len(names)
     for place, way in enumerate(WAYS):
-        expected = reference(way)
-        assert expected is None or names.index(expected) <= place
-        assert not way.adapters or expected != PLAIN
+        assert way.against is None or names.index(way.against) <= place
+        assert not way.adapters or way.against != PLAIN
+
+
+def test_what_a_way_is_held_against_is_drawn_too() -> None:
+    drawn = [way.name for way in with_references(chosen(["within 12 GB", "fast"]), measured={"fast", PLAIN})]
+    assert drawn == [PLAIN, AS_SERVED, "within 12 GB", "fast"]
 
 
 def test_deploy_names_the_way_that_a_worker_takes_and_the_image_has_this_allocator() -> None:
@@ -296,7 +300,7 @@ def test_what_ran_eager_is_counted_whatever_was_asked_for(shapes: Bench) -> None
     blocks, x = Blocks().requires_grad_(False), torch.ones(2, 4)
     assert block_calls(blocks, lambda: blocks(x)) == (4, 0)
     for block in blocks.transformer_blocks:
-        block.forward = torch.compile(block.forward, backend="eager")  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, backend="eager")
     blocks(x)
     assert block_calls(blocks, lambda: [blocks(x), blocks(x)]) == (8, 6)
     with torch.compiler.set_stance("force_eager"):
@@ -442,10 +446,10 @@ def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(packages: Path | None, output: Path, *arguments: str) -> subprocess.Popen[str]:
+def started(packages: list[Path], output: Path, *arguments: str) -> subprocess.Popen[str]:
     """`python -m benchmarks.gpu`, with `packages` alone where they are given."""
     python = [sys.executable, *(["-S"] if packages else []), "-m", "benchmarks.gpu"]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(packages or "")}
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(map(str, packages))}
     return subprocess.Popen(
         [*python, "--output", str(output), *arguments],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -455,7 +459,7 @@ def started(packages: Path | None, output: Path, *arguments: str) -> subprocess.
 @pytest.mark.slow
 def test_torch_transformers_and_diffusers_are_enough_to_run_it(bare_machine: Path, tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    process = started(bare_machine, output, "--ways", "*resident", "one adapter", "+ fp8", "nf4", "*model offload")
+    process = started([bare_machine], output, "--ways", "*resident", "one adapter", "+ fp8", "nf4", "*model offload")
     _, said = process.communicate()
     assert process.returncode == 0, said[-2000:]
     rows = {row["way"]: row for row in json.loads(output.read_text())["models"]["flux-shapes"]["ways"]}
@@ -476,21 +480,22 @@ def test_torch_transformers_and_diffusers_are_enough_to_run_it(bare_machine: Pat
 
 @pytest.mark.slow
 def test_with_psutil_the_ways_of_this_worker_run_too(bare_machine: Path, tmp_path: Path) -> None:
+    more, output = tmp_path / "more", tmp_path / "gpu.json"
+    more.mkdir()
     for file in needed("psutil"):
-        (bare_machine / file.name).symlink_to(file)
-    output = tmp_path / "gpu.json"
-    process = started(bare_machine, output, "--ways", "*resident", "within 12 GB")
+        (more / file.name).symlink_to(file)
+    process = started([bare_machine, more], output, "--ways", "*resident", "within 12 GB")
     _, said = process.communicate()
     assert process.returncode == 0, said[-2000:]
     rows = json.loads(output.read_text())["models"]["flux-shapes"]["ways"]
-    assert [row.get("max_difference") for row in rows] == [0, 0, 0], rows
+    assert [row.get("max_difference") for row in rows] == [0, 0, 0, 0], rows
 
 
 @pytest.mark.slow
 def test_killed_at_any_way_it_leaves_the_rows_before(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     ways = ["*resident", "+ attention*", "within*", "adaptive*", "*model offload", "nf4"]
-    process = started(None, output, "--ways", *ways)
+    process = started([], output, "--ways", *ways)
     drawn, last = 0, random.randint(1, 6)
     assert process.stderr
     for line in process.stderr:
@@ -508,14 +513,10 @@ def test_killed_at_any_way_it_leaves_the_rows_before(tmp_path: Path) -> None:
 def test_stand_ins_are_for_src_alone_and_fail_when_they_are_called() -> None:
     source = "from no_such_package.inside import Thing\n"
     names: dict[str, Any] = {"__name__": "src.engine.adapters", "__builtins__": __builtins__}
-    before, bare.NEEDLESS = bare.NEEDLESS, (*bare.NEEDLESS, "no_such_package")
-    try:
-        with bare.without_needless_packages():
-            exec(source, names)  # noqa: S102
-            with pytest.raises(ModuleNotFoundError):
-                exec(source, {**names, "__name__": "diffusers.loaders"})  # noqa: S102
-    finally:
-        bare.NEEDLESS = before
+    with bare.without_needless_packages("no_such_package"):
+        exec(source, names)  # noqa: S102
+        with pytest.raises(ModuleNotFoundError):
+            exec(source, {**names, "__name__": "diffusers.loaders"})  # noqa: S102
     thing = names["Thing"]
     assert not isinstance(1, thing)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
