@@ -45,7 +45,7 @@ from src.settings import Settings
 from src.stages import START
 
 if TYPE_CHECKING:
-    from src.engine import Engine
+    from src.engine import AnyEngine, Engines
 
 
 _loading = threading.Lock()
@@ -66,7 +66,7 @@ def get_bucket() -> Bucket | None:
     return Bucket.from_settings(get_settings())
 
 
-def get_engine() -> Engine:
+def get_engine() -> Engines:
     """The engine of this process; the first call loads the model, and others wait for it."""
     with _loading:
         return _load_engine()
@@ -99,13 +99,13 @@ def find_files() -> None:
 
 
 @cache
-def _load_engine() -> Engine:
+def _load_engine() -> Engines:
     read_ahead()
     check_start()
     find_files()
     with START.stage("torch"):
-        from src.engine import load_engine  # which nobody should wait for who only reads this module
-    return load_engine(get_settings())
+        from src.engine import load_engines  # which nobody should wait for who only reads this module
+    return load_engines(get_settings())
 
 
 def handler(event: dict[str, Any], on_progress: OnProgress | None = None) -> Any:
@@ -126,7 +126,7 @@ def respond(
     event: object,
     job: Job,
     settings: Callable[[], Settings],
-    engine: Callable[[], Engine],
+    engine: Callable[[], AnyEngine],
     bucket: Callable[[], Bucket | None] = lambda: None,
 ) -> dict[str, Any]:
     """The whole road, and what a client is told where it ends early."""
@@ -175,7 +175,7 @@ def respond(
         del failure  # it holds this frame, and this frame it
 
 
-def _plan(reading: Reading, job: Job, settings: Settings, engine: Engine) -> Plan:
+def _plan(reading: Reading, job: Job, settings: Settings, engine: AnyEngine) -> Plan:
     """The request decided, with the pictures and adapters that it names, or an error with all that is wrong of them."""
     request, faults, warnings = reading
     pictures, bad_pictures, odd_pictures = load_pictures(request, job)

@@ -1,7 +1,7 @@
-"""The thread that owns the device, and the queue of jobs in front of it.
+"""The thread that owns the device, or one for each of several, and the queue of jobs in front of them.
 
-One thread, because CUDA keeps handles and workspaces for each that ever used it; one queue, so that jobs get the
-device in the order in which they arrived, however long their requests take to read.
+One thread a device, because CUDA keeps handles and workspaces for each that ever used it; one queue, so that jobs get
+a device in the order in which they arrived, however long their requests take to read.
 
 Knows nothing of what is done on the device.
 """
@@ -15,6 +15,12 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+_here = threading.local()
+
+
+def current_device() -> int:
+    """The number of the device that the calling thread owns, from 0; 0 on threads that own none."""
+    return getattr(_here, "device", 0)
 
 
 class NoTurn(Exception):
@@ -69,12 +75,20 @@ class Ticket:
 
 
 class JobQueue:
-    """Runs the work of the tickets that it gives out, one after another, on a thread of its own."""
+    """Runs the work of the tickets that it gives out, in their order, each on the thread of a device that is free."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: int = 1) -> None:
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
-        self._thread.start()
+        self._next = threading.Lock()  # of whoever waits for the next ticket: the one behind it must not pass
+        self._threads: list[threading.Thread] = []
+        self.serve(devices)
+
+    def serve(self, devices: int) -> None:
+        """Have this many devices from now on, and never fewer than before."""
+        for device in range(len(self._threads), devices):
+            name = f"device-{device}" if device else "device"
+            self._threads.append(threading.Thread(target=self._work, args=(device,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def ticket(self) -> Ticket:
         """The next ticket."""
@@ -83,12 +97,19 @@ class JobQueue:
         return ticket
 
     def close(self) -> None:
-        """End the thread after the tickets that are given out."""
-        self._tickets.put(None)
-        self._thread.join()
+        """End the threads after the tickets that are given out."""
+        for _ in self._threads:
+            self._tickets.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
-        while (ticket := self._tickets.get()) is not None:
-            if turn := ticket.wait():
+    def _work(self, device: int) -> None:
+        _here.device = device
+        while True:
+            with self._next:
+                if (ticket := self._tickets.get()) is None:
+                    return
+                turn = ticket.wait()
+            if turn:
                 turn()
             del ticket, turn  # what they made must not live until the next job

@@ -20,6 +20,7 @@ class Generation:
     peak_memory: int | None  # bytes on the card; None on the CPU
     quantization: str | None = None  # of the weights; None is exact
     profile: str = "exact"  # the worker's row of PROFILES
+    device: str = "cpu"  # where it was drawn, as torch names it
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,10 @@ class Settings(BaseModel):
     quantization: Annotated[str | None, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
         None, description="fp8 or nf4: smaller, and not exact; the metadata says so. By default what PROFILE says"
     )
+    parallel: Annotated[Literal["jobs", "picture"], BeforeValidator(_lower)] = Field(
+        "jobs",
+        description="what several cards do: jobs is a picture on each, picture is all of them on one picture at a time",
+    )
     quantized_dir: Path = Field(
         Path("/runpod-volume/quantized"), description="where quantized weights are kept for the next worker"
     )

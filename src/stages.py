@@ -26,6 +26,7 @@ STAGES: Mapping[str, str] = MappingProxyType(
         "read": "weights read",
         "load": "weights brought to where they live",
         "controlnets": "ControlNets loaded",
+        "cards": "model loaded on the other cards",
         "warm-up": "warmed up",
     }
 )

@@ -695,14 +695,14 @@ def test_the_device_reads_no_file_that_a_job_has_read(engine: Engine, tmp_path: 
     (folder / "x.safetensors").unlink()
     engine._adapters.use(loaded)
     assert "x.safetensors" in engine.loaded().adapters
-    assert not engine._adapters._read
+    assert not engine._adapters._checked.read
     engine._adapters.forget_used()
     save_file(lora(), folder / "x.safetensors")
     loaded = library.load(asking("x.safetensors"), Job()).adapters
     engine.check_adapters(loaded)
-    assert engine._adapters._read
+    assert engine._adapters._checked.read
     del loaded
-    assert not engine._adapters._read, "it waits for as long as its request"
+    assert not engine._adapters._checked.read, "it waits for as long as its request"
     loaded = library.load(asking("x.safetensors"), Job()).adapters
     engine.check_adapters(loaded)
     (folder / "x.safetensors").unlink()
@@ -719,12 +719,12 @@ def test_what_is_remembered_of_files_is_bounded(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapters, "_REMEMBERED", 3)
-    engine._adapters._fitting.clear()
+    engine._adapters._checked.fitting.clear()
     library = AdapterStore(Settings(lora_dir=tmp_path))
     for i in range(6):
         save_file(lora(), tmp_path / f"{i}.safetensors")
         assert engine.check_adapters(library.load(asking(f"{i}.safetensors"), Job()).adapters) == ([], [])
-    assert len(engine._adapters._fitting) == 3
+    assert len(engine._adapters._checked.fitting) == 3
     file = tmp_path / "5.safetensors"
     stat = file.stat()
     broken = file.read_bytes()[:-4] + struct.pack("<f", float("nan"))
@@ -751,7 +751,7 @@ def test_whose_trouble_it_is_that_an_adapter_cannot_be_read(
     answer = ask(lora_path="outline.safetensors")
     assert answer["error_code"] == "adapter_unavailable", "on the device's thread too"
     monkeypatch.setattr(AdapterFile, "check", short)
-    engine._adapters._fitting.clear()
+    engine._adapters._checked.fitting.clear()
     answer = ask(lora_path="outline.safetensors")
     assert answer["error_code"] == OutOfMemory.code
 

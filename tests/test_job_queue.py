@@ -89,3 +89,30 @@ def test_work_that_began_in_time_is_waited_for(queue: JobQueue) -> None:
         return "done"
 
     assert queue.ticket().run(work, timeout=0.05) == "done"
+
+
+def test_two_devices_work_at_once(queue: JobQueue) -> None:
+    queue.serve(2)
+    both = threading.Barrier(2)
+    tickets = [queue.ticket(), queue.ticket()]
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(lambda ticket: ticket.run(lambda: both.wait(60)), tickets)) == [0, 1]
+
+
+def test_who_came_later_waits_for_who_is_not_ready_also_where_a_device_is_free(queue: JobQueue) -> None:
+    queue.serve(2)
+    first, second = queue.ticket(), queue.ticket()
+    with pytest.raises(NoTurn):
+        second.run(lambda: pytest.fail("it has overtaken"), timeout=0.05)
+    third = queue.ticket()
+    assert first.run(lambda: 1) == 1
+    assert third.run(lambda: 3) == 3
+
+
+def test_of_several_devices_none_is_given_up(queue: JobQueue) -> None:
+    queue.serve(3)
+    queue.serve(1)
+    both = threading.Barrier(3)
+    tickets = [queue.ticket() for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        assert sorted(threads.map(lambda ticket: ticket.run(lambda: both.wait(60)), tickets)) == [0, 1, 2]

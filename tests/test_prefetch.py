@@ -111,3 +111,21 @@ def test_a_fixed_number_stays() -> None:
     delivering = on_device()
     delivering.device_seconds = 1
     assert prefetch.wanted([Held(delivering)]) == 5
+
+
+def test_each_device_has_something_to_do() -> None:
+    prefetch = learned(4)
+    prefetch.devices = 2
+    assert prefetch.wanted([]) == 2
+    assert prefetch.wanted([Held(on_device(1))]) == 1, "one that has long to go keeps one of them busy"
+    assert prefetch.wanted([Held(on_device(1)), Held(on_device(1))]) == 0
+    assert prefetch.wanted([Held(on_device(3.9)), Held(on_device(1))]) == 1
+    assert prefetch.wanted([Held(on_device(3.9)), Held(on_device(1)), Held(queued())]) == 0
+    assert prefetch.wanted([Held(on_device(3.9)), Held(on_device(3.9)), Held(queued())]) == 1
+    assert prefetch.wanted([], coming=2) == 0
+
+
+def test_a_fixed_number_is_held_for_each_device() -> None:
+    prefetch = Prefetch(2)
+    prefetch.devices = 3
+    assert prefetch.wanted([Held(on_device())]) == 5

@@ -4,7 +4,10 @@ Importing this package imports torch; whoever wants to stay light imports it lat
 """
 
 from src.engine.engine import Engine
-from src.engine.loading import load_engine
+from src.engine.engines import Engines
+from src.engine.loading import load_engine, load_engines
 from src.engine.machine import check_device
 
-__all__ = ["Engine", "check_device", "load_engine"]
+__all__ = ["AnyEngine", "Engine", "Engines", "check_device", "load_engine", "load_engines"]
+
+AnyEngine = Engine | Engines  # what draws a plan

@@ -27,7 +27,7 @@ log = logging.getLogger("worker")
 _AMPERE = (8, 0)  # compute capability: the first with bfloat16
 # Where torch does not choose the fastest attention by itself. On Hopper it does: cuDNN's, and another where that fails.
 _ATTENTION = {(12, 0): "_native_cudnn"}  # RTX 5090
-_GRAPHS = 64  # of one kind of block, at most: by norms, slots, batches; torch's own limit of 8 is for surprises
+_GRAPHS = 256  # of one kind of block, at most: by cards, norms, slots, sizes; torch's own limit of 8 is for surprises
 
 
 def accelerate(
@@ -88,6 +88,7 @@ def _kept(settings: Settings, device: torch.device) -> Path:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     kind = f"{torch.__version__} {diffusers.__version__} {card} {settings.model_name}"
     kind += f" {settings.placement_mode} {settings.attention_backend} {settings.profile}"
+    kind += f" {device.index}" if device.index else ""
     return settings.compile_cache_dir / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.bin"
 
 

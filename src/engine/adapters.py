@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from src.engine.loading_lock import LOADING
 from src.engine.lora import AdapterFile, AdapterWeights, Networks
 from src.engine.lora_slots import LoraSlots
 from src.engine.memory import free_memory, is_out_of_memory
@@ -25,6 +26,32 @@ _REMEMBERED = 1_000  # files whose warnings are known
 _HANDED_OVER = 2_000_000_000  # bytes of weights that may wait in the host's memory until their pictures are drawn
 
 
+class CheckedAdapters:
+    """What jobs' threads know of adapters' files, and weights that they read, for whichever engine gets the job."""
+
+    def __init__(self) -> None:
+        self.one_at_a_time = threading.Lock()  # for all below
+        self.fitting: OrderedDict[str, tuple[str, ...]] = OrderedDict()  # names of files that were checked: warnings
+        self.read: WeakKeyDictionary[Adapter, AdapterWeights] = WeakKeyDictionary()  # for as long as their request
+        self.reading = 0  # bytes of weights on their way there
+        self.holders: list[OrderedDict[str, str]] = []  # what each engine holds in memory, by name
+
+    def take(self, adapter: Adapter) -> AdapterWeights | None:
+        """The weights that were read for this request."""
+        with self.one_at_a_time:
+            return self.read.get(adapter)
+
+    def drop(self, adapter: Adapter) -> None:
+        """An engine holds them now."""
+        with self.one_at_a_time:
+            self.read.pop(adapter, None)
+
+    def forget(self, name: str) -> None:
+        """The file is checked anew when it is asked for again."""
+        with self.one_at_a_time:
+            self.fitting.pop(name, None)
+
+
 class Adapters:
     """Holds at most MAX_LORAS adapters in memory; the least recently used goes first."""
 
@@ -35,13 +62,16 @@ class Adapters:
         self._limit = settings.max_loras
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
         self._used: tuple[str, ...] = ()  # names that count for the picture
-        self._fitting: OrderedDict[str, tuple[str, ...]] = OrderedDict()  # names of files that were checked: warnings
-        self._read: WeakKeyDictionary[Adapter, AdapterWeights] = WeakKeyDictionary()  # for as long as their request
-        self._reading = 0  # bytes of weights on their way there
-        self._one_at_a_time = threading.Lock()  # for the three above
+        self._checked = CheckedAdapters()
+        self._checked.holders.append(self._loaded)
         self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
         self._networks = Networks(pipeline, settings)
         self._parts = [getattr(pipeline, name) for name in self._networks.adaptable]
+
+    def share(self, other: Adapters) -> None:
+        """Check and read files together with `other`, which is of the same model on another device."""
+        self._checked = other._checked
+        self._checked.holders.append(self._loaded)
 
     @property
     def in_memory(self) -> tuple[str, ...]:
@@ -106,41 +136,42 @@ class Adapters:
     def forget_used(self) -> None:
         """The picture failed: whatever of its adapters is in memory is not used again, but read anew."""
         for name in self._used:
-            self._fitting.pop(name, None)
+            self._checked.forget(name)
             self._forget(name)
         self._used = ()
 
     def _check(self, adapter: Adapter) -> tuple[str, ...]:
         """Warnings of what is not applied. Raises Refused and OSError."""
-        with self._one_at_a_time:
-            known = self._fitting.get(adapter.name)
-        if known is not None and adapter.name in self._loaded:
+        checked = self._checked
+        with checked.one_at_a_time:
+            known = checked.fitting.get(adapter.name)
+        if known is not None and all(adapter.name in loaded for loaded in checked.holders):
             return known
-        with self._one_at_a_time:
-            same = next((weights for other, weights in self._read.items() if other.name == adapter.name), None)
+        with checked.one_at_a_time:
+            same = next((weights for other, weights in checked.read.items() if other.name == adapter.name), None)
             if same is not None:
-                self._read[adapter] = same
+                checked.read[adapter] = same
                 return same.warnings
         file = AdapterFile(adapter.file, self._networks)
-        with self._one_at_a_time:
-            waiting = self._reading + sum({id(weights): weights.size for weights in self._read.values()}.values())
+        with checked.one_at_a_time:
+            waiting = checked.reading + sum({id(weights): weights.size for weights in checked.read.values()}.values())
             handed_over = file.size if waiting + file.size <= _HANDED_OVER else 0
-            self._reading += handed_over
+            checked.reading += handed_over
         try:
             if handed_over:
                 weights = file.read()
-                with self._one_at_a_time:
-                    self._read[adapter] = weights
+                with checked.one_at_a_time:
+                    checked.read[adapter] = weights
             elif known is None:
                 file.check()
         finally:
-            with self._one_at_a_time:
-                self._reading -= handed_over
-        with self._one_at_a_time:
-            self._fitting[adapter.name] = file.warnings
-            self._fitting.move_to_end(adapter.name)
-            if len(self._fitting) > _REMEMBERED:
-                self._fitting.popitem(last=False)
+            with checked.one_at_a_time:
+                checked.reading -= handed_over
+        with checked.one_at_a_time:
+            checked.fitting[adapter.name] = file.warnings
+            checked.fitting.move_to_end(adapter.name)
+            if len(checked.fitting) > _REMEMBERED:
+                checked.fitting.popitem(last=False)
         return file.warnings
 
     def _set_aside(self) -> None:
@@ -163,8 +194,9 @@ class Adapters:
         path = adapter.summary()["path"]
         before = _Parameters(self._parts)
         try:
-            with torch.inference_mode(False), torch.no_grad():  # quantised weights cannot be looked at within it
-                weights = self._read.get(adapter) or AdapterFile(adapter.file, self._networks).read()
+            # Quantised weights cannot be looked at in inference mode.
+            with LOADING.layers(), torch.inference_mode(False), torch.no_grad():
+                weights = self._checked.take(adapter) or AdapterFile(adapter.file, self._networks).read()
                 self._pipeline.load_lora_weights(dict(weights.lora), adapter_name=adapter.name)
                 for name, (delta, target) in weights.lokr.items():
                     network, _, layer = name.partition(".")
@@ -184,7 +216,7 @@ class Adapters:
                 raise AdapterUnavailable(f"{adapter.field}: {_unreadable(error)}") from error
             raise GenerationFailed(f"the adapter {path} could not be loaded: {error}") from error
         self._loaded[adapter.name] = path
-        self._read.pop(adapter, None)
+        self._checked.drop(adapter)
 
     def _make_room(self, most: int, keep: set[str]) -> None:
         """Forget the least recently used, but for `keep`, until `most` are left."""

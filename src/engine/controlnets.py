@@ -12,6 +12,7 @@ import diffusers
 import torch
 
 from src.catalog import ControlNet, Model, controlnets_for
+from src.engine.loading_lock import LOADING
 from src.engine.memory import is_out_of_memory
 from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory, Refused
 from src.plan.controls import PlannedControl
@@ -160,7 +161,7 @@ class ControlNets:
     def _load(self, net: ControlNet) -> None:
         if net.name in self._loaded:
             return
-        with _named(net, self._files):
+        with _named(net, self._files), LOADING.networks():
             try:
                 with torch.inference_mode(False):  # graphs tell tensors of inference from others
                     found = diffusers.FluxControlNetModel.from_pretrained(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,14 +103,13 @@ class Denoiser:
             return {}
 
         phases.begin("denoise")
-        torch.manual_seed(seeds[0])  # for schedulers that add noise of their own: no pipeline hands them the generator
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         modulation_ahead = self._placed_pipeline.denoising(self._view.scheduler, plan.steps, plan.adapter_weights)
         finite = finite_decoding(
             self._view.vae, lambda: phases.current == "decode", lambda said: self._decoded_again.update({said: None})
         )
-        with modulation_ahead, step_cache(self._view, plan), finite:
+        with modulation_ahead, step_cache(self._view, plan), finite, self._own_noise(seeds[0]):
             result = self._view(
                 **self._arguments,
                 **prompt,
@@ -120,6 +122,23 @@ class Denoiser:
             )
         check_finite({"pictures": result.images}, "try another seed, size or guidance_scale")
         return _as_pictures(result.images)
+
+    @contextmanager
+    def _own_noise(self, seed: int) -> Iterator[None]:
+        """Within it a scheduler that adds noise draws it by `seed`.
+
+        No pipeline hands it a generator, and torch's own is that of all threads.
+        """
+        scheduler = self._view.scheduler
+        step = scheduler.step
+        if "generator" not in inspect.signature(step).parameters:
+            yield
+            return
+        scheduler.step = partial(step, generator=torch.Generator(self._placed_pipeline.device).manual_seed(seed))
+        try:
+            yield
+        finally:
+            del scheduler.step
 
     def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """The noise that a seed means without its control pictures: encoding those draws from the generator first.

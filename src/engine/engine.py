@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -21,10 +21,12 @@ from src.engine.adapters import Adapters
 from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Denoiser, finish
+from src.engine.loading_lock import LOADING
+from src.engine.machine import on_device
 from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.placed_pipeline import PlacedPipeline
-from src.engine.prompts import Embeddings, Prompts
+from src.engine.prompts import Prompts
 from src.engine.quantization import has_products
 from src.engine.redux import Redux
 from src.engine.schedulers import make_scheduler
@@ -49,6 +51,8 @@ from src.weights.files import Files
 from src.weights.placement import GB, Placement
 
 log = logging.getLogger("worker")
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -96,7 +100,13 @@ class Engine:
         Raises OutOfMemory, GenerationFailed, ModelUnavailable, WorkerUnavailable, DeviceFailed or what `on_progress`
         raised; the engine is then as before, but for DeviceFailed.
         """
-        with self._alone, _as_worker_errors(plan), self._left_clean(), torch.inference_mode():
+        with (
+            self._alone,
+            on_device(self.device),
+            _as_worker_errors(plan),
+            self._left_clean(),
+            torch.inference_mode(),
+        ):
             return self._run(plan, on_progress or (lambda _: None))
 
     def _run(self, plan: Plan, on_progress: OnProgress) -> Generation:
@@ -122,10 +132,16 @@ class Engine:
 
         # 3. Prompts, then pictures
         phases.begin("encode_prompt")
-        prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
-        self._placed_pipeline.prepare(view)
-        denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline)
-        pictures = [picture for prompt, seeds in plan.batches() for picture in denoiser.draw(seeds, prompts[prompt])]
+        if "image_prompt" in plan.pictures:
+            _twice(self._redux.load)
+        with LOADING.drawing():
+            prompts = {
+                prompt: _twice(partial(self._prompts.read, plan, prompt)) for prompt in dict.fromkeys(plan.prompts)
+            }
+            self._placed_pipeline.prepare(view)
+            denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline)
+            drawn = [denoiser.draw(seeds, prompts[prompt]) for prompt, seeds in plan.batches()]
+        pictures = [picture for batch in drawn for picture in batch]
         phases.end()
         return Generation(
             pictures=tuple(finish(picture, plan) for picture in pictures),
@@ -135,7 +151,22 @@ class Engine:
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
             quantization=self._placed_pipeline.quantization,
             profile=self._profile,
+            device=str(self.device),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self._placed_pipeline.device
+
+    @property
+    def devices(self) -> int:
+        """How many plans it draws at once."""
+        return 1
+
+    def share_adapters(self, other: Engine) -> None:
+        """Check and read adapters' files together with `other`: a job may come to either."""
+        self._adapters.share(other._adapters)
 
     def check_adapters(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
         """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device."""
@@ -158,7 +189,8 @@ class Engine:
 
     def load_controlnets(self, names: Sequence[str]) -> None:
         """Load these at the start, and keep them; raises InvalidSettings, ModelUnavailable or OutOfMemory."""
-        self._controlnets.load(names)
+        with on_device(self.device):
+            self._controlnets.load(names)
 
     def fetch(self, plan: Plan, before_download: Callable[[], None] = lambda: None) -> None:
         """See that all that only this plan needs is on this machine and made for this model; takes no device time.
@@ -208,16 +240,6 @@ class Engine:
             self._synchronize()
             raise
 
-    def _encode(self, plan: Plan, prompt: str) -> Embeddings:
-        """The prompt's embeddings; memory that is short is freed once."""
-        try:
-            return self._prompts.read(plan, prompt)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            free_memory(error)
-        return self._prompts.read(plan, prompt)
-
     def _view(self, plan: Plan) -> Any:
         """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
         name = plan.spec.class_name
@@ -235,7 +257,18 @@ class Engine:
 
     @property
     def _on_cuda(self) -> bool:
-        return self._placed_pipeline.device.type == "cuda"
+        return self.device.type == "cuda"
+
+
+def _twice(work: Callable[[], T]) -> T:
+    """What `work` gives; memory that is short is freed once."""
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        free_memory(error)
+    return work()
 
 
 def _compared(

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks
 from src.engine.controlnets import values_of
 from src.engine.engine import Engine
-from src.engine.machine import measure
+from src.engine.engines import Engines
+from src.engine.machine import devices, measure, on_device
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
 from src.engine.staging import Staging, mapped
@@ -36,10 +38,31 @@ from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
 
-def load_engine(settings: Settings, download: Callable[..., str] = snapshot_download) -> Engine:
+def load_engines(
+    settings: Settings, download: Callable[..., str] = snapshot_download, on: Sequence[torch.device] | None = None
+) -> Engines:
+    """The model of MODEL_NAME on each of `on`, every card that is visible by default; arguments as of load_engine."""
+    first, *others = on or devices()
+    engines = [load_engine(settings, download, first, sharing=1 + len(others))]
+    if others:
+        with START.stage("cards") as facts:
+            for number, device in enumerate(others):
+                engines.append(load_engine(settings, download, device, sharing=len(others) - number))
+            facts["devices"] = len(engines)
+    return Engines(engines)
+
+
+def load_engine(
+    settings: Settings,
+    download: Callable[..., str] = snapshot_download,
+    device: torch.device | None = None,
+    *,
+    sharing: int = 1,
+) -> Engine:
     """The model of MODEL_NAME, ready to run: bfloat16 on CUDA, float32 on the CPU.
 
-    `download` is huggingface_hub's snapshot_download or takes its arguments.
+    `download` is huggingface_hub's snapshot_download or takes its arguments, `device` the first one by default. The
+    host's memory that is free is for so many engines `sharing` it, this one among them.
 
     Raises ModelUnavailable with one line that says why not and what to do, InvalidSettings where a setting asks for
     what cannot be had here.
@@ -51,7 +74,12 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or devices()[0]
+    with on_device(device):
+        return _load_engine(settings, download, device, sharing)
+
+
+def _load_engine(settings: Settings, download: Callable[..., str], device: torch.device, sharing: int) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name, files = settings.model_name, Files(settings, download)
     try:
@@ -65,9 +93,10 @@ def load_engine(settings: Settings, download: Callable[..., str] = snapshot_down
             configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
             guided = _is_guided(index, configurations["transformer"])
             model = settle_model(name, class_name=index["_class_name"], guided=guided)
+            machine = measure(device, dtype, settings.memory_limit_gb)
             placement = choose_placement(
                 Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
-                measure(device, dtype, settings.memory_limit_gb),
+                replace(machine, host_memory=machine.host_memory // sharing),
                 _work(model, settings, files, dtype.itemsize),
                 settings.placement_mode,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,6 +48,19 @@ def context_memory(device: torch.device) -> int:
     return max(total - free - torch.cuda.memory_reserved(device), 0)
 
 
+def devices() -> tuple[torch.device, ...]:
+    """The cards that are visible, or else the CPU; a card that is alone has no number."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cards > 1:
+        return tuple(torch.device("cuda", number) for number in range(cards))
+    return (torch.device("cuda" if cards else "cpu"),)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within it `device` is the one that this thread's calls mean where they name none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def check_device() -> None:
     """Raise DeviceFailed, saying why, where there is a card that cannot be used: on the CPU a picture takes hours."""
     if not torch.cuda.is_available():
@@ -56,7 +70,16 @@ def check_device() -> None:
                 "image with TORCH=cpu), or the container was started without the card (--gpus all)"
             )
         return
+    for device in devices():
+        with on_device(device):
+            _check_card()
+
+
+def _check_card() -> None:
+    """Of the current card; where there are several, it is told by its number."""
     name = torch.cuda.get_device_name()
+    if torch.cuda.device_count() > 1:
+        name = f"{name} (cuda:{torch.cuda.current_device()})"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise DeviceFailed(f"{name} has no bfloat16, which FLUX needs: choose a card of the year 2020 or later")
     try:

@@ -10,6 +10,7 @@ import diffusers
 import torch
 from PIL import Image
 
+from src.engine.loading_lock import LOADING
 from src.engine.memory import is_out_of_memory
 from src.errors import ModelUnavailable, Refused
 from src.weights.files import Files, Source, check_whole
@@ -46,10 +47,17 @@ class Redux:
         self._source = source
         return source
 
-    def read(self, picture: Image.Image, scale: float) -> torch.Tensor:
-        """What follows the prompt's words: [1, tokens, joint_attention_dim], the model's own times `scale`."""
+    def load(self) -> None:
+        """Have it in memory before pictures are read; raises ModelUnavailable, or what says that memory is short."""
         if self._prior is None:
-            self._prior = self._load()
+            with LOADING.networks():
+                self._prior = self._load()
+
+    def read(self, picture: Image.Image, scale: float) -> torch.Tensor:
+        """What follows the prompt's words: [1, tokens, joint_attention_dim], the model's own times `scale`.
+
+        It must be loaded.
+        """
         seen = self._prior.encode_image(picture, self._device, 1)
         words: torch.Tensor = self._prior.image_embedder(seen).image_embeds
         return words * scale

@@ -169,6 +169,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
             {"type": control.type, "controlnet": control.network, "scale": control.scale} for control in plan.controls
         ],
         "inference_time": round(sum(generation.timings.values()), 4),
+        "device": generation.device,
         "peak_memory": generation.peak_memory,
     }
 

@@ -1,4 +1,4 @@
-"""RunPod's loop around the worker's synchronous answer: many jobs in hand, one at a time on the device.
+"""RunPod's loop around the worker's synchronous answer: many jobs in hand, one at a time on each device.
 
 Knows nothing of requests; of a client's job it knows what a Job reports.
 """
@@ -32,7 +32,7 @@ from src.settings import MAX_PREFETCH, Settings
 from src.stages import START
 
 if TYPE_CHECKING:
-    from src.engine import Engine
+    from src.engine import AnyEngine
 
 log = logging.getLogger("worker")
 T = TypeVar("T")
@@ -45,7 +45,7 @@ _PROGRESS_SHARE = 5  # times as long as the latest update took passes until the 
 def serve(
     answer: Answer,
     settings: Settings,
-    engine: Callable[[], Engine],
+    engine: Callable[[], AnyEngine],
     bucket: Callable[[], Bucket | None],
     *,
     check_start: Callable[[], None] = lambda: None,
@@ -69,7 +69,7 @@ def serve(
             worker.on_device(check_device)
 
     def load_model() -> None:
-        engine()
+        worker.serve_devices(engine().devices)
 
     def warm_up() -> None:
         with START.stage("warm-up") as facts:
@@ -98,7 +98,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.rp_serve_api and arguments.rp_api_concurrency != 1:
         raise InvalidSettings(
             f"--rp_api_concurrency={arguments.rp_api_concurrency}: the SDK's HTTP server runs in one process alone; "
-            "leave it out, or give 1: jobs wait for the one device in any case"
+            "leave it out, or give 1: jobs wait for a device in any case"
         )
 
 
@@ -135,7 +135,12 @@ class Worker:
         """What `work` gives, run on the device's thread."""
         return self._queue.ticket().run(work)
 
-    def warm_up(self, engine: Engine) -> dict[str, float]:
+    def serve_devices(self, devices: int) -> None:
+        """Let so many jobs have a device at once."""
+        self._queue.serve(devices)
+        self._prefetch.devices = devices
+
+    def warm_up(self, engine: AnyEngine) -> dict[str, float]:
         """Draw the configured sizes, and learn from them how long a job will take; a picture's seconds, by size."""
         took: dict[str, float] = {}
         for warm in warm_up(engine, self._settings, self.on_device):
@@ -152,7 +157,11 @@ class Worker:
             self._looked_for_scaler = True
             self._take_over(sdk.running_scaler())
             START.ready()
-        return MOST_JOBS if self._control_plane else self._settings.prefetch_jobs or _JOBS_OF_THE_SDKS_LOOP
+        return (
+            MOST_JOBS
+            if self._control_plane
+            else self._prefetch.devices * (self._settings.prefetch_jobs or _JOBS_OF_THE_SDKS_LOOP)
+        )
 
     def _take_over(self, scaler: Any) -> None:
         """Replace the SDK's calls, or none of them where one is not the SDK's own."""

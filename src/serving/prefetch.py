@@ -2,12 +2,13 @@
 
 RunPod spreads an endpoint's jobs over its workers. What one of them holds in advance the others cannot run, and it eats
 the job's execution time-out. So what is counted are not jobs but the seconds of the device that they will take, and
-the next is asked for when what is in hand lasts only as long as it takes to come.
+the next is asked for when what is in hand lasts only as long as it takes to come: on the device that is free first,
+where there are several.
 """
 
 from __future__ import annotations
 
-import math
+import heapq
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -34,9 +35,10 @@ class Held(NamedTuple):
 
 
 class Prefetch:
-    """Learns how long jobs take; `fixed` is a number of jobs instead, the running one among them."""
+    """Learns how long jobs take; `fixed` is a number of jobs for each device instead, the running one among them."""
 
     def __init__(self, fixed: int | None = None) -> None:
+        self.devices = 1
         self._fixed = fixed
         self._mean: float | None = None  # seconds of the device a job
         self._rate: float | None = None  # seconds of the device a step and pixel
@@ -72,11 +74,19 @@ class Prefetch:
         if len(all_held) - len(waiting) >= MAX_DELIVERING or delivered_bytes >= MAX_DELIVERED_BYTES:
             return 0
         if self._fixed is not None:
-            return max(0, self._fixed - number)
+            return max(0, self._fixed * self.devices - number)
         each_takes = self._mean or 1.0
-        seconds = coming * each_takes + sum(map(self._seconds, waiting))
-        missing = math.ceil((self.lead - seconds) / max(each_takes, 0.01))
-        return max(0, min(missing, MAX_PREFETCH - number))
+        running = [each for each in waiting if each.job.on_device_since is not None]
+        queued = [each for each in waiting if each.job.on_device_since is None]
+        free_after = [*map(self._seconds, running), *[0.0] * (self.devices - len(running))]
+        heapq.heapify(free_after)
+        for seconds in (*map(self._seconds, queued), *[each_takes] * coming):
+            heapq.heapreplace(free_after, free_after[0] + seconds)
+        missing = 0
+        while free_after[0] < self.lead and number + missing < MAX_PREFETCH:
+            heapq.heapreplace(free_after, free_after[0] + max(each_takes, 0.01))
+            missing += 1
+        return missing
 
     def _seconds(self, held: Held) -> float:
         """How long a job will keep the device from now on."""

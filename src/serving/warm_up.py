@@ -21,7 +21,7 @@ from src.request.schema import PICTURES
 from src.settings import Settings
 
 if TYPE_CHECKING:
-    from src.engine import Engine
+    from src.engine import AnyEngine
 
 log = logging.getLogger("worker")
 
@@ -36,7 +36,7 @@ class Warm(NamedTuple):
 
 
 def warm_up(
-    engine: Engine, settings: Settings, on_device: Callable[[Callable[[], float]], float] = lambda work: work()
+    engine: AnyEngine, settings: Settings, on_device: Callable[[Callable[[], float]], float] = lambda work: work()
 ) -> Iterator[Warm]:
     """Draw the configured sizes; raises InvalidSettings where one cannot be drawn."""
     model, sizes = engine.model, settings.warmup_sizes

@@ -95,6 +95,10 @@ class LocalEndpoint:
         """What `work` gives, run on the device's thread."""
         return self._queue.ticket().run(work)
 
+    def serve_devices(self, devices: int) -> None:
+        """Let so many jobs have a device at once."""
+        self._queue.serve(devices)
+
     async def run(self, event: Mapping[str, Any], size: int, /) -> str:
         """Take a job; raises NotAnswered where too many are open, or where it wants what only RunPod does."""
         if odd := sorted({"webhook", "policy"} & event.keys()):
