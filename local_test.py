@@ -34,7 +34,7 @@ from src.serving.warm_up import warm_up
 from src.weights.disk import why_not_writable
 
 if TYPE_CHECKING:
-    from src.engine import Engine
+    from src.engine import AnyEngine
 
 ROOT = Path(__file__).resolve().parent
 
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
     return 0
 
 
-def _warm_up(engine: Engine, options: argparse.Namespace) -> None:
+def _warm_up(engine: AnyEngine, options: argparse.Namespace) -> None:
     """Where that is asked for; or say what the seconds below are of."""
     if options.warm_up:
         for warm in warm_up(engine, get_settings()):

@@ -115,7 +115,7 @@ def _local(settings: Settings, failed: Callable[[], None]) -> RunPodEndpoint:
     with START.stage("device"):
         endpoint.on_device(check_device)
     engine = handler.get_engine()
-    endpoint.serve_devices(engine.devices)
+    endpoint.serve_devices(engine.at_once)
     with START.stage("warm-up") as facts:
         for warm in warm_up(engine, settings, endpoint.on_device):
             facts.update(seconds_of(warm))

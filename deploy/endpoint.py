@@ -25,7 +25,7 @@ OTHER_VARIABLES: Mapping[str, tuple[str, str]] = {
     "HF_HUB_CACHE": ("`hub` in `HF_HOME`", "where downloaded models are kept, if elsewhere"),
     "HF_ENDPOINT": ("`https://huggingface.co`", "the hub, or a mirror of it, that models and adapters come from"),
     "HF_HUB_OFFLINE": ("none", "1: nothing is asked of the hub; what is not there already ends the start"),
-    "CUDA_VISIBLE_DEVICES": ("all; the first is used", "which card"),
+    "CUDA_VISIBLE_DEVICES": ("all", "which cards"),
     "RUNPOD_INIT_TIMEOUT": (
         "`420`; `python -m deploy` and the Hub set it by the model's size",
         "seconds that RunPod gives a start, download and all, before it starts the worker anew",

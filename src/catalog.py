@@ -376,9 +376,10 @@ class StepCache:
     computed_first: int = 3  # steps
 
 
+EXACT = "exact"  # of SPEEDS
 # Measured on flux-shapes by benchmarks/cpu.py.
 SPEEDS: Mapping[str, StepCache | None] = MappingProxyType(
-    {"exact": None, "balanced": StepCache(interval=2), "fast": StepCache(interval=3)}
+    {EXACT: None, "balanced": StepCache(interval=2), "fast": StepCache(interval=3)}
 )
 
 _FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -267,6 +267,22 @@ class Settings(BaseModel):
             raise ValueError(f"{both} contradict each other: set one of them")
         return self
 
+    @model_validator(mode="after")
+    def _whole_model_on_each_card(self) -> Settings:
+        if self.parallel == "picture":
+            row = MEMORY_MODES[self.memory_mode]
+            if self.memory_mode not in ("auto", "full") and not row.quantization:
+                raise ValueError(
+                    f"MEMORY_MODE={self.memory_mode} and PARALLEL=picture contradict each other: cards that share a "
+                    "picture have the whole model each; allowed: auto, full, fp8 and nf4"
+                )
+            if self.compile:
+                raise ValueError(
+                    "COMPILE=true and PARALLEL=picture contradict each other: cards that share a picture run their "
+                    "blocks as they are; allowed: COMPILE=false"
+                )
+        return self
+
     @property
     def placement_mode(self) -> str:
         """The row of MEMORY_MODES that is asked for, also by `quantization`."""

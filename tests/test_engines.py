@@ -162,7 +162,7 @@ def test_describe_names_every_device(two: Engines) -> None:
     described = ask(two, describe=True)["describe"]
     assert described["placement"]["devices"] == ["cpu", "cpu"]
     assert described["controlnets"]["flux-shapes-canny"]["loaded"]
-    assert two.devices == 2
+    assert two.at_once == 2
 
 
 def test_the_host_s_memory_is_shared_by_the_engines_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import diffusers
 import torch
 
-from src.catalog import SCHEDULERS, Model, Scheduler
+from src.catalog import EXACT, SCHEDULERS, SPEEDS, Model, Scheduler
 from src.engine.acceleration import Compiled, accelerate_controlnet, attention_of
 from src.engine.adapters import Adapters
 from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
@@ -55,6 +56,23 @@ log = logging.getLogger("worker")
 T = TypeVar("T")
 
 
+class Together(Protocol):
+    """Other processes that take their share of each picture."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All that draw, this process's first."""
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Within it a plan is drawn; raises DeviceFailed where one of them was lost."""
+
+    def use_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """As Engine.use_adapters."""
+
+    def forget_adapters(self) -> None:
+        """As Engine.forget_adapters."""
+
+
 class Engine:
     """A pipeline of the family in `model`'s row, and the only one who calls it; one plan at a time."""
 
@@ -80,6 +98,7 @@ class Engine:
         self._profile = settings.profile
         self._blocks: Mapping[str, BlockSeconds] = {}  # of each kind, once warmed up
         self._alone = threading.Lock()
+        self._together: Together | None = None
         self._adapters = Adapters(pipeline, settings, compiled.lora_slots if compiled else None)
         device = self._placed_pipeline.device
         as_fast = partial(accelerate_controlnet, pipeline=pipeline, compiled=compiled)
@@ -105,11 +124,17 @@ class Engine:
             on_device(self.device),
             _as_worker_errors(plan),
             self._left_clean(),
+            self._together.drawing() if self._together else nullcontext(),
             torch.inference_mode(),
         ):
             return self._run(plan, on_progress or (lambda _: None))
 
     def _run(self, plan: Plan, on_progress: OnProgress) -> Generation:
+        warnings: list[str] = []
+        if self._together and SPEEDS[plan.sampling.speed]:  # what is guessed is kept in each process of its own
+            warnings.append(f"speed {plan.sampling.speed} has no effect where several cards draw one picture")
+            plan = replace(plan, sampling=plan.sampling.model_copy(update={"speed": EXACT}))
+
         # 1. The pipeline of the plan's mode, set anew
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -123,7 +148,7 @@ class Engine:
         arguments: dict[str, Any] = {}
         if plan.adapters:
             phases.begin("load_adapters")
-        self._adapters.use(plan.adapters)
+        self.use_adapters(plan.adapters)
         if plan.spec.controlnet:
             phases.begin("load_controlnets")
             for other in self._views.values():
@@ -147,22 +172,48 @@ class Engine:
             pictures=tuple(finish(picture, plan) for picture in pictures),
             scheduler=scheduler,
             timings=phases.seconds,
-            warnings=(*self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
+            warnings=(*warnings, *self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
             peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
             quantization=self._placed_pipeline.quantization,
             profile=self._profile,
-            device=str(self.device),
+            device=" ".join(self.devices),
         )
 
     @property
     def device(self) -> torch.device:
-        """Where it draws."""
+        """Of this process, where it draws."""
         return self._placed_pipeline.device
 
     @property
-    def devices(self) -> int:
+    def devices(self) -> tuple[str, ...]:
+        """All that draw, as torch names them."""
+        return self._together.devices if self._together else (str(self.device),)
+
+    @property
+    def at_once(self) -> int:
         """How many plans it draws at once."""
         return 1
+
+    @property
+    def transformer(self) -> Any:
+        """What denoises."""
+        return self._pipeline.transformer
+
+    def draw_together(self, others: Together) -> None:
+        """Let `others`, which call the transformer with this engine, have its adapters too."""
+        self._together = others
+
+    def use_adapters(self, adapters: Sequence[Adapter]) -> None:
+        """Let exactly these count for the next picture."""
+        self._adapters.use(adapters)
+        if self._together:
+            self._together.use_adapters(adapters)
+
+    def forget_adapters(self) -> None:
+        """The picture failed: its adapters are read anew where they are asked for again."""
+        self._adapters.forget_used()
+        if self._together:
+            self._together.forget_adapters()
 
     def share_adapters(self, other: Engine) -> None:
         """Check and read adapters' files together with `other`: a job may come to either."""
@@ -235,7 +286,7 @@ class Engine:
         except BaseException as error:
             let_go(error)
             if not isinstance(error, (Cancelled, TimedOut)):
-                self._adapters.forget_used()
+                self.forget_adapters()
             self._pipeline.maybe_free_model_hooks()
             self._synchronize()
             raise

@@ -1,17 +1,82 @@
-"""Several engines of one model, each on a card of its own, as one: whoever asks need not know how many there are."""
+"""The cards of this machine at work: an engine on each of them, or one that draws with all of them together.
+
+Whoever asks need not know which, nor how many there are.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+
+import torch
+from huggingface_hub import snapshot_download
 
 from src.catalog import Model
 from src.engine.engine import Engine
-from src.errors import Fault
+from src.engine.followers import Followers
+from src.engine.loading import load_engine
+from src.engine.machine import devices, on_device
+from src.engine.ulysses import can_share
+from src.errors import Fault, InvalidSettings
 from src.job import OnProgress
 from src.job_queue import current_device
 from src.outputs import Generation, Loaded
 from src.plan.plan import Plan
 from src.request.adapters import Adapter
+from src.settings import Settings
+from src.stages import START
+
+log = logging.getLogger("worker")
+
+_MOST_CARDS = 8  # of a pod
+
+
+def load_engines(
+    settings: Settings, download: Callable[..., str] = snapshot_download, on: Sequence[torch.device] | None = None
+) -> Engines:
+    """The model of MODEL_NAME on each of `on`, every card that is visible by default; as load_engine."""
+    on = tuple(on or devices())
+    if settings.parallel == "picture":
+        if len(on) > 1:
+            return Engines([_load_together(settings, download, on)])
+        log.warning("PARALLEL=picture has no effect: there is one device, %s", on[0])
+    engines = [load_engine(settings, download, on[0], sharing=len(on))]
+    if len(on) > 1:
+        with START.stage("cards") as facts:
+            for number, device in enumerate(on[1:], 1):
+                engines.append(load_engine(settings, download, device, sharing=len(on) - number))
+            facts["devices"] = len(engines)
+    return Engines(engines)
+
+
+def _load_together(settings: Settings, download: Callable[..., str], on: Sequence[torch.device]) -> Engine:
+    """One engine that draws on all of `on`, which have the whole model each."""
+    whole = settings.model_copy(
+        update={"compile": False} | ({"memory_mode": "full"} if settings.placement_mode == "auto" else {})
+    )
+    followers = Followers(on)  # which import torch meanwhile
+    try:
+        engine = load_engine(whole, download, on[0])
+        heads = engine.transformer.config.num_attention_heads
+        if not can_share(heads, len(on)):
+            allowed = ", ".join(str(count) for count in range(2, _MOST_CARDS + 1) if can_share(heads, count))
+            raise InvalidSettings(
+                f"PARALLEL=picture: {engine.model.name} has {heads} attention heads, which {len(on)} cards cannot "
+                f"share; allowed: {allowed} of them (CUDA_VISIBLE_DEVICES), or PARALLEL=jobs"
+            )
+        if engine.loaded().placement["modulation_cache"]:
+            raise InvalidSettings(
+                "PARALLEL=picture: the whole model must fit on each card, and it does not; allowed: larger cards, a "
+                "smaller MAX_PIXELS, or PARALLEL=jobs"
+            )
+        with START.stage("cards") as facts, on_device(on[0]):
+            followers.lead(engine.transformer, whole)
+            facts["devices"] = len(on)
+    except BaseException:
+        followers.close()
+        raise
+    engine.draw_together(followers)
+    return engine
 
 
 class Engines:
@@ -33,8 +98,8 @@ class Engines:
         return self._engines[0].revision
 
     @property
-    def devices(self) -> int:
-        """How many draw at once."""
+    def at_once(self) -> int:
+        """How many plans are drawn at once."""
         return len(self._engines)
 
     def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
@@ -51,7 +116,8 @@ class Engines:
         return Loaded(
             tuple(dict.fromkeys(name for each in found for name in each.adapters)),
             tuple(dict.fromkeys(name for each in found for name in each.controlnets)),
-            {**found[0].placement, "devices": [str(engine.device) for engine in self._engines]},
+            {**found[0].placement, "devices": [name for engine in self._engines for name in engine.devices]},
+            found[0].acceleration,
         )
 
     def fetch(self, plan: Plan, before_download: Callable[[], None] = lambda: None) -> None:
@@ -62,3 +128,7 @@ class Engines:
     def warm_up(self, plan: Plan, steps: int) -> float:
         """As Engine.warm_up, one device after another; the seconds of the slowest."""
         return max(engine.warm_up(plan, steps) for engine in self._engines)
+
+    def keep_compiled(self) -> None:
+        """As Engine.keep_compiled; cards of one kind share what was compiled."""
+        self._engines[0].keep_compiled()

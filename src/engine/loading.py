@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks
 from src.engine.controlnets import values_of
 from src.engine.engine import Engine
-from src.engine.engines import Engines
 from src.engine.machine import devices, measure, on_device
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
@@ -36,20 +35,6 @@ from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
 from src.weights.host import host_memory
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
-
-
-def load_engines(
-    settings: Settings, download: Callable[..., str] = snapshot_download, on: Sequence[torch.device] | None = None
-) -> Engines:
-    """The model of MODEL_NAME on each of `on`, every card that is visible by default; arguments as of load_engine."""
-    first, *others = on or devices()
-    engines = [load_engine(settings, download, first, sharing=1 + len(others))]
-    if others:
-        with START.stage("cards") as facts:
-            for number, device in enumerate(others):
-                engines.append(load_engine(settings, download, device, sharing=len(others) - number))
-            facts["devices"] = len(engines)
-    return Engines(engines)
 
 
 def load_engine(

@@ -69,7 +69,7 @@ def serve(
             worker.on_device(check_device)
 
     def load_model() -> None:
-        worker.serve_devices(engine().devices)
+        worker.serve_devices(engine().at_once)
 
     def warm_up() -> None:
         with START.stage("warm-up") as facts:

@@ -50,7 +50,7 @@ def warm_up(
     engine.keep_compiled()
 
 
-def _others(plan: Plan, engine: Engine, settings: Settings) -> Iterator[Plan]:
+def _others(plan: Plan, engine: AnyEngine, settings: Settings) -> Iterator[Plan]:
     """What else of the size of `plan` runs graphs of its own: a batch, and blocks of ControlNets that are loaded."""
     if (several := settings.batch_size) > 1 and not plan.pictures:
         seeds = tuple(range(several))
@@ -60,7 +60,7 @@ def _others(plan: Plan, engine: Engine, settings: Settings) -> Iterator[Plan]:
         yield _plan(engine, settings, plan.sampling.width, plan.sampling.height, with_network)
 
 
-def _plan(engine: Engine, settings: Settings, width: int, height: int, mode: ModeSpec) -> Plan:
+def _plan(engine: AnyEngine, settings: Settings, width: int, height: int, mode: ModeSpec) -> Plan:
     """A picture of two steps; a mode that needs pictures gets white ones."""
     model = engine.model
     needs = dict.fromkeys(mode.needs, "warm-up")  # Fill draws nothing without its pictures
