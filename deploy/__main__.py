@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="a row of the catalog: FLUX.1-dev, FLUX.2-klein-4B, flux-shapes ...")
     add("--gpu", required=True, help=f"one of {', '.join(card.name for card in CARDS)}")
+    add("--gpus", type=_cards, default=defaults.gpus, help="of a worker (%(default)s); PARALLEL is what they do")
     add("--image", default=_NO_IMAGE, help="as RunPod is to pull it; needed with --apply")
     add("--name", help="of the endpoint; by default the model's")
     add(
@@ -105,6 +106,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _cards(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return number
+
+
 def _idle(text: str) -> int:
     seconds = int(text)
     if not 1 <= seconds <= 3600:
@@ -129,8 +137,10 @@ def _read(given: argparse.Namespace) -> _Asked:
         given.flash_boot,
         given.network_volume,
         given.registry_auth,
+        given.gpus,
     )
-    return _Asked(Endpoint(_estimate(model, card, settings), settings, pairs, options), given.apply, given.api)
+    found = _estimate(model, card, settings.for_several_cards() if options.gpus > 1 else settings)
+    return _Asked(Endpoint(found, settings, pairs, options), given.apply, given.api)
 
 
 def _model(name: str) -> Model:
@@ -180,6 +190,10 @@ def _described(endpoint: Endpoint) -> Iterator[str]:
         yield f"  1000 pictures ${two_digits(found.dollars)} {found.source}, at ${card.dollars:.5f} a second"
     else:
         yield f"  one picture   is too small for the model of cost ({size})"
+    if options.gpus > 1:
+        each = "a picture on each of them" if endpoint.settings.parallel == "jobs" else "all of them on one picture"
+        yield f"  cards         {options.gpus} a worker, ${options.gpus * card.dollars:.5f} a second: {each}"
+        yield "                (the lines above are of one card; of several they are not measured yet)"
     kept = f"{model.download_gb:g} GB of weights, adapters and room"
     if endpoint.volume_gb is None:
         yield f"  disk          {endpoint.disk_gb} GB: the image, {kept}"

@@ -49,6 +49,7 @@ class Options:
     flash_boot: bool = True
     network_volume: str | None = None  # id
     registry_auth: str | None = None  # id, for an image that is not public
+    gpus: int = 1  # of a worker
 
 
 def read_settings(pairs: Mapping[str, str]) -> Settings:
@@ -134,7 +135,7 @@ class Endpoint:
             "env": self.env,
             "gpu": {
                 "pools": [self.estimate.card.pool],
-                "count": 1,
+                "count": options.gpus,
                 "minCudaVersion": MIN_CUDA,
                 "allowedCudaVersions": [],
             },
@@ -164,7 +165,7 @@ class Endpoint:
             "name": options.name,
             "template-id": "TEMPLATE_ID",
             "gpu-id": card.pool,
-            "gpu-count": 1,
+            "gpu-count": options.gpus,
             "min-cuda-version": MIN_CUDA,
             "workers-min": options.workers_min,
             "workers-max": options.workers_max,

@@ -209,7 +209,7 @@ class Settings(BaseModel):
         None,
         ge=1,
         le=MAX_PREFETCH,
-        description="jobs held at once, the running one among them; by default as many as keep the device busy",
+        description="jobs held at once for each device, the running one among them; by default as many as keep it busy",
     )
     progress_interval: float = Field(1.0, ge=0.1, description="seconds between two progress updates of a job")
     warmup_sizes: Sizes = Field(
@@ -290,6 +290,13 @@ class Settings(BaseModel):
         if asked is None and self.memory_mode == "auto":
             asked = PROFILES[self.profile].quantization
         return self.memory_mode if asked in (None, "none") else asked
+
+    def for_several_cards(self) -> Settings:
+        """As they are for each of several: cards that share a picture have the whole model, and compile nothing."""
+        if self.parallel == "jobs":
+            return self
+        whole = {"memory_mode": "full"} if self.placement_mode == "auto" else {}
+        return self.model_copy(update={"compile": False, **whole})
 
     def add_packages(self) -> None:
         """Let Python find what quantizes, where that is asked for: diffusers imports it wherever it can, for 1.6 s."""

@@ -197,6 +197,26 @@ def test_options_and_settings_reach_the_endpoint(api: RestStandIn) -> None:
     assert endpoint["disk"] == 20, "weights and adapters are on the volume"
 
 
+def test_several_cards_reach_the_endpoint_and_are_counted(api: RestStandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert apply(api, "FLUX.1-dev", "H100", "--gpus", "4") == 0
+    assert api.endpoint["gpu"]["count"] == 4
+    assert main(["--model", "FLUX.1-dev", "--gpu", "H100", "--gpus", "2"]) == 0
+    said = capsys.readouterr().out
+    second = find_card("H100").dollars  # type: ignore[union-attr]
+    assert f"cards         2 a worker, ${2 * second:.5f} a second: a picture on each of them" in said
+    assert "--gpu-count 2" in said
+    assert "all of them on one picture" not in said
+
+
+def test_cards_that_share_a_picture_have_the_whole_model_each(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "FLUX.1-dev", "--gpu", "4090", "--set", "PARALLEL=picture"]
+    assert main(asked) == 0, "alone it streams"
+    assert main([*asked, "--gpus", "2"]) == 1
+    assert "does not fit RTX 4090 with MEMORY_MODE=full" in capsys.readouterr().err
+    assert main(["--model", "FLUX.1-dev", "--gpu", "H100", "--set", "PARALLEL=picture", "--gpus", "2"]) == 0
+    assert "all of them on one picture" in capsys.readouterr().out
+
+
 OPTIONS = ["--network-volume", "vol1", "--registry-auth", "auth1", "--no-flash-boot", "--set", "BATCH_SIZE=2"]
 
 

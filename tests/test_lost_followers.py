@@ -12,17 +12,25 @@ import pytest
 
 from src.engine import Engine
 from src.engine.followers import Followers
-from src.errors import DeviceFailed
+from src.errors import DeviceFailed, ModelUnavailable
 from src.job import Progress
-from src.settings import ROOT
+from src.settings import ROOT, Settings
 from tests.test_engine import OOM, plan
-from tests.test_together import load
+from tests.test_together import CPU, load
 
 
 @pytest.fixture
 def own() -> Iterator[tuple[Engine, Followers]]:
     engine, followers = load()
     yield engine, followers
+    followers.close()
+
+
+@pytest.mark.slow
+def test_a_model_that_another_card_has_no_room_for_is_a_start_that_fails() -> None:
+    followers = Followers((CPU, CPU))
+    with pytest.raises(ModelUnavailable, match=r"^the model cannot be loaded on cpu too: /no/such: is"):
+        followers.lead(None, Settings(model_name="/no/such"))
     followers.close()
 
 

@@ -38,7 +38,7 @@ def load_engines(
     on = tuple(on or devices())
     if settings.parallel == "picture":
         if len(on) > 1:
-            return Engines([_load_together(settings, download, on)])
+            return Engines([_load_together(settings.for_several_cards(), download, on)])
         log.warning("PARALLEL=picture has no effect: there is one device, %s", on[0])
     engines = [load_engine(settings, download, on[0], sharing=len(on))]
     if len(on) > 1:
@@ -51,12 +51,9 @@ def load_engines(
 
 def _load_together(settings: Settings, download: Callable[..., str], on: Sequence[torch.device]) -> Engine:
     """One engine that draws on all of `on`, which have the whole model each."""
-    whole = settings.model_copy(
-        update={"compile": False} | ({"memory_mode": "full"} if settings.placement_mode == "auto" else {})
-    )
     followers = Followers(on)  # which import torch meanwhile
     try:
-        engine = load_engine(whole, download, on[0])
+        engine = load_engine(settings, download, on[0])
         heads = engine.transformer.config.num_attention_heads
         if not can_share(heads, len(on)):
             allowed = ", ".join(str(count) for count in range(2, _MOST_CARDS + 1) if can_share(heads, count))
@@ -70,7 +67,7 @@ def _load_together(settings: Settings, download: Callable[..., str], on: Sequenc
                 "smaller MAX_PIXELS, or PARALLEL=jobs"
             )
         with START.stage("cards") as facts, on_device(on[0]):
-            followers.lead(engine.transformer, whole)
+            followers.lead(engine.transformer, settings)
             facts["devices"] = len(on)
     except BaseException:
         followers.close()

@@ -66,12 +66,13 @@ class Followers:
         """
         for number, device in enumerate(self._devices[1:]):
             threading.Thread(target=self._read, args=(number,), name=f"reads {device}", daemon=True).start()
+        without_nets = settings.model_copy(update={"controlnets": ()})  # which work here
         for number, device in enumerate(self._devices[1:]):  # one after another: each passes through the host's memory
-            self._send("load", settings, len(self._devices) - 1 - number, to=number)
+            self._send("load", without_nets, len(self._devices) - 1 - number, to=number)
             failure = self._replies[number].get()
             self._check()
             if failure:
-                raise ModelUnavailable(f"on {device}: {failure.words}")
+                raise ModelUnavailable(f"the model cannot be loaded on {device} too: {failure.words}")
         processes = len(self._devices)
         self._store = distributed.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, processes, is_master=True, wait_for_workers=False
@@ -85,7 +86,7 @@ class Followers:
         except ValueError as error:
             raise InvalidSettings(f"ATTENTION_BACKEND={settings.attention_backend}: {error}") from error
         if failures := self._settle(timeout=None):
-            raise DeviceFailed(f"the cards found no way to each other: {failures[0].words}")
+            raise DeviceFailed(f"the cards cannot reach each other: {failures[0].words}")
 
         @functools.wraps(transformer.forward)
         def forward(**inputs: Any) -> Any:
@@ -117,6 +118,7 @@ class Followers:
 
     def close(self) -> None:
         """End them."""
+        self._broken = self._broken or DeviceFailed("the other cards were let go")
         self._end()
         if distributed.is_initialized():
             distributed.destroy_process_group()
