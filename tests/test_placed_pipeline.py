@@ -18,7 +18,7 @@ from torch import nn
 from handler import respond
 from src.catalog import get_model
 from src.engine import Engine, load_engine
-from src.engine.offload import OffloadedWeights, Offloader, _Slot
+from src.engine.offload import Home, OffloadedWeights, Offloader, _Slot
 from src.engine.placed_pipeline import PlacedPipeline
 from src.errors import ModelUnavailable
 from src.job import Job, Progress
@@ -288,7 +288,7 @@ def test_two_slots_carry_any_number_of_blocks_and_the_next_is_on_its_way(monkeyp
     expected = chain(x)
     offloader = Offloader(CPU)
     for block in chain.blocks:
-        offloader.stream(block)
+        offloader.stream(block, Home(block.parameters(), CPU))
     assert sum(weights.size for weights in offloader._offloaded) == 5 * 256
     for _ in range(2):  # the first time nobody knows what comes next
         assert torch.equal(chain(x), expected)
@@ -296,9 +296,9 @@ def test_two_slots_carry_any_number_of_blocks_and_the_next_is_on_its_way(monkeyp
     fills: list[OffloadedWeights] = []
     fill = _Slot.fill
 
-    def noted(slot: _Slot, weights: OffloadedWeights, copying: torch.cuda.Stream | None) -> None:
+    def noted(slot: _Slot, weights: OffloadedWeights) -> None:
         fills.append(weights)
-        fill(slot, weights, copying)
+        fill(slot, weights)
 
     monkeypatch.setattr(_Slot, "fill", noted)
     assert torch.equal(chain(x), expected)

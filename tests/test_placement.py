@@ -193,7 +193,7 @@ def test_larger_pictures_and_controlnets_in_memory_need_more() -> None:
     plain = smallest(weights, card(80), work, "full")
     assert smallest(weights, card(80), work_of("FLUX.1-dev", 4096 * 2048), "full") > plain
     assert smallest(weights, card(80), replace(work, batch_size=4), "full") > plain
-    assert smallest(weights, card(80), replace(work, controlnets=GB), "full") == pytest.approx(plain + GB, rel=0.01)
+    assert smallest(weights, card(80), replace(work, extra=GB), "full") == pytest.approx(plain + GB, rel=0.01)
 
 
 def test_names_of_tensors_tell_blocks_and_adaptive_norms() -> None:

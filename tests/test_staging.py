@@ -21,7 +21,6 @@ from torch import nn
 from handler import respond
 from src.engine import load_engine, loading, offload, staging
 from src.engine.components import load_networks
-from src.engine.offload import Offloader
 from src.engine.placed_pipeline import place
 from src.engine.staging import THREADS, Staging, mapped
 from src.errors import Refused
@@ -355,7 +354,10 @@ def test_it_is_private_and_filled_before_it_is_pinned(monkeypatch: pytest.Monkey
     pin = offload._pin
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     monkeypatch.setattr(offload, "_pin", lambda weights, _: pin(weights, torch.device("cuda")))
-    home = Offloader(CPU).offload(layer).home
+    left = offload.Home(layer.parameters(), CPU)
+    left.leave()
+    home = left.memory
+    assert home is not None
     assert pinned == [(home.data_ptr(), home.nbytes)]
     assert torch.equal(home[weight.nbytes :][: bias.nbytes].view(torch.float32), bias)
     maps = Path("/proc/self/maps")

@@ -15,12 +15,13 @@ from torch import nn
 from src.engine.loading_lock import LOADING
 from src.engine.lora import AdapterFile, AdapterWeights, Networks
 from src.engine.lora_slots import LoraSlots
-from src.engine.memory import free_memory, is_out_of_memory
+from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault
 from src.redaction import redact
 from src.request.adapter_cache import reason
 from src.request.adapters import Adapter
 from src.settings import Settings
+from src.weights.ledger import Kind, Ledger
 
 _REMEMBERED = 1_000  # files whose warnings are known
 _HANDED_OVER = 2_000_000_000  # bytes of weights that may wait in the host's memory until their pictures are drawn
@@ -53,11 +54,12 @@ class CheckedAdapters:
 
 
 class Adapters:
-    """Holds at most MAX_LORAS adapters in memory; the least recently used goes first."""
+    """Holds at most MAX_LORAS adapters in memory, as far as there is room; the least recently used goes first."""
 
-    def __init__(self, pipeline: Any, settings: Settings, slots: LoraSlots | None = None) -> None:
+    def __init__(self, pipeline: Any, settings: Settings, ledger: Ledger, slots: LoraSlots | None = None) -> None:
         self.warnings: tuple[str, ...] = ()  # of those that count
         self._pipeline = pipeline
+        self._ledger = ledger
         self._slots = slots
         self._limit = settings.max_loras
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
@@ -119,12 +121,7 @@ class Adapters:
         for name, adapter in wanted.items():
             if name not in self._loaded:
                 self._make_room(self._limit - 1, keep=set(wanted))
-                try:
-                    self._load(adapter)
-                except OutOfMemory as error:
-                    free_memory(error)
-                    self._make_room(0, keep=set(wanted))
-                    self._load(adapter)
+                self._load(adapter)
         try:
             self._pipeline.set_adapters(list(wanted), [adapter.asked.scale for adapter in wanted.values()])
         except Exception as error:
@@ -192,31 +189,46 @@ class Adapters:
 
     def _load(self, adapter: Adapter) -> None:
         path = adapter.summary()["path"]
-        before = _Parameters(self._parts)
         try:
-            # Quantised weights cannot be looked at in inference mode.
-            with LOADING.layers(), torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False):
                 weights = self._checked.take(adapter) or AdapterFile(adapter.file, self._networks).read()
-                self._pipeline.load_lora_weights(dict(weights.lora), adapter_name=adapter.name)
-                for name, (delta, target) in weights.lokr.items():
-                    network, _, layer = name.partition(".")
-                    delta.put_into(getattr(self._pipeline, network).get_submodule(layer), adapter.name, target)
-            before.check()
+            load_with_room(
+                self._ledger,
+                lambda: self._add(adapter.name, weights),
+                name=adapter.name,
+                kind=Kind.ADAPTER,
+                size=weights.size * self._pipeline.dtype.itemsize // torch.float32.itemsize,  # once it is there
+                leave=lambda: self._forget(adapter.name),
+            )
         except Exception as error:
-            try:
-                self._forget(adapter.name)
-            finally:
-                before.restore()
             if is_out_of_memory(error):
                 raise OutOfMemory(
-                    f"there is no room for the adapter {path} beside the model: a lower MEMORY_LIMIT_GB on the worker "
-                    "leaves some"
+                    f"there is no room for the adapter {path} on this card, even with as little of the model on it as "
+                    "MEMORY_MODE allows: a larger card has some"
                 ) from error
             if isinstance(error, OSError):
                 raise AdapterUnavailable(f"{adapter.field}: {_unreadable(error)}") from error
             raise GenerationFailed(f"the adapter {path} could not be loaded: {error}") from error
         self._loaded[adapter.name] = path
         self._checked.drop(adapter)
+
+    def _add(self, name: str, weights: AdapterWeights) -> None:
+        """Put it into the model; where it cannot be, the model is as it was."""
+        before = _Parameters(self._parts)
+        try:
+            # Quantised weights cannot be looked at in inference mode.
+            with LOADING.layers(), torch.inference_mode(False), torch.no_grad():
+                self._pipeline.load_lora_weights(dict(weights.lora), adapter_name=name)
+                for layer_name, (delta, target) in weights.lokr.items():
+                    network, _, layer = layer_name.partition(".")
+                    delta.put_into(getattr(self._pipeline, network).get_submodule(layer), name, target)
+            before.check()
+        except Exception:
+            try:
+                self._delete(name)
+            finally:
+                before.restore()
+            raise
 
     def _make_room(self, most: int, keep: set[str]) -> None:
         """Forget the least recently used, but for `keep`, until `most` are left."""
@@ -225,9 +237,18 @@ class Adapters:
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
+        self._ledger.remove(name)
         self._loaded.pop(name, None)
+        self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        aside, filled = bool(self._aside), self._slots is not None and self._slots.filled
         self._put_back()
         self._pipeline.delete_adapters(name)
+        if aside:  # the picture that makes it leave counts none
+            self._set_aside()
+        if self._slots and filled:
+            self._slots.put_in()
 
 
 class _Parameters:

@@ -13,10 +13,11 @@ import torch
 
 from src.catalog import ControlNet, Model, controlnets_for
 from src.engine.loading_lock import LOADING
-from src.engine.memory import is_out_of_memory
+from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory, Refused
 from src.plan.controls import PlannedControl
 from src.weights.files import Files, Source, check_whole
+from src.weights.ledger import Kind, Ledger
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
 
@@ -79,7 +80,10 @@ def _named(net: ControlNet, files: Files) -> Iterator[None]:
 
 
 class ControlNets:
-    """Those of one model. What CONTROLNETS names stays; of others only what the latest plan asked for."""
+    """Those of one model. What CONTROLNETS names stays; of others what the latest plan that had some asked for.
+
+    Those others leave earlier where the ledger has no room for them.
+    """
 
     def __init__(
         self,
@@ -87,8 +91,11 @@ class ControlNets:
         model: Model,
         files: Files,
         device: torch.device,
+        *,
+        ledger: Ledger,
         on_load: Callable[[Any], None] = lambda _: None,
     ) -> None:
+        self._ledger = ledger
         self._pipeline = pipeline
         self._on_load = on_load  # gets each network
         self._device = device
@@ -97,6 +104,7 @@ class ControlNets:
         self._kept: set[str] = set()
         self._sources: dict[str, Source] = {}
         self._guided: dict[str, bool] = {}
+        self._values: dict[str, int] = {}  # how many numbers their weights are
         self._loaded: dict[str, Any] = {}
 
     @property
@@ -132,7 +140,8 @@ class ControlNets:
         """The networks of `controls` as one, loaded, and the arguments that a pipeline wants with them."""
         nets = [control.net for control in controls if control.net]
         for name in self._loaded.keys() - self._kept - {net.name for net in nets}:
-            del self._loaded[name]
+            self._ledger.remove(name)
+            self._leave(name)
         for net in nets:
             self._load(net)
         several = MultiControlNet([self._loaded[net.name] for net in nets], self._pipeline.transformer.config)
@@ -149,12 +158,13 @@ class ControlNets:
         with _named(net, self._files):
             source = self._files.find(net.repo, net.repo, part=True, before_download=before_download)
             config = json.loads((source.folder / "config.json").read_text())
-            if not check_whole(source.folder):
+            if not (found := check_whole(source.folder)):
                 raise Refused("holds no weights")
             here = self._pipeline.transformer.config
             for measure in _MEASURES:
                 if config[measure] != here[measure]:
                     raise Refused(f"is made for another model: {measure} is {config[measure]} and {here[measure]} here")
+        self._values[net.name] = sum(sum(tensors.values()) for tensors in found.values())
         self._guided[net.name] = bool(config.get("guidance_embeds"))
         self._sources[net.name] = source  # the last: other jobs take it for done
 
@@ -163,19 +173,32 @@ class ControlNets:
             return
         with _named(net, self._files), LOADING.networks():
             try:
-                with torch.inference_mode(False):  # graphs tell tensors of inference from others
-                    found = diffusers.FluxControlNetModel.from_pretrained(
-                        self._sources[net.name].folder,
-                        dtype=self._pipeline.dtype,
-                        use_safetensors=True,
-                        local_files_only=True,
-                    )
-                    self._loaded[net.name] = found.to(self._device).eval()
-                self._on_load(self._loaded[net.name])
+                self._loaded[net.name] = load_with_room(
+                    self._ledger,
+                    lambda: self._read(net),
+                    name=net.name,
+                    kind=Kind.CONTROLNET,
+                    size=self._values[net.name] * self._pipeline.dtype.itemsize,
+                    leave=lambda: self._leave(net.name),
+                    kept=net.name in self._kept,
+                )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemory(
-                    f"there is no room for the ControlNet {net.name} beside the model: where CONTROLNETS of the "
-                    "worker names it, the model leaves some"
+                    f"there is no room for the ControlNet {net.name} on this card, even with as little of the model on "
+                    "it as MEMORY_MODE allows: a larger card has some"
                 ) from error
+
+    def _read(self, net: ControlNet) -> Any:
+        folder, dtype = self._sources[net.name].folder, self._pipeline.dtype
+        with torch.inference_mode(False):  # graphs tell tensors of inference from others
+            found = diffusers.FluxControlNetModel.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+            found = found.to(self._device).eval()
+        self._on_load(found)
+        return found
+
+    def _leave(self, name: str) -> None:
+        del self._loaded[name]

@@ -21,6 +21,7 @@ from src.engine.step_cache import step_cache
 from src.errors import GenerationFailed
 from src.plan.geometry import fit
 from src.plan.plan import Plan
+from src.weights.ledger import Ledger
 
 # A request's picture -> pipeline argument; image_prompt becomes part of the prompt's embeddings.
 _PICTURES = {"init_image": "image", "mask_image": "mask_image", "control_image": "control_image"}
@@ -38,12 +39,14 @@ class Denoiser:
         arguments: Mapping[str, Any],
         phases: Phases,
         placed_pipeline: PlacedPipeline,
+        *,
+        ledger: Ledger,
     ) -> None:
         self._view = view
         self._plan = plan
         self._phases = phases
         self._placed_pipeline = placed_pipeline
-        self._fallback = MemoryFallback(view)
+        self._fallback = MemoryFallback(view, ledger)
         self._decoded_again: dict[str, None] = {}  # the words for it, each once
         set_by_plan = plan.sampling.model_fields_set & _SAMPLING
         self._arguments: dict[str, Any] = {
@@ -79,9 +82,11 @@ class Denoiser:
             try:
                 return self._call(seeds, prompt)
             except Exception as error:
-                if not is_out_of_memory(error) or not self._fallback.next(self._phases.current, len(seeds)):
+                if not is_out_of_memory(error):
                     raise
                 free_memory(error)
+                if not self._fallback.next(self._phases.current, len(seeds)):
+                    raise
             self._phases.steps_done = step
             if self._fallback.one_by_one and len(seeds) > 1:
                 return [picture for seed in seeds for picture in self.draw((seed,), prompt)]

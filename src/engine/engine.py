@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -27,9 +27,9 @@ from src.engine.machine import on_device
 from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.placed_pipeline import PlacedPipeline
-from src.engine.prompts import Prompts
+from src.engine.prompts import Embeddings, Prompts
 from src.engine.quantization import has_products
-from src.engine.redux import Redux
+from src.engine.redux import REDUX, Redux
 from src.engine.schedulers import make_scheduler
 from src.errors import (
     Cancelled,
@@ -49,11 +49,10 @@ from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
 from src.weights.files import Files
+from src.weights.ledger import Kind, Ledger, PlacementChoice
 from src.weights.placement import GB, Placement
 
 log = logging.getLogger("worker")
-
-T = TypeVar("T")
 
 
 class Together(Protocol):
@@ -86,6 +85,7 @@ class Engine:
         files: Files | None = None,
         placed_pipeline: PlacedPipeline | None = None,
         compiled: Compiled | None = None,
+        choice: PlacementChoice | None = None,
     ) -> None:
         settings = settings or Settings()
         files = files or Files(settings)
@@ -99,11 +99,15 @@ class Engine:
         self._blocks: Mapping[str, BlockSeconds] = {}  # of each kind, once warmed up
         self._alone = threading.Lock()
         self._together: Together | None = None
-        self._adapters = Adapters(pipeline, settings, compiled.lora_slots if compiled else None)
+        ledger = self._ledger = Ledger(self._placed_pipeline.placement, choice, self._placed_pipeline.arrange)
+        slots = compiled.lora_slots if compiled else None
+        if slots and slots.size:
+            ledger.admit("slots for adapters", Kind.ADAPTER, slots.size, leave=lambda: None, kept=True)
+        self._adapters = Adapters(pipeline, settings, ledger, slots)
         device = self._placed_pipeline.device
         as_fast = partial(accelerate_controlnet, pipeline=pipeline, compiled=compiled)
-        self._controlnets = ControlNets(pipeline, model, files, device, as_fast)
-        self._redux = Redux(pipeline, settings.redux_model, files, device)
+        self._controlnets = ControlNets(pipeline, model, files, device, ledger=ledger, on_load=as_fast)
+        self._redux = Redux(pipeline, settings.redux_model, files, device, ledger)
         self._prompts = Prompts(pipeline, self._redux, device)
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
@@ -114,7 +118,8 @@ class Engine:
     def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
         """Make the plan's pictures; `on_progress` gets every step, and what it raises stops the plan there.
 
-        Where memory is short it is freed, then pictures are drawn one by one, then decoded in tiles; warnings say so.
+        Where memory is short it is freed and what is idle leaves, then more of the model streams, then pictures are
+        drawn one by one, then decoded in tiles; warnings say so of the last two.
 
         Raises OutOfMemory, GenerationFailed, ModelUnavailable, WorkerUnavailable, DeviceFailed or what `on_progress`
         raised; the engine is then as before, but for DeviceFailed.
@@ -146,25 +151,25 @@ class Engine:
 
         # 2. Adapters and ControlNets
         arguments: dict[str, Any] = {}
+        for other in self._views.values():
+            other.controlnet = None  # or it would hold networks that make room now
+        self._ledger.begin(_extras(plan))
         if plan.adapters:
             phases.begin("load_adapters")
         self.use_adapters(plan.adapters)
         if plan.spec.controlnet:
             phases.begin("load_controlnets")
-            for other in self._views.values():
-                other.controlnet = None  # or it would hold networks that make room now
             view.controlnet, arguments = self._controlnets.use(plan.controls)
 
         # 3. Prompts, then pictures
         phases.begin("encode_prompt")
         if "image_prompt" in plan.pictures:
-            _twice(self._redux.load)
+            self._redux.load()
         with LOADING.drawing():
-            prompts = {
-                prompt: _twice(partial(self._prompts.read, plan, prompt)) for prompt in dict.fromkeys(plan.prompts)
-            }
+            prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+            self._ledger.done_with(REDUX)
             self._placed_pipeline.prepare(view)
-            denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline)
+            denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline, ledger=self._ledger)
             drawn = [denoiser.draw(seeds, prompts[prompt]) for prompt, seeds in plan.batches()]
         pictures = [picture for batch in drawn for picture in batch]
         phases.end()
@@ -291,6 +296,17 @@ class Engine:
             self._synchronize()
             raise
 
+    def _encode(self, plan: Plan, prompt: str) -> Embeddings:
+        """The prompt's embeddings; memory that is short is freed, and what is idle leaves, once."""
+        try:
+            return self._prompts.read(plan, prompt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            free_memory(error)
+            self._ledger.give()
+        return self._prompts.read(plan, prompt)
+
     def _view(self, plan: Plan) -> Any:
         """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""
         name = plan.spec.class_name
@@ -311,17 +327,6 @@ class Engine:
         return self.device.type == "cuda"
 
 
-def _twice(work: Callable[[], T]) -> T:
-    """What `work` gives; memory that is short is freed once."""
-    try:
-        return work()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        free_memory(error)
-    return work()
-
-
 def _compared(
     placement: Placement, step: float, peak: int | None, blocks: Mapping[str, BlockSeconds], transformer: Any
 ) -> str:
@@ -334,6 +339,12 @@ def _compared(
         compiled = "" if each.compiled is None else f" ({each.compiled * 1000:.2f} ms compiled)"
         words.append(f"one of {kind} {each.eager * 1000:.2f} ms{compiled}")
     return "warm-up: " + "; ".join(words)
+
+
+def _extras(plan: Plan) -> set[str]:
+    """What the plan wants on the card with the model, by the ledger's names."""
+    nets = {control.net.name for control in plan.controls if control.net}
+    return nets | {adapter.name for adapter in plan.adapters} | ({REDUX} if "image_prompt" in plan.pictures else set())
 
 
 @contextmanager

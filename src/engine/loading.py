@@ -33,6 +33,7 @@ from src.stages import START
 from src.weights.file_parts import FileReader
 from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
 from src.weights.host import host_memory
+from src.weights.ledger import PlacementChoice
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
@@ -79,12 +80,13 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             guided = _is_guided(index, configurations["transformer"])
             model = settle_model(name, class_name=index["_class_name"], guided=guided)
             machine = measure(device, dtype, settings.memory_limit_gb)
-            placement = choose_placement(
+            choice = PlacementChoice(
                 Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
                 replace(machine, host_memory=machine.host_memory // sharing),
                 _work(model, settings, files, dtype.itemsize),
                 settings.placement_mode,
             )
+            placement = choose_placement(choice.weights, choice.machine, choice.work, choice.mode)
             facts.update(placement.summary())
 
         # 3. Its weights, read and put there
@@ -115,6 +117,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         files=files,
         placed_pipeline=placed_pipeline,
         compiled=compiled,
+        choice=choice,
     )
     if settings.controlnets:
         with START.stage("controlnets"):
@@ -133,7 +136,7 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
         model.max_sequence_length,
         settings.max_pixels,
         settings.batch_size,
-        controlnets=itemsize * sum(values_of(net, files) for net in nets),
+        extra=itemsize * sum(values_of(net, files) for net in nets),
     )
 
 

@@ -86,6 +86,11 @@ class LoraSlots:
         why = " and ".join(dict.fromkeys(reasons))
         return [f"{len(reasons)} of {len(self._blocks)} blocks ran uncompiled, which is slower: adapters have {why}"]
 
+    @property
+    def filled(self) -> bool:
+        """Whether slots stand in blocks now."""
+        return any(site.is_filled for sites in self._blocks.values() for site in sites)
+
     def take_out(self) -> None:
         """Let stand in blocks what stood there before: PEFT's layers, or the model's own."""
         for sites in self._blocks.values():
@@ -136,6 +141,10 @@ class _Site:
     @property
     def layer(self) -> Any:
         return getattr(self._parent, self._attribute) if self._before is None else self._before
+
+    @property
+    def is_filled(self) -> bool:
+        return self._before is not None
 
     def put_in(self, ranks: Sequence[int], memory: dict[str, Any]) -> Any:
         """A slot of these ranks in the layer's place; the model's own layer where there are none."""

@@ -6,7 +6,7 @@ on the device for that moment only, and what they answer is the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,21 +14,20 @@ import torch
 from torch import nn
 
 from src.engine.finite import check_finite
-from src.engine.offload import Offloader
+from src.engine.offload import OffloadedWeights
 from src.errors import GenerationFailed
-from src.weights.placement import TABLES, is_modulation
+from src.weights.placement import TABLES
 
 
 class ModulationCache:
-    """The adaptive norms of one transformer; their linears are offloaded."""
+    """The adaptive norms of one transformer, whose linears are `offloaded`, by the linears' names."""
 
-    def __init__(self, transformer: Any, offloader: Offloader) -> None:
+    def __init__(self, transformer: Any, offloaded: Mapping[str, OffloadedWeights]) -> None:
         # FLUX.1's embedding of a timestep takes the pooled prompt last; FLUX.2's takes no prompt.
         self._takes_prompt = hasattr(transformer, "time_text_embed")
         self._embedder = transformer.time_text_embed if self._takes_prompt else transformer.time_guidance_embed
-        linears = [name for name, _ in transformer.named_modules() if is_modulation(name)]
-        self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in linears]
-        self._offloaded = [offloader.offload(norm.linear) for norm in self._norms]
+        self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in offloaded]
+        self._offloaded = list(offloaded.values())
         self._rows = [_Row() for _ in self._norms]
         self._tables: list[_Table] = []
 

@@ -9,11 +9,12 @@ import logging
 import mmap
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from src.engine.staging import Staging
 from src.weights.placement import SLOTS
@@ -23,6 +24,114 @@ log = logging.getLogger("worker")
 _ALIGNED = 256  # bytes; where CUDA's own allocations begin
 
 
+class Event(Protocol):
+    """A point in what a stream was asked for; torch.cuda.Event is one."""
+
+    def record(self) -> None:
+        """It is now, on the current stream."""
+
+    def wait(self) -> None:
+        """What the current stream is asked for from now on waits for it."""
+
+
+class Streams:
+    """In which order a device does what it is asked for: the CPU one thing after another."""
+
+    def copying(self) -> AbstractContextManager[object]:
+        """Within it the current stream is the one on which weights are copied, not the one on which blocks compute."""
+        return nullcontext()
+
+    def event(self) -> Event:
+        """A new one."""
+        return _Past()
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for is done."""
+
+
+class _Past:
+    """Where one thing is done after another, what was asked for is done."""
+
+    def record(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class CudaStreams(Streams):
+    """On a card weights are copied beside the computing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copying(self) -> AbstractContextManager[object]:
+        """As of all streams."""
+        return torch.cuda.stream(self._copying)
+
+    def event(self) -> Event:
+        """As of all streams."""
+        event: Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return event
+
+    def synchronize(self) -> None:
+        """As of all streams."""
+        torch.cuda.synchronize(self._device)
+
+
+class Home:
+    """Some weights, and their place in the host's memory from when they first leave the device; `size` is its bytes.
+
+    Nobody writes to weights: what has left once leaves again without a copy.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter], device: torch.device, staging: Staging | None = None) -> None:
+        self._weights = list({id(weight): weight for weight in weights}.values())
+        self._device = device
+        self._staging = staging or Staging(device)
+        self._absent: list[torch.Tensor] = []
+        self.size = sum(map(_aligned, self._weights))
+        self.memory: torch.Tensor | None = None
+
+    def leave(self) -> None:
+        """Let the weights be absent from the device; in their places stand tensors of their shapes and types."""
+        if self.memory is None:
+            memory = _own_pages(self.size)
+            self._staging.fill(zip((weight.data for weight in self._weights), self._views(memory), strict=True))
+            _pin(memory, self._device)  # pages that are filled: the driver would have to find each of the others
+            # Two or four bytes long each.
+            self._absent = [torch.zeros((), dtype=w.dtype, device=self._device).expand(w.shape) for w in self._weights]
+            self.memory = memory
+        self._set(self._absent)
+
+    def show(self, memory: torch.Tensor) -> None:
+        """Let the weights be what lies in `memory`, a copy of their home on the device."""
+        self._set(self._views(memory))
+
+    def come_back(self) -> None:
+        """Let the weights be on the device to stay."""
+        if self.memory is not None:
+            memory = torch.empty(self.size, dtype=torch.uint8, device=self._device)
+            memory.copy_(self.memory)
+            self.show(memory)
+
+    def forget(self) -> None:
+        """Give the host's memory back; only while the weights are on the device."""
+        self.memory, self._absent = None, []
+
+    def _set(self, tensors: Iterable[torch.Tensor]) -> None:
+        for weight, tensor in zip(self._weights, tensors, strict=True):
+            weight.data = tensor
+
+    def _views(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+        start = 0
+        for weight in self._weights:
+            size = weight.numel() * weight.itemsize
+            yield memory[start : start + size].view(weight.dtype).view(weight.shape)
+            start += _aligned(weight)
+
+
 class Offloader:
     """Two slots on a device, and the offloaded weights that take turns in them. Not for two threads at once.
 
@@ -30,38 +139,48 @@ class Offloader:
     followed it the last time is on its way.
     """
 
-    def __init__(self, device: torch.device, staging: Staging | None = None) -> None:
+    def __init__(self, device: torch.device, streams: Streams | None = None) -> None:
         self.device = device
-        self.staging = staging or Staging(device)
+        self._streams = streams or (CudaStreams(device) if device.type == "cuda" else Streams())
         self._offloaded: list[OffloadedWeights] = []
+        self._hooks: list[RemovableHandle] = []
         self._slots: list[_Slot] = []
         self._last: OffloadedWeights | None = None
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def offload(self, *layers: nn.Module) -> OffloadedWeights:
-        """Take the weights of `layers` into the host's memory; they are absent but within `onloaded`."""
-        weights = OffloadedWeights(self, layers)
+    def offload(self, *homes: Home) -> OffloadedWeights:
+        """Let the weights of `homes` leave the device; they are absent but within `onloaded`."""
+        weights = OffloadedWeights(self, homes)
         self._offloaded.append(weights)
-        self._slots = []  # it may need larger ones
+        self._drop_slots()  # it may need larger ones
         return weights
 
-    def stream(self, block: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
-        """Offload `block`, but for the layers `without`; it is onloaded whenever it is called."""
-        apart = set(without)
-        weights = self.offload(*(layer for layer in block.modules() if layer not in apart))
-        block.register_forward_pre_hook(lambda *_: weights.onload())
-        block.register_forward_hook(lambda *_: weights.release(), always_call=True)
+    def stream(self, block: nn.Module, *homes: Home) -> None:
+        """Offload `homes`, which are onloaded whenever `block` is called."""
+        weights = self.offload(*homes)
+        self._hooks += [
+            block.register_forward_pre_hook(lambda *_: weights.onload()),
+            block.register_forward_hook(lambda *_: weights.release(), always_call=True),
+        ]
+
+    def reset(self) -> None:
+        """Nothing is onloaded any more, and nothing on its way: weights may leave and come back. Not within a call."""
+        for weights in self._offloaded:
+            weights.release()
+        for hook in self._hooks:
+            hook.remove()
+        self._offloaded, self._hooks, self._last = [], [], None
+        self._drop_slots()
 
     def prefetch(self, weights: OffloadedWeights) -> _Slot:
         """The slot that holds `weights`, or where it is on its way to now."""
         if not self._slots:
             size = max(each.size for each in self._offloaded)
-            self._slots = [_Slot(size, self.device) for _ in range(SLOTS)]
+            self._slots = [_Slot(size, self.device, self._streams) for _ in range(SLOTS)]
         for slot in self._slots:
             if slot.holds is weights:
                 return slot
         slot = next(slot for slot in self._slots if not slot.at_work)
-        slot.fill(weights, self._copying)
+        slot.fill(weights)
         return slot
 
     def release(self, weights: OffloadedWeights) -> None:
@@ -76,22 +195,22 @@ class Offloader:
             self._last.next = weights
         self._last = weights
 
+    def _drop_slots(self) -> None:
+        if self._slots:
+            self._streams.synchronize()  # what is still on its way would land in memory that is others' by then
+            self._slots = []
+
 
 class OffloadedWeights:
-    """The weights of some layers, in one piece of the host's memory; `size` is its bytes."""
+    """The weights of some homes, which come to the device together; `size` is their bytes."""
 
-    def __init__(self, offloader: Offloader, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, offloader: Offloader, homes: Iterable[Home]) -> None:
         self.next: OffloadedWeights | None = None  # what came after it the last time
+        self.homes = tuple(homes)
+        self.size = sum(home.size for home in self.homes)
         self._offloader = offloader
-        weights = {id(weight): weight for layer in layers for weight in layer.parameters(recurse=False)}
-        self._weights = list(weights.values())
-        # What stands in the place of a weight: of its shape and type, and two or four bytes long.
-        self._absent = [torch.zeros((), dtype=w.dtype, device=offloader.device).expand(w.shape) for w in self._weights]
-        self.size = sum(map(_aligned, self._weights))
-        self.home = _own_pages(self.size)
-        offloader.staging.fill(zip((weight.data for weight in self._weights), self._views(self.home), strict=True))
-        _pin(self, offloader.device)  # pages that are filled: the driver would have to find each of the others
-        self._set(self._absent)
+        for home in self.homes:
+            home.leave()
 
     @contextmanager
     def onloaded(self) -> Iterator[None]:
@@ -106,65 +225,58 @@ class OffloadedWeights:
         """Let the computing wait for the weights, and those that follow set out."""
         slot = self._offloader.prefetch(self)
         slot.begin()
-        self._set(self._views(slot.memory))
+        for home, memory in self.within(slot.memory):
+            home.show(memory)
         self._offloader.follows(self)
         if self.next:
             self._offloader.prefetch(self.next)
 
     def release(self) -> None:
         """The slot is for others, once the computing that was asked for so far is done."""
-        self._set(self._absent)
+        for home in self.homes:
+            home.leave()
         self._offloader.release(self)
 
-    def _set(self, tensors: Iterable[torch.Tensor]) -> None:
-        for weight, tensor in zip(self._weights, tensors, strict=True):
-            weight.data = tensor
-
-    def _views(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+    def within(self, memory: torch.Tensor) -> Iterator[tuple[Home, torch.Tensor]]:
+        """The part of a slot's memory that each home's weights have."""
         start = 0
-        for weight, absent in zip(self._weights, self._absent, strict=True):
-            size = absent.numel() * absent.itemsize
-            yield memory[start : start + size].view(absent.dtype).view(absent.shape)
-            start += _aligned(weight)
+        for home in self.homes:
+            yield home, memory[start : start + home.size]
+            start += home.size
 
 
 class _Slot:
     """Memory on the device for one block's weights at a time."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, streams: Streams) -> None:
         with torch.inference_mode(False):  # weights point into it, and those are no tensors of inference
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: OffloadedWeights | None = None
         self.at_work = False
-        cuda = device.type == "cuda"
-        self._arrived: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._done: Any = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._streams = streams
+        self._arrived, self._done = streams.event(), streams.event()
         self.end()  # the memory may still be in use by what had it before
 
-    def fill(self, weights: OffloadedWeights, copying: torch.cuda.Stream | None) -> None:
-        """Copy `weights` here, on the stream `copying` where there is one."""
+    def fill(self, weights: OffloadedWeights) -> None:
+        """Copy `weights` here, once those that were here are not needed any more."""
         self.holds = None  # until they have set out: what came half is nobody's
-        memory = self.memory[: weights.size]
-        if copying is None:
-            memory.copy_(weights.home)
-        else:
-            copying.wait_event(self._done)
-            with torch.cuda.stream(copying):
-                memory.copy_(weights.home, non_blocking=True)
-                self._arrived.record()
+        with self._streams.copying():
+            self._done.wait()
+            for home, memory in weights.within(self.memory):
+                if home.memory is not None:
+                    memory.copy_(home.memory, non_blocking=True)
+            self._arrived.record()
         self.holds = weights
 
     def begin(self) -> None:
         """From now on the computing uses what is on its way here."""
         self.at_work = True
-        if self._arrived:
-            self._arrived.wait()
+        self._arrived.wait()
 
     def end(self) -> None:
         """What was asked for until now is the last that uses it."""
         self.at_work = False
-        if self._done:
-            self._done.record()
+        self._done.record()
 
 
 def _aligned(weight: torch.Tensor) -> int:
@@ -182,14 +294,14 @@ def _own_pages(size: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _pin(weights: OffloadedWeights, device: torch.device) -> None:
-    """Lock its home in place, for copies beside the computing; torch's own pinning rounds up to powers of two."""
+def _pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Lock it in place, for copies beside the computing; torch's own pinning rounds up to powers of two."""
     if device.type != "cuda":
         return
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if error := int(cuda.cudaHostRegister(weights.home.data_ptr(), weights.size, 0)):
+    if error := int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
         log.warning("host memory cannot be pinned (CUDA error %s): weights will come slowly", error)
         with suppress(RuntimeError):  # the next call would raise the error that is told already
             torch.zeros(1, device=device)
         return
-    weakref.finalize(weights, cuda.cudaHostUnregister, weights.home.data_ptr())
+    weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr())

@@ -17,7 +17,7 @@ from src.catalog import MEMORY_MODES, QUANTIZATIONS
 
 GB = 10**9
 
-# Of a card's memory, for what no header tells: the libraries' own, adapters, what is splintered.
+# Of a card's memory, for what no header tells: the libraries' own, what is splintered.
 _SPARE = 0.04
 # Values that one token has in flight in a block, in widths of the model: the stream and its norm (2), queries, keys and
 # values (3), queries and keys with their positions in float32 (2 x 2), the attention's answer (1), a single block's MLP
@@ -156,7 +156,7 @@ class Work:
     max_sequence_length: int
     max_pixels: int  # the largest picture that must fit
     batch_size: int = 1
-    controlnets: int = 0  # bytes of those that stay in memory
+    extra: int = 0  # bytes of weights that are on the card with the model: ControlNets, Redux, adapters
 
     def tokens(self, pixels: int) -> int:
         """16 pixels a side make one token."""
@@ -176,6 +176,7 @@ class Placement:
     offloaded: int  # bytes of weights in the host's memory
     slots: int  # bytes on the card for blocks that pass through
     peak: int  # bytes on the card, at most
+    extra: int  # of them, what is not the model's: ControlNets, Redux, adapters
     prompt_seconds: float  # of a new prompt: waiting for weights
     step_seconds: float
 
@@ -194,6 +195,10 @@ class Placement:
         if self.streamed.get("transformer"):
             return "stream"
         return "modulation_cache" if self.modulation_cache else "stream" if any(self.streamed.values()) else "full"
+
+    def with_extra(self, extra: int) -> Placement:
+        """The same with so many bytes of other weights on the card."""
+        return replace(self, peak=self.peak - self.extra + extra, extra=extra)
 
     def seconds(self, work: Work) -> float:
         """Of one picture with a new prompt, but for what all placements take alike."""
@@ -234,7 +239,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
     compute = flops(weights, work) / machine.flops
     if row.quantization:
         weights = _quantized(weights, QUANTIZATIONS[row.quantization].itemsize)
-    transformer, working = weights.transformer, _working(weights, work) + work.controlnets
+    transformer, working = weights.transformer, _working(weights, work) + work.extra
     encoders = list(_streamed_text_encoders(weights, stream=row.stream_text_encoders))
     for modulation_cache in row.modulation_cache:
         modulation = transformer.modulation
@@ -261,6 +266,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
                     offloaded=offloaded,
                     slots=slots,
                     peak=weights.size - offloaded + slots + tables + working,
+                    extra=work.extra,
                     prompt_seconds=(encoder_bytes + apart) / machine.bandwidth,
                     step_seconds=max(compute, moving) + _STREAMING * min(compute, moving),
                 )
@@ -297,7 +303,8 @@ def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> 
         resident=on_card,
         offloaded=weights.size,
         slots=0,
-        peak=on_card + _working(weights, work) + work.controlnets,
+        peak=on_card + _working(weights, work) + work.extra,
+        extra=work.extra,
         prompt_seconds=(weights.size if whole else text_encoders) / machine.bandwidth,
         step_seconds=compute + (0 if whole else transformer),
     )
@@ -332,10 +339,16 @@ def _fits(placement: Placement) -> bool:
     return placement.needs <= placement.machine.memory and placement.offloaded <= placement.machine.host_memory
 
 
+def smallest_placement(weights: Weights, machine: Machine, work: Work, mode: str) -> Placement | None:
+    """What of `mode` needs the smallest card, beside this host; None where the host has too little for any."""
+    found = [each for each in placements(weights, machine, work, mode) if each.offloaded <= machine.host_memory]
+    return min(found, key=lambda each: (each.needs, each.seconds(work)), default=None)
+
+
 def smallest(weights: Weights, machine: Machine, work: Work, mode: str) -> float:
     """Bytes of the smallest card that `mode` fits, beside this host; infinite where the host has too little."""
-    found = placements(weights, machine, work, mode)
-    return min((each.needs for each in found if each.offloaded <= machine.host_memory), default=math.inf)
+    found = smallest_placement(weights, machine, work, mode)
+    return found.needs if found else math.inf
 
 
 def _too_little(weights: Weights, machine: Machine, work: Work, mode: str) -> str:
