@@ -355,6 +355,24 @@ def test_where_memory_is_short_for_a_picture_what_is_idle_leaves_without_a_word(
     assert all(worker.ask(**WANTED[wanted]) == plain[wanted] for wanted in WANTED)
 
 
+def test_an_adapter_that_leaves_while_none_counts_brings_no_other_back(
+    folder: Path, plain: dict[str, list[str]]
+) -> None:
+    worker = Worker(folder)
+    worker.ask(**WANTED["adapters"])
+    ledger, transformer = worker.engine._ledger, worker.engine._pipeline.transformer
+    forward = transformer.forward
+
+    def leaving(*arguments: Any, **options: Any) -> Any:
+        if len(ledger.names) == 2:
+            ledger._let_go(ledger.names[0])
+        return forward(*arguments, **options)
+
+    transformer.forward = leaving
+    assert worker.ask() == plain["nothing"]
+    assert len(ledger.names) == 1
+
+
 def test_then_more_of_the_model_streams_and_only_then_pictures_change_their_ways(
     folder: Path, plain: dict[str, list[str]]
 ) -> None:

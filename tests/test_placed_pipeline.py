@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
@@ -238,6 +239,59 @@ def test_a_stopped_or_failed_picture_leaves_the_next_one_as_it_was(adapters: Pat
             hook.remove()
         assert absent(held) == found.offloaded
         assert ask(PROMPTS[3]) == before
+
+
+def test_weights_go_where_another_placement_wants_them_between_two_pictures(adapters: Path) -> None:
+    engine, plain = engine_of("mixture")[0], asking(engine_of("plain")[0], adapters)
+    placed, ask, held = engine._placed_pipeline, asking(engine, adapters), weights_in(engine)
+    expected = {adapter: plain(PROMPTS[0], adapter=adapter) for adapter in (False, True)}
+    every = [placement(way) for way in WAYS.values()]
+    for number, found in enumerate((*every, every[1], *every[::-1])):
+        assert placed.arrange(found)
+        assert absent(held) == found.offloaded
+        adapter = number % 2 == 0
+        assert ask(PROMPTS[0], adapter=adapter) == expected[adapter], found.summary()
+        assert absent(held) == found.offloaded
+
+
+def test_what_finds_no_room_on_its_way_back_stays_away(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, found = engine_of("all_away")
+    assert found is not None
+    held, ask = weights_in(engine), asking(engine, adapters)
+    before, come_back, came = ask(PROMPTS[0]), Home.come_back, 0
+
+    def short(home: Home) -> None:
+        nonlocal came
+        came += 1
+        if came > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        come_back(home)
+
+    wanted = placement(WAYS["some_streaming"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "come_back", short)
+        assert not engine._placed_pipeline.arrange(wanted)
+    assert absent(held) == found.offloaded
+    assert engine._placed_pipeline.placement is found
+    assert ask(PROMPTS[0]) == before
+    assert engine._placed_pipeline.arrange(wanted)
+    assert absent(held) == wanted.offloaded
+    assert ask(PROMPTS[0]) == before
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_homes_are_kept_where_the_host_has_room_for_them(roomy: bool) -> None:
+    engine, found = engine_of("all_away")
+    assert found is not None
+    placed, least = engine._placed_pipeline, placement(WAYS["some_streaming"])
+    homes = [block.own for blocks in placed._blocks.values() for block in blocks]
+    kept = [home.memory for home in homes if home.memory is not None]
+    machine = replace(least.machine, host_memory=least.machine.host_memory if roomy else least.offloaded)
+    assert placed.arrange(replace(least, machine=machine))
+    assert len([home for home in homes if home.memory is not None]) == (len(kept) if roomy else 2)
+    assert placed.arrange(found)
+    again = [home.memory for home in homes if home.memory is not None]
+    assert [a is b for a, b in zip(again, kept, strict=True)].count(True) == (len(kept) if roomy else 2)
 
 
 def test_the_settings_decide_and_describe_tells() -> None:
