@@ -146,7 +146,8 @@ def respond(
         job.work = plan.work
         engine().fetch(plan, job.step_aside)
         destination = call.destination(brought.bucket or bucket())  # before anything is drawn in vain
-        generation = job.on_device(lambda: engine().run(plan, job.report))
+        noise = engine().prepare(plan)
+        generation = job.on_device(lambda: engine().draw(plan, job.report, noise)).generation()
         response = deliver(
             generation,
             plan,

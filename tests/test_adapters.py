@@ -168,14 +168,14 @@ def test_bad_adapters_are_refused_before_the_device_is_used(
     ask: Ask, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = pixels(ask())
-    run = engine.run
-    monkeypatch.setattr(engine, "run", lambda *_: pytest.fail("the device was used"))
+    draw = engine.draw
+    monkeypatch.setattr(engine, "draw", lambda *_: pytest.fail("the device was used"))
     for name, reason in bad_files(tmp_path / "loras").items():
         message = refused(ask(lora_path=name))["lora_path"]
         assert reason in message, (name, message)
         response = refused(ask(loras=[{"path": "outline.safetensors"}, {"path": name}]))
         assert list(response) == ["loras.1"]
-    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine, "draw", draw)
     assert pixels(ask()) == before
 
 

@@ -182,8 +182,8 @@ def test_a_bad_picture_is_refused_before_the_device_is_used_and_the_worker_goes_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = ask(prompt="a red circle")["images"]
-    run = get_engine().run
-    monkeypatch.setattr(get_engine(), "run", lambda *_: pytest.fail("the device was used"))
+    draw = get_engine().draw
+    monkeypatch.setattr(get_engine(), "draw", lambda *_: pytest.fail("the device was used"))
     failed = ask(prompt="a red circle", init_image="file:///etc/passwd", width=63)
     assert [fault["field"] for fault in failed["errors"]] == ["width", "init_image"]
     animated = io.BytesIO()
@@ -199,5 +199,5 @@ def test_a_bad_picture_is_refused_before_the_device_is_used_and_the_worker_goes_
             assert next(name for name, value in fields.items() if value == bad) in {
                 f["field"] for f in failed["errors"]
             }
-    monkeypatch.setattr(get_engine(), "run", run)
+    monkeypatch.setattr(get_engine(), "draw", draw)
     assert ask(prompt="a red circle")["images"] == before

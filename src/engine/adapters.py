@@ -64,6 +64,7 @@ class Adapters:
         self._limit = settings.max_loras
         self._loaded: OrderedDict[str, str] = OrderedDict()  # names, and the paths that they were asked for by
         self._used: tuple[str, ...] = ()  # names that count for the picture
+        self._of_text_encoders = set[str]()  # names of those that have layers there
         self._checked = CheckedAdapters()
         self._checked.holders.append(self._loaded)
         self._aside: list[tuple[nn.Module, str, BaseTunerLayer]] = []  # layers with adapters, and where they belong
@@ -79,6 +80,11 @@ class Adapters:
     def in_memory(self) -> tuple[str, ...]:
         """As they were asked for, the least recently used first."""
         return tuple(map(redact, list(self._loaded.values())))  # the list at one stroke: the device may be changing it
+
+    @property
+    def change_text_encoders(self) -> bool:
+        """Whether any in memory has layers there."""
+        return bool(self._of_text_encoders)
 
     def check(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
         """Why adapters do not fit this model, and warnings of what is not applied; takes no time of the device.
@@ -210,6 +216,8 @@ class Adapters:
                 raise AdapterUnavailable(f"{adapter.field}: {_unreadable(error)}") from error
             raise GenerationFailed(f"the adapter {path} could not be loaded: {error}") from error
         self._loaded[adapter.name] = path
+        if any(not name.startswith("transformer.") for name in weights.lora):
+            self._of_text_encoders.add(adapter.name)
         self._checked.drop(adapter)
 
     def _add(self, name: str, weights: AdapterWeights) -> None:
@@ -239,6 +247,7 @@ class Adapters:
     def _forget(self, name: str) -> None:
         self._ledger.remove(name)
         self._loaded.pop(name, None)
+        self._of_text_encoders.discard(name)
         self._delete(name)
 
     def _delete(self, name: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ _PICTURES = {"init_image": "image", "mask_image": "mask_image", "control_image":
 # Of what is set in a plan's sampling, what pipelines take under the same name.
 _SAMPLING = {"num_inference_steps", "guidance_scale", "max_sequence_length", "true_cfg_scale", "strength"}
 
+Noise = Mapping[tuple[int, ...], torch.Tensor]  # by the seeds of a batch
+
 
 class Denoiser:
     """Turns seeds into pictures of one plan, together as long as there is memory for that."""
@@ -40,12 +43,14 @@ class Denoiser:
         phases: Phases,
         placed_pipeline: PlacedPipeline,
         *,
+        noise: Noise = MappingProxyType({}),
         ledger: Ledger,
     ) -> None:
         self._view = view
         self._plan = plan
         self._phases = phases
         self._placed_pipeline = placed_pipeline
+        self._noise = noise
         self._fallback = MemoryFallback(view, ledger)
         self._decoded_again: dict[str, None] = {}  # the words for it, each once
         set_by_plan = plan.sampling.model_fields_set & _SAMPLING
@@ -75,12 +80,12 @@ class Denoiser:
         several = spec.controlnet if kind == "control_image" else kind == "init_image" and spec.references > 1
         return list(pictures) if several else pictures[0]
 
-    def draw(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
+    def draw(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Decoded]:
         """Denoise and decode the pictures of `seeds`, all of the one `prompt`."""
         step = self._phases.steps_done
         while True:
             try:
-                return self._call(seeds, prompt)
+                return [self._call(seeds, prompt)]
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -89,9 +94,9 @@ class Denoiser:
                     raise
             self._phases.steps_done = step
             if self._fallback.one_by_one and len(seeds) > 1:
-                return [picture for seed in seeds for picture in self.draw((seed,), prompt)]
+                return [decoded for seed in seeds for decoded in self.draw((seed,), prompt)]
 
-    def _call(self, seeds: tuple[int, ...], prompt: Embeddings) -> list[Image.Image]:
+    def _call(self, seeds: tuple[int, ...], prompt: Embeddings) -> Decoded:
         plan, phases = self._plan, self._phases
         preview = Preview(self._view, plan) if plan.preview else None
 
@@ -118,7 +123,7 @@ class Denoiser:
             result = self._view(
                 **self._arguments,
                 **prompt,
-                **self._start(generators, prompt["prompt_embeds"]),
+                **self._start(seeds, generators, prompt["prompt_embeds"]),
                 num_images_per_prompt=len(seeds),
                 generator=generators,
                 output_type="pt",
@@ -126,7 +131,7 @@ class Denoiser:
                 callback_on_step_end_tensor_inputs=["latents"],
             )
         check_finite({"pictures": result.images}, "try another seed, size or guidance_scale")
-        return _as_pictures(result.images)
+        return Decoded(result.images)
 
     @contextmanager
     def _own_noise(self, seed: int) -> Iterator[None]:
@@ -145,19 +150,73 @@ class Denoiser:
         finally:
             del scheduler.step
 
-    def _start(self, generators: list[torch.Generator], like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The noise that a seed means without its control pictures: encoding those draws from the generator first.
+    def _start(
+        self, seeds: tuple[int, ...], generators: list[torch.Generator], like: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The noise that was drawn ahead; or what a seed means without its control pictures.
 
-        `latents` is [pictures, tokens, in_channels]: a token is 2 x 2 latents of in_channels // 4.
+        Encoding those would draw from the generator first.
         """
+        noise = self._noise.get(seeds)
+        if noise is not None and noise.dtype == like.dtype:
+            return {"latents": noise}
         if not self._plan.spec.controlnet or "init_image" in self._plan.pictures:
             return {}
-        width, height = self._plan.canvas
-        channels = self._view.transformer.config.in_channels // 4
-        noise, _ = self._view.prepare_latents(
-            len(generators), channels, height, width, like.dtype, like.device, generators
-        )
-        return {"latents": noise}
+        return {"latents": _noise(self._view, self._plan, generators, like.dtype, like.device)}
+
+
+def noise_ahead(pipeline: Any, plan: Plan) -> Noise:
+    """What the seeds of a plan without pictures mean, drawn on the CPU, as the pipeline itself would draw it.
+
+    Nothing of pipelines that take noise in another form.
+    """
+    takes = inspect.signature(getattr(pipeline, "prepare_latents", lambda: None)).parameters
+    is_base = plan.spec.class_name == type(pipeline).__name__
+    if plan.pictures or not is_base or "num_channels_latents" not in takes or "image" in takes:
+        return {}
+    return {
+        seeds: _noise(pipeline, plan, [torch.Generator("cpu").manual_seed(seed) for seed in seeds], pipeline.dtype)
+        for _, seeds in plan.batches()
+    }
+
+
+def _noise(
+    pipeline: Any,
+    plan: Plan,
+    generators: list[torch.Generator],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """[pictures, tokens, in_channels]: a token is 2 x 2 latents of in_channels // 4."""
+    width, height = plan.canvas
+    channels = pipeline.transformer.config.in_channels // 4
+    noise: torch.Tensor = pipeline.prepare_latents(len(generators), channels, height, width, dtype, device, generators)[
+        0
+    ]
+    return noise
+
+
+class Decoded:
+    """Pictures of one call, on their way from the device: `values` is [pictures, 3, height, width] from 0 to 1.
+
+    They set out at once, rounded on the device to the bytes of diffusers' own; nobody waits for them here.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        planes = values.float().mul(255).round().to(torch.uint8)
+        self._planes, self._arrived = planes, None
+        if planes.is_cuda:
+            self._planes = torch.empty(planes.shape, dtype=torch.uint8, pin_memory=True)
+            self._planes.copy_(planes, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def pictures(self) -> list[Image.Image]:
+        """RGB, once they are here."""
+        if self._arrived:
+            self._arrived.synchronize()
+        planes = self._planes.numpy()
+        return [Image.merge("RGB", [Image.fromarray(plane) for plane in picture]) for picture in planes]
 
 
 def finish(picture: Image.Image, plan: Plan) -> Image.Image:
@@ -170,9 +229,3 @@ def finish(picture: Image.Image, plan: Plan) -> Image.Image:
         return picture
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
-
-
-def _as_pictures(values: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures of [pictures, 3, height, width] from 0 to 1: the bytes of diffusers' own, rounded on the device."""
-    planes = values.float().mul(255).round().to(torch.uint8).cpu().numpy()
-    return [Image.merge("RGB", [Image.fromarray(plane) for plane in picture]) for picture in planes]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import diffusers
@@ -21,7 +23,7 @@ from src.engine.acceleration import Compiled, accelerate_controlnet, attention_o
 from src.engine.adapters import Adapters
 from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
-from src.engine.denoise import Denoiser, finish
+from src.engine.denoise import Decoded, Denoiser, Noise, finish, noise_ahead
 from src.engine.loading_lock import LOADING
 from src.engine.machine import on_device
 from src.engine.memory import free_memory, is_out_of_memory
@@ -86,7 +88,9 @@ class Engine:
         placed_pipeline: PlacedPipeline | None = None,
         compiled: Compiled | None = None,
         choice: PlacementChoice | None = None,
+        reads_ahead: bool | None = None,
     ) -> None:
+        """`reads_ahead` is whether prompts are read while another picture is drawn: by default on a card."""
         settings = settings or Settings()
         files = files or Files(settings)
         self.model = model
@@ -98,8 +102,14 @@ class Engine:
         self._profile = settings.profile
         self._blocks: Mapping[str, BlockSeconds] = {}  # of each kind, once warmed up
         self._alone = threading.Lock()
+        self._text_encoders = threading.RLock()  # their weights stay as they are for whoever holds it
+        self._side: Any = None  # the stream of what is read ahead
+        if reads_ahead is None:
+            reads_ahead = self._placed_pipeline.device.type == "cuda"
+        # One thread, as on the device: CUDA keeps handles and workspaces for each that ever used it.
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prompts") if reads_ahead else None
         self._together: Together | None = None
-        ledger = self._ledger = Ledger(self._placed_pipeline.placement, choice, self._placed_pipeline.arrange)
+        ledger = self._ledger = Ledger(self._placed_pipeline.placement, choice, self._arrange)
         slots = compiled.lora_slots if compiled else None
         if slots and slots.size:
             ledger.admit("slots for adapters", Kind.ADAPTER, slots.size, leave=lambda: None, kept=True)
@@ -115,8 +125,21 @@ class Engine:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_attention_slicing()  # the specification's; nothing of FLUX can be sliced (diffusers 0.42)
 
-    def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
-        """Make the plan's pictures; `on_progress` gets every step, and what it raises stops the plan there.
+    def prepare(self, plan: Plan) -> Noise:
+        """What of `plan` needs no turn on the device: its noise, and its prompts while another picture is drawn.
+
+        Nothing of it fails: what cannot be had now is had in the turn.
+        """
+        if self._ahead:
+            self._ahead.submit(self._read_ahead, plan).result()
+        return self.draw_noise(plan)
+
+    def draw_noise(self, plan: Plan) -> Noise:
+        """What the seeds of `plan` mean, on the CPU, where that can be said ahead."""
+        return noise_ahead(self._pipeline, plan)
+
+    def draw(self, plan: Plan, on_progress: OnProgress | None = None, noise: Noise = MappingProxyType({})) -> Drawn:
+        """The plan's turn on the device; `on_progress` gets every step, and what it raises stops the plan there.
 
         Where memory is short it is freed and what is idle leaves, then more of the model streams, then pictures are
         drawn one by one, then decoded in tiles; warnings say so of the last two.
@@ -132,9 +155,13 @@ class Engine:
             self._together.drawing() if self._together else nullcontext(),
             torch.inference_mode(),
         ):
-            return self._run(plan, on_progress or (lambda _: None))
+            return self._draw(plan, on_progress or (lambda _: None), noise)
 
-    def _run(self, plan: Plan, on_progress: OnProgress) -> Generation:
+    def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
+        """The plan's pictures, all at a stroke; raises as `draw` does."""
+        return self.draw(plan, on_progress).generation()
+
+    def _draw(self, plan: Plan, on_progress: OnProgress, noise: Noise) -> Drawn:
         warnings: list[str] = []
         if self._together and SPEEDS[plan.sampling.speed]:  # what is guessed is kept in each process of its own
             warnings.append(f"speed {plan.sampling.speed} has no effect where several cards draw one picture")
@@ -149,40 +176,76 @@ class Engine:
         row = SCHEDULERS.get(scheduler) or Scheduler(scheduler)
         view.scheduler = make_scheduler(self._own_scheduler, row, plan.sampling.shift)
 
-        # 2. Adapters and ControlNets
+        # 2. Adapters, ControlNets and prompts
         arguments: dict[str, Any] = {}
         for other in self._views.values():
             other.controlnet = None  # or it would hold networks that make room now
-        self._ledger.begin(_extras(plan))
-        if plan.adapters:
-            phases.begin("load_adapters")
-        self.use_adapters(plan.adapters)
-        if plan.spec.controlnet:
-            phases.begin("load_controlnets")
-            view.controlnet, arguments = self._controlnets.use(plan.controls)
-
-        # 3. Prompts, then pictures
-        phases.begin("encode_prompt")
-        if "image_prompt" in plan.pictures:
-            self._redux.load()
-        with LOADING.drawing():
-            prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+        with self._text_encoders:
+            self._ledger.begin(_extras(plan))
+            if plan.adapters:
+                phases.begin("load_adapters")
+            self.use_adapters(plan.adapters)
+            if plan.spec.controlnet:
+                phases.begin("load_controlnets")
+                view.controlnet, arguments = self._controlnets.use(plan.controls)
+            phases.begin("encode_prompt")
+            if "image_prompt" in plan.pictures:
+                self._redux.load()
+            with LOADING.drawing():
+                prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
             self._ledger.done_with(REDUX)
+
+        # 3. Pictures
+        with LOADING.drawing():
             self._placed_pipeline.prepare(view)
-            denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline, ledger=self._ledger)
+            denoiser = Denoiser(view, plan, arguments, phases, self._placed_pipeline, noise=noise, ledger=self._ledger)
             drawn = [denoiser.draw(seeds, prompts[prompt]) for prompt, seeds in plan.batches()]
-        pictures = [picture for batch in drawn for picture in batch]
         phases.end()
-        return Generation(
-            pictures=tuple(finish(picture, plan) for picture in pictures),
-            scheduler=scheduler,
-            timings=phases.seconds,
-            warnings=(*warnings, *self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
-            peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
-            quantization=self._placed_pipeline.quantization,
-            profile=self._profile,
-            device=" ".join(self.devices),
+        return Drawn(
+            plan,
+            tuple(decoded for batch in drawn for decoded in batch),
+            Generation(
+                pictures=(),
+                scheduler=scheduler,
+                timings=phases.seconds,
+                warnings=(*warnings, *self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
+                peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
+                quantization=self._placed_pipeline.quantization,
+                profile=self._profile,
+                device=" ".join(self.devices),
+            ),
         )
+
+    def _read_ahead(self, plan: Plan) -> None:
+        """Read the plan's prompts, where text encoders are on the device to stay and no adapter changes them."""
+        with (
+            self._text_encoders,
+            LOADING.drawing(),
+            on_device(self.device),
+            torch.inference_mode(),
+            self._on_the_side(),
+        ):
+            if "image_prompt" in plan.pictures or plan.adapters or self._adapters.change_text_encoders:
+                return
+            if not self._placed_pipeline.text_encoders_stay:
+                return
+            try:
+                for prompt in dict.fromkeys(plan.prompts):
+                    self._prompts.remember(plan, prompt)
+            except Exception as error:  # noqa: BLE001 - the plan's own turn meets it, and knows what to do
+                let_go(error)
+
+    def _on_the_side(self) -> AbstractContextManager[object]:
+        """Within it a card does what it is asked for beside what other threads asked it for."""
+        if not self._on_cuda:
+            return nullcontext()
+        self._side = self._side or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._side)
+
+    def _arrange(self, placement: Placement) -> bool:
+        """Bring the model's weights to another placement, while nobody reads prompts with them."""
+        with self._text_encoders:
+            return self._placed_pipeline.arrange(placement)
 
     @property
     def device(self) -> torch.device:
@@ -216,7 +279,8 @@ class Engine:
 
     def forget_adapters(self) -> None:
         """The picture failed: its adapters are read anew where they are asked for again."""
-        self._adapters.forget_used()
+        with self._text_encoders:
+            self._adapters.forget_used()
         if self._together:
             self._together.forget_adapters()
 
@@ -345,6 +409,21 @@ def _extras(plan: Plan) -> set[str]:
     """What the plan wants on the card with the model, by the ledger's names."""
     nets = {control.net.name for control in plan.controls if control.net}
     return nets | {adapter.name for adapter in plan.adapters} | ({REDUX} if "image_prompt" in plan.pictures else set())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a plan became on the device; the rest needs no turn there."""
+
+    plan: Plan
+    decoded: tuple[Decoded, ...]
+    facts: Generation  # but for its pictures
+
+    def generation(self) -> Generation:
+        """With its pictures, once they have come from the device; raises DeviceFailed where they do not."""
+        with _as_worker_errors(self.plan):
+            pictures = [picture for decoded in self.decoded for picture in decoded.pictures()]
+        return replace(self.facts, pictures=tuple(finish(picture, self.plan) for picture in pictures))
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import torch
 from huggingface_hub import snapshot_download
 
 from src.catalog import Model
-from src.engine.engine import Engine
+from src.engine.denoise import Noise
+from src.engine.engine import Drawn, Engine
 from src.engine.followers import Followers
 from src.engine.loading import load_engine
 from src.engine.machine import devices, on_device
@@ -20,7 +22,7 @@ from src.engine.ulysses import can_share
 from src.errors import Fault, InvalidSettings
 from src.job import OnProgress
 from src.job_queue import current_device
-from src.outputs import Generation, Loaded
+from src.outputs import Loaded
 from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
@@ -99,9 +101,14 @@ class Engines:
         """How many plans are drawn at once."""
         return len(self._engines)
 
-    def run(self, plan: Plan, on_progress: OnProgress | None = None) -> Generation:
-        """As Engine.run, on the calling thread's device."""
-        return self._engines[current_device() % len(self._engines)].run(plan, on_progress)
+    def prepare(self, plan: Plan) -> Noise:
+        """As Engine.prepare; of several, nobody knows yet which will read the prompts."""
+        first = self._engines[0]
+        return first.prepare(plan) if len(self._engines) == 1 else first.draw_noise(plan)
+
+    def draw(self, plan: Plan, on_progress: OnProgress | None = None, noise: Noise = MappingProxyType({})) -> Drawn:
+        """As Engine.draw, on the calling thread's device."""
+        return self._engines[current_device() % len(self._engines)].draw(plan, on_progress, noise)
 
     def check_adapters(self, adapters: Sequence[Adapter]) -> tuple[list[Fault], list[str]]:
         """As Engine.check_adapters; what is read is for whichever engine gets the job."""

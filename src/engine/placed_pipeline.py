@@ -115,6 +115,14 @@ class PlacedPipeline:
         """Of the weights; None is exact."""
         return self.placement.quantization if self.placement else None
 
+    @property
+    def text_encoders_stay(self) -> bool:
+        """Whether their weights are on the device all the time."""
+        placement = self.placement
+        if placement is None or placement.offload:
+            return placement is None
+        return not any(blocks for name, blocks in placement.streamed.items() if name != "transformer")
+
     def arrange(self, placement: Placement) -> bool:
         """Bring the weights where `placement` wants them: the pictures have the same bytes. Not while one is drawn.
 

@@ -61,16 +61,26 @@ class Prompts:
         `prompt_embeds` is [1, tokens, joint_attention_dim], `pooled_prompt_embeds` [1, pooled_projection_dim]; their
         negative ones alike. Raises GenerationFailed where they are not finite, and forgets them.
         """
+        remembered = self.remember(plan, prompt)
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in remembered.items()}
+
+    def remember(self, plan: Plan, prompt: str) -> Embeddings:
+        """As `read`, in the host's memory."""
         texts = _texts(plan, prompt)
         key = (tuple(texts.items()), plan.sampling.max_sequence_length, plan.adapter_weights, _picture_key(plan))
         if key not in self._remembered:
-            embeddings = {name: tensor.cpu() for name, tensor in self._read(plan, texts).items()}
+            embeddings = {name: self._at_home(tensor) for name, tensor in self._read(plan, texts).items()}
             check_finite(embeddings, "send the request again, or with another prompt, image_prompt or adapter")
             self._remembered[key] = embeddings
             while len(self._remembered) > _REMEMBERED:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(key)
-        return {name: tensor.to(self._device) for name, tensor in self._remembered[key].items()}
+        return self._remembered[key]
+
+    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In the host's memory, pinned where a card is to fetch it from there by itself."""
+        tensor = tensor.cpu()
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def warnings(self, plan: Plan) -> tuple[str, ...]:
         """What is not read of the texts: what stands past an encoder's limit, and what its vocabulary does not know."""
