@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from handler import respond
@@ -159,3 +160,19 @@ def test_what_fails_ahead_is_met_in_the_turn(engine: Engine, monkeypatch: pytest
     noise = engine.prepare(made)
     assert not failures
     assert len(engine.draw(made, noise=noise).generation().pictures) == 1
+
+
+def test_adaptive_norms_take_one_product_where_steps_need_not_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_engine(Settings(model_name="flux-shapes"))
+    cached = load_engine(
+        Settings(model_name="flux-shapes", memory_mode="modulation_cache", memory_limit_gb=0.1, max_pixels=128**2)
+    )
+    linear = cached._pipeline.transformer.transformer_blocks[0].norm1.linear
+    shapes = list[tuple[int, ...]]()
+    linear.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    for speed, asked in (("exact", [(1, 64)] * 8), ("balanced", [(8, 1, 64)]), ("exact", [(1, 64)] * 8)):
+        shapes.clear()
+        made = plan(cached, speed=speed)
+        pictures = [np.asarray(engine.run(made).pictures[0], float) for engine in (cached, plain)]
+        assert [(*shape[:-1], 64) for shape in shapes] == asked
+        assert np.abs(pictures[0] - pictures[1]).max() <= (0 if speed == "exact" else 2)

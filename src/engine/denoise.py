@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from src.catalog import SPEEDS
 from src.engine.finite import check_finite, finite_decoding
 from src.engine.memory import MemoryFallback, free_memory, is_out_of_memory
 from src.engine.phases import Phases
@@ -115,7 +116,9 @@ class Denoiser:
         phases.begin("denoise")
         # On the CPU, so that a seed means the same picture on every card.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        modulation_ahead = self._placed_pipeline.denoising(self._view.scheduler, plan.steps, plan.adapter_weights)
+        modulation_ahead = self._placed_pipeline.denoising(
+            self._view.scheduler, plan.steps, plan.adapter_weights, exact=SPEEDS[plan.sampling.speed] is None
+        )
         finite = finite_decoding(
             self._view.vae, lambda: phases.current == "decode", lambda said: self._decoded_again.update({said: None})
         )

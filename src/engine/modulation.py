@@ -32,10 +32,11 @@ class ModulationCache:
         self._tables: list[_Table] = []
 
     @contextmanager
-    def ahead(self, scheduler: Any, steps: int, adapter_weights: Hashable) -> Iterator[None]:
+    def ahead(self, scheduler: Any, steps: int, adapter_weights: Hashable, *, exact: bool = True) -> Iterator[None]:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`.
 
-        `adapter_weights` are those of the picture: adapters may change the linears too.
+        `adapter_weights` are those of the picture: adapters may change the linears too. What need not be `exact` takes
+        one product for all steps.
 
         Raises GenerationFailed where the linears' answers are not finite, and at its end where the transformer was
         called with other timesteps than the scheduler's.
@@ -48,7 +49,7 @@ class ModulationCache:
             prompt = others[-1] if self._takes_prompt else None
             if id(prompt) not in of_prompt:
                 timesteps = _as_received(scheduler.timesteps[-steps:], timestep)
-                question = adapter_weights, timesteps, tuple(others)
+                question = (adapter_weights, exact), timesteps, tuple(others)
                 table = self._find(*question) or self._ask(linears, *question)
                 of_prompt[id(prompt)] = prompt, table
             of_prompt[id(prompt)][1].show(timestep, self._rows)
@@ -72,18 +73,20 @@ class ModulationCache:
     def _ask(
         self,
         linears: list[nn.Module],
-        adapter_weights: Hashable,
+        way: tuple[Hashable, bool],
         timesteps: torch.Tensor,
         others: tuple[Any, ...],
     ) -> _Table:
-        """Row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
+        """Exactly is row by row in the very shapes of the plain way: a product of more rows may round otherwise."""
         del self._tables[: 1 - TABLES]
+        _, exact = way
         embedded = [nn.functional.silu(self._embedder.forward(each, *others)) for each in timesteps]
         answers = []
         for linear, weights in zip(linears, self._offloaded, strict=True):
             with weights.onloaded():
-                answers.append(torch.stack([linear(each) for each in embedded]))
-        table = _Table(adapter_weights, timesteps, others, answers)
+                rows = torch.stack([linear(each) for each in embedded]) if exact else linear(torch.stack(embedded))
+                answers.append(rows)
+        table = _Table(way, timesteps, others, answers)
         check_finite({"adaptive norms": table.rows}, "send the request again, or without adapters")
         self._tables.append(table)
         return table
@@ -97,22 +100,22 @@ class _Table:
 
     def __init__(
         self,
-        adapter_weights: Hashable,
+        way: Hashable,
         timesteps: torch.Tensor,
         others: tuple[Any, ...],
         answers: list[torch.Tensor],
     ) -> None:
         self.missed = torch.zeros((), dtype=torch.bool, device=timesteps.device)
-        self._adapter_weights = adapter_weights
+        self._way = way
         self._timesteps = timesteps
         self._others = others
         self._shapes = [answer.shape[1:] for answer in answers]
         self.rows = torch.cat([answer.flatten(1) for answer in answers], dim=1)
 
-    def answers(self, adapter_weights: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
+    def answers(self, way: Hashable, timesteps: torch.Tensor, others: tuple[Any, ...]) -> bool:
         """Whether it was made for the same question."""
         return (
-            self._adapter_weights == adapter_weights
+            self._way == way
             and self._timesteps.shape == timesteps.shape
             and torch.equal(self._timesteps, timesteps)
             and all(

@@ -190,7 +190,14 @@ class PlacedPipeline:
         if self._offload == "model":
             view.enable_model_cpu_offload(device=self.device)
 
-    def denoising(self, scheduler: Any, steps: int, adapter_weights: Hashable) -> AbstractContextManager[None]:
-        """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`."""
+    def denoising(
+        self, scheduler: Any, steps: int, adapter_weights: Hashable, *, exact: bool = True
+    ) -> AbstractContextManager[None]:
+        """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`.
+
+        Not `exact` is what may round otherwise than the plain way, as quantized weights do in any case.
+        """
         cache = self._modulation_cache
-        return cache.ahead(scheduler, steps, adapter_weights) if cache else nullcontext()
+        if cache is None:
+            return nullcontext()
+        return cache.ahead(scheduler, steps, adapter_weights, exact=exact and self.quantization is None)
