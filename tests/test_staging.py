@@ -281,6 +281,26 @@ def test_where_memory_is_short_the_weights_are_streamed_and_the_picture_is_the_s
         assert ("bytes_per_second" in found["load"]) == ("memory_limit_gb" in way), "offloaded ones are copied"
 
 
+@pytest.mark.slow
+def test_kept_quantized_weights_are_streamed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    monkeypatch.setattr(loading, "host_memory", lambda: HostMemory(1 << 40, 0))
+    settings = Settings(model_name="flux-shapes", quantization="fp8", quantized_dir=tmp_path)
+    pictures, read = [], []
+    for _ in range(2):
+        START.seconds.clear()  # of other tests
+        pictures.append(drawn(load_engine(settings)))
+        (line,) = (record for record in caplog.records if "weights read in" in record.getMessage())
+        read.append(vars(line)["facts"]["bytes"])
+        caplog.clear()
+    assert pictures[0] == pictures[1]
+    (kept,) = tmp_path.glob("*.pt")
+    whole = next((SHAPES / "transformer").glob("*.safetensors"))
+    assert read[1] - read[0] == kept.stat().st_size - whole.stat().st_size
+
+
 def test_files_of_another_type_leave_the_systems_cache_behind_the_load(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     for file in SHAPES.glob("*/*"):
