@@ -84,6 +84,7 @@ def test_idle_and_never_called_not_ready(stand_in: StandIn, tmp_path: Path) -> N
         process.wait_for(READY)
         stages = [line["stage"] for line in process.lines() if "stage" in line]
         print(f"idle: {end(process):.2f} s")
+    stages.remove("read-ahead")  # it ends whenever it ends
     assert stages == [
         "settings", "checks", "files", "torch", "device", "inspect", "placement", "read", "load", "warm-up", "ready",
     ]  # fmt: skip
