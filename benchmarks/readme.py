@@ -167,7 +167,7 @@ def _without_card(row: dict[str, Any]) -> str:
     if "error" in row:
         return "not to be had on this processor"
     apart = row.get("max_difference")
-    return "" if apart is None else f"{apart:.0f} of 255"
+    return "not compared" if apart is None else f"{apart:.0f} of 255"
 
 
 def _predicted(name: str, found: dict[str, Any]) -> Iterator[str]:
@@ -186,6 +186,29 @@ def _predicted(name: str, found: dict[str, Any]) -> Iterator[str]:
     least = ", ".join(f"{seconds:.2f} s {words[kind]}" for kind, seconds in floor.items())
     yield ""
     yield f"The floor of {found['steps']} steps of {name}: {least}."
+
+
+def gpu_profile(results: dict[str, Any]) -> str:
+    """Where the time of a step goes on a card, and what it takes at least."""
+    kinds = ("products", "attention", "norms, gates, activations", "copies", "waiting")
+    lines = [f"| a step | ms | at least | {' | '.join(kinds)} |", "| --- " * (3 + len(kinds)) + "|"]
+    on_card = results["machine"]["card"] != "none"
+    for name, found in results["models"].items() if on_card else ():
+        least = found["floor_seconds_per_step"]["product"]
+        for way, row in found.items():
+            if "share" in row:
+                shares = [f"{100 * row['share'].get(kind, 0):.0f} %" for kind in kinds]
+                cells = [f"{1000 * row['seconds_per_step']:.1f}", f"{1000 * least:.1f}", *shares]
+                lines.append(f"| {name}, {way} | {' | '.join(cells)} |")
+    if not on_card:
+        lines.append(f"| FLUX.1-schnell |{f' {_NEVER} |' * (2 + len(kinds))}")
+    lines += [
+        "",
+        "`python -m benchmarks.gpu --profile`, in the worker's own loop; at least: products and attention at the rate",
+        "of a warm product. Kernels of two streams overlap; waiting is when the device does nothing, and torch's",
+        "profiler adds to it.",
+    ]
+    return "\n".join(lines)
 
 
 def cpu(results: dict[str, Any]) -> str:
@@ -324,6 +347,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "batch": batch,
     "encoding": encoding,
     "gpu": gpu,
+    "gpu_profile": gpu_profile,
     "cpu": cpu,
     "cold_start": cold_start,
     "soak": soak,
