@@ -1,7 +1,7 @@
 """Packages that src imports at the top of a file and no picture needs: a machine for measuring may lack them.
 
-Of what it does need, torch, transformers and diffusers bring all but psutil: without it no placement can be chosen, and
-the ways of this worker are rows that say so.
+What src does need: torch, transformers, diffusers, what they bring, and pydantic. Without psutil no placement can be
+chosen, and the ways of this worker are rows that say so.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ pretended cards of its size: that shows exactness, not speed.
 
 A way that fails is a row that says why, and so is one that wants a package, a setting or more time than there is. The
 file is written after every row; rows of earlier runs stay, and ways that have none come first. torch, transformers,
-diffusers and what they bring are enough to run it; ways of this worker want psutil, others what their rows name.
+diffusers, what they bring and pydantic, in which the settings are written, are enough to run it; ways of this worker
+want psutil too, some others what their rows name.
 
     python -m benchmarks.gpu                                         # all models, all ways
     python -m benchmarks.gpu --models FLUX.1-dev --ways 'within*'    # some of them, and the plain way

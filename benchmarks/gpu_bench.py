@@ -160,6 +160,7 @@ class Bench:
         return self._of_diffusers(way) if way.diffusers else self._ours(way)
 
     def _check(self, way: Way) -> None:
+        Settings(quantization=way.settings.get("quantization", "none")).add_packages()
         if missing := [package for package in way.wants if find_spec(package) is None]:
             raise LeftOut(f"it wants {' and '.join(missing)}, which this machine does not have")
         if unknown := [name for name in way.settings if name not in Settings.model_fields]:
@@ -350,6 +351,7 @@ def as_new(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # diffusers' group offload pins a model whole, rounded up to powers of two
         yield
         return
     own = torch.compile

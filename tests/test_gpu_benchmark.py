@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 from torch import nn
 
-from benchmarks import bare, gpu, gpu_profile, readme
+from benchmarks import bare, gpu, gpu_bench, gpu_profile, readme
 from benchmarks.full_size import _without_weights
 from benchmarks.gpu import Budget, attempt, run, words
 from benchmarks.gpu_bench import Bench, block_calls, published_rate
@@ -331,6 +331,17 @@ def test_ways_share_weights_and_change_none_of_each_other_s(shapes: Bench) -> No
     assert weight.dtype == torch.float32
 
 
+def test_memory_is_the_allocator_s_and_the_context_s(shapes: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    placement = shapes.prepare(chosen(["*resident"])[0]).placement
+    assert placement
+    bench = object.__new__(Bench)
+    bench.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 34_000_000_000)
+    monkeypatch.setattr(gpu_bench, "context_memory", lambda _: 500_000_000)
+    memory = bench._memory(replace(placement, peak=33_700_000_000))
+    assert (memory["peak_gb"], memory["context_gb"], memory["predicted_peak_gb"]) == (34.5, 0.5, 34.2)
+
+
 # ---- where a step's time goes
 
 
@@ -448,9 +459,9 @@ def needed(*packages: str) -> set[Path]:
 
 @pytest.fixture(scope="module")
 def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Site-packages with torch, transformers, diffusers and what they bring."""
+    """Site-packages with torch, transformers, diffusers and pydantic, and what they bring."""
     folder = tmp_path_factory.mktemp("bare")
-    for file in needed("torch", "transformers", "diffusers"):
+    for file in needed("torch", "transformers", "diffusers", "pydantic"):
         (folder / file.name).symlink_to(file)
     assert not any(
         (folder / name).exists() for name in ("peft", "accelerate", "psutil", "brotli", "torchao", "matplotlib")
@@ -481,6 +492,7 @@ def test_torch_transformers_and_diffusers_are_enough_to_run_it(bare_machine: Pat
         name: f"it wants {package}, which this machine does not have"
         for name, package in {
             "this worker, everything resident": "psutil",
+            "+ attention by the card": "psutil",
             "+ fp8": "torchao",
             "one adapter": "peft",
             "diffusers' model offload": "accelerate",
@@ -488,6 +500,19 @@ def test_torch_transformers_and_diffusers_are_enough_to_run_it(bare_machine: Pat
         }.items()
     }
     assert "no plot without matplotlib" in said
+
+
+@pytest.mark.slow
+def test_without_pydantic_it_says_so_in_a_line(bare_machine: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for file in bare_machine.iterdir():
+        if file.name != "pydantic":
+            (fewer / file.name).symlink_to(file)
+    process = started([fewer], tmp_path / "gpu.json")
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.splitlines()[-1] == "benchmarks.gpu wants pydantic, which this machine does not have"
 
 
 @pytest.mark.slow
