@@ -1,37 +1,41 @@
 """`python -m benchmarks.ledger`: what fits with which model on which card, counted byte by byte.
 
-The bytes of the real models' layers, an allocator that counts, the real ledger and placements; no card and no torch. A
-card of `deploy/cards.py` is given what people ask for, one job after another: ControlNets, eight adapters, Redux. The
-same is tried beside the placement of the start, as it was before there was a ledger. Writes results/ledger.json.
+The bytes of the real models' layers, an allocator that counts, the real ledger and placements; no card and no torch.
+RunPod's cards, and three smaller ones, are given what people ask for: ControlNets, eight adapters, Redux. The same is
+tried with the placement of the start, as it was before there was a ledger. Writes results/ledger.json.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from deploy.cards import CARDS
 from deploy.plan import weights_of
 from src.catalog import controlnets_for, get_model
 from src.settings import ROOT, Settings
-from src.weights.ledger import Kind, Ledger, PlacementChoice
-from src.weights.placement import DoesNotFit, Machine, Placement, Work, choose_placement, smallest_placement
+from src.weights.ledger import ExtraKind, Ledger, PlacementChoice
+from src.weights.placement import GB, DoesNotFit, Machine, Placement, Work, choose_placement, smallest
 
 RESULTS = ROOT / "benchmarks" / "results" / "ledger.json"
 MODELS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev")
 
-Demand = Mapping[str, tuple[Kind, int]]  # what one job wants with the model, and its bytes
+_NARROW = (Machine(f"{size} GB", size * GB, 64 * GB, 8e13, 2.5e10) for size in (16, 20, 32))  # else as an RTX 4090
+MACHINES: Mapping[str, Machine] = {machine.name: machine for machine in (*_NARROW, *(card.machine for card in CARDS))}
+
+Demand = Mapping[str, tuple[ExtraKind, int]]  # what one job wants with the model, and its bytes
 
 # In bfloat16: diffusers' FluxControlNetModel with 5 and 10 blocks and with 6 and none, as the configurations on the hub
 # have them; SigLIP so400m and FLUX.1-Redux's embedder.
 UNION_PRO, UNION_PRO_2, REDUX = 6_603_913_216, 4_281_753_600, 985_458_816
 ADAPTER = 300_000_000  # a LoRA of rank 32 or so
-_ADAPTERS: Demand = {f"adapter {number}": (Kind.ADAPTER, ADAPTER) for number in range(8)}
+_ADAPTERS: Demand = {f"adapter {number}": (ExtraKind.ADAPTER, ADAPTER) for number in range(8)}
 _FLUX_1: Mapping[str, Demand] = {
-    "Union-Pro": {"Union-Pro": (Kind.CONTROLNET, UNION_PRO)},
-    "Union-Pro-2.0": {"Union-Pro-2.0": (Kind.CONTROLNET, UNION_PRO_2)},
-    "Redux": {"Redux": (Kind.REDUX, REDUX)},
+    "Union-Pro": {"Union-Pro": (ExtraKind.CONTROLNET, UNION_PRO)},
+    "Union-Pro-2.0": {"Union-Pro-2.0": (ExtraKind.CONTROLNET, UNION_PRO_2)},
+    "Redux": {"Redux": (ExtraKind.REDUX, REDUX)},
 }
 
 
@@ -58,11 +62,11 @@ class CountedMemory:
 class RememberedChoice(PlacementChoice):
     """Remembers its answers."""
 
-    def fastest(self, extra: int, memory: int) -> Placement:
+    def fastest(self, extra: int, memory: int, start: Placement) -> Placement:
         """As of all choices."""
         answers: dict[tuple[int, int], Placement] = self.__dict__.setdefault("answers", {})
         if (extra, memory) not in answers:
-            answers[extra, memory] = super().fastest(extra, memory)
+            answers[extra, memory] = super().fastest(extra, memory, start)
         return answers[extra, memory]
 
 
@@ -120,9 +124,8 @@ def choice_of(name: str, machine: Machine) -> PlacementChoice:
 
 def fits_alone(choice: PlacementChoice, demand: Demand) -> bool:
     """Whether there is a placement of the model that leaves room for `demand`."""
-    placement = smallest_placement(choice.weights, choice.machine, choice.work, choice.mode)
-    needed = sum(size for _, size in demand.values())
-    return placement is not None and placement.with_extra(needed).needs <= choice.machine.memory
+    work = replace(choice.work, extra=sum(size for _, size in demand.values()))
+    return smallest(choice.weights, choice.machine, work, choice.mode) <= choice.machine.memory
 
 
 def fits(choice: PlacementChoice, jobs: Iterable[Demand], *, ledger: bool = True) -> CountedWorker | None:
@@ -156,7 +159,7 @@ def on_a_card(name: str, machine: Machine) -> dict[str, Any] | None:
 
 def main() -> None:
     """Write the table."""
-    models = {name: {card.name: on_a_card(name, card.machine) for card in CARDS} for name in MODELS}
+    models = {name: {machine: on_a_card(name, found) for machine, found in MACHINES.items()} for name in MODELS}
     RESULTS.write_text(json.dumps({"models": models}, indent=1) + "\n")
     print(json.dumps(models, indent=1))
 

@@ -112,6 +112,38 @@ def encoding(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ledger(results: dict[str, Any]) -> str:
+    """What fits with which model on each card, and how much longer a picture takes then."""
+    models: dict[str, Any] = results["models"]
+    columns = [
+        (model, demand)
+        for model in ("FLUX.1-dev", "FLUX.2-klein-9B", "FLUX.2-dev")
+        for demand in next(found for found in models[model].values() if found)
+    ]
+    lines = [
+        f"| card | {' | '.join(f'{model}: {demand}' for model, demand in columns)} |",
+        "| --- " * (1 + len(columns)) + "|",
+    ]
+    for card in models["FLUX.1-dev"]:
+        cells = [_with_model(models[model][card], demand) for model, demand in columns]
+        lines.append(f"| {card} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "How long a picture takes with it, modelled, in times of the model alone; in bold what did not fit while the",
+        "placement of the start stayed. Counted byte by byte by `python -m benchmarks.ledger`, without a card.",
+    ]
+    return "\n".join(lines)
+
+
+def _with_model(found: dict[str, Any] | None, demand: str) -> str:
+    if not found:
+        return "no room for the model"
+    if found[demand]["times_as_long"] is None:
+        return "no room"
+    times = f"{found[demand]['times_as_long']:.2f}"
+    return times if found[demand]["fits_the_placement_of_the_start"] else f"**{times}**"
+
+
 _NEVER = "not measured yet"
 _FEW = 2  # steps, of a way whose whole picture would take minutes
 
@@ -348,6 +380,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoding": encoding,
     "gpu": gpu,
     "gpu_profile": gpu_profile,
+    "ledger": ledger,
     "cpu": cpu,
     "cold_start": cold_start,
     "soak": soak,

@@ -132,4 +132,9 @@ class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _range(memory: torch.Tensor) -> tuple[int, int]:
-    return memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    """Its first byte and the one after its last; what was expanded is shorter than its shape says."""
+    if not memory.numel():
+        return 0, 0
+    steps = zip(memory.shape, memory.stride(), strict=True)
+    values = 1 + sum((size - 1) * stride for size, stride in steps)
+    return memory.data_ptr(), memory.data_ptr() + values * memory.itemsize

@@ -31,6 +31,7 @@ from src.serving.loop import Worker
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
 from tests.fakes import never
+from tests.small_models import SHAPES, all_placements, weights_of
 from tests.test_acceleration import OUTLINE, PROMPT, ask, decibels, drawn, load, plan
 
 
@@ -105,6 +106,23 @@ def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_
     assert backend.made == made
     assert backend.decoders_made == 1
     assert backend.decoders_run >= 5, "pictures of the size that was warmed up"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["full", "modulation_cache"])
+def test_compiled_blocks_fit_wherever_their_weights_go_later(mode: str, plain: Engine, tmp_path: Path) -> None:
+    held, backend = load(memory_limit_gb=0.1, memory_mode=mode, max_pixels=256 * 256), Backend()
+    engine = compiling(held, tmp_path / "no" / "kept.bin", backend)
+    engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    made, placed_pipeline = backend.made, engine._placed_pipeline
+    alike = [found for found in all_placements(weights_of(SHAPES)) if found.modulation_cache == (mode != "full")]
+    for found in [next(each for each in alike if len(each.streamed["transformer"]) == count) for count in (3, 7, 0)]:
+        ran = backend.run
+        assert placed_pipeline.arrange(found)
+        assert decibels(drawn(engine), drawn(plain)) > 90
+        assert backend.run - ran == 8 * 7, found.summary()
+    assert backend.made == made
 
 
 @pytest.mark.slow

@@ -14,19 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.ledger import MODELS, CountedMemory, CountedWorker, choice_of, demands_on, fits, fits_alone
-from deploy.cards import CARDS
+from benchmarks.ledger import MACHINES, MODELS, CountedMemory, CountedWorker, choice_of, demands_on, fits, fits_alone
 from handler import respond
 from src.engine import Engine, load_engine
 from src.job import Job
 from src.settings import Settings
-from src.weights.ledger import _PATIENCE, Kind, Ledger, PlacementChoice
-from src.weights.placement import GB, DoesNotFit, Machine, Placement
+from src.weights.ledger import _PATIENCE, ExtraKind, Ledger, PlacementChoice
+from src.weights.placement import GB, DoesNotFit, Placement, choose_placement
 from tests.conftest import base64_of
 from tests.small_models import controlnet, redux, small
-
-NARROW = (Machine(f"a card of {size} GB", size * GB, 64 * GB, 1e14, 2.5e10) for size in (16, 20, 32))
-MACHINES = {machine.name: machine for machine in (*NARROW, *(card.machine for card in CARDS))}
 
 
 @cache
@@ -43,7 +39,7 @@ def test_what_fits_by_itself_fits_in_any_order_and_leaves_nothing_behind(model: 
     except DoesNotFit:
         return
     fitting = [demand for demand in demands.values() if fits_alone(chosen, demand)]
-    assert all(fits_alone(chosen, demand) or machine == "a card of 16 GB" for demand in demands.values())
+    assert all(fits_alone(chosen, demand) or machine == "16 GB" for demand in demands.values())
     for order in itertools.permutations(fitting):
         worker = fits(chosen, (*order, *order))
         assert worker is not None, (model, machine, order)
@@ -55,7 +51,7 @@ def test_what_fits_by_itself_fits_in_any_order_and_leaves_nothing_behind(model: 
         assert worker.ledger.extra == 0
 
 
-def test_beside_the_placement_of_the_start_a_controlnet_does_not_fit() -> None:
+def test_with_the_placement_of_the_start_a_controlnet_does_not_fit() -> None:
     """What the ledger is for: README's ControlNet on demand, on the card that most people have."""
     card, demand = choice("FLUX.1-dev", "RTX 4090"), demands_on("FLUX.1-dev")["Union-Pro"]
     assert fits(card, [demand], ledger=False) is None
@@ -79,7 +75,7 @@ class Held:
         self.arranged: list[Placement] = []
         self.room = True
         chosen = choice("FLUX.1-dev", machine)
-        self.start = chosen.fastest(0, chosen.machine.memory)
+        self.start = choose_placement(chosen.weights, chosen.machine, chosen.work)
         self.ledger = Ledger(self.start, chosen, self._arrange)
 
     def _arrange(self, placement: Placement) -> bool:
@@ -87,7 +83,7 @@ class Held:
             self.arranged.append(placement)
         return self.room
 
-    def admit(self, name: str, kind: Kind, gigabytes: float, *, kept: bool = False) -> None:
+    def admit(self, name: str, kind: ExtraKind, gigabytes: float, *, kept: bool = False) -> None:
         self.ledger.admit(name, kind, int(gigabytes * GB), lambda: self.left.append(name), kept=kept)
 
 
@@ -95,19 +91,19 @@ def test_what_is_idle_leaves_first_and_the_cheapest_to_load_again_before_others(
     held = Held("A40")
     room = (0.96 * held.start.machine.memory - held.start.peak) / GB
     held.ledger.begin(("a", "b", "Redux", "net", "kept"))
-    held.admit("kept", Kind.CONTROLNET, 1, kept=True)
-    held.admit("net", Kind.CONTROLNET, 1)
-    held.admit("Redux", Kind.REDUX, 1)
-    held.admit("a", Kind.ADAPTER, 1)
-    held.admit("b", Kind.ADAPTER, 1)
+    held.admit("kept", ExtraKind.CONTROLNET, 1, kept=True)
+    held.admit("net", ExtraKind.CONTROLNET, 1)
+    held.admit("Redux", ExtraKind.REDUX, 1)
+    held.admit("a", ExtraKind.ADAPTER, 1)
+    held.admit("b", ExtraKind.ADAPTER, 1)
     held.ledger.begin(("a",))  # used later than b
     held.ledger.begin(("c",))
-    held.admit("c", Kind.ADAPTER, room - 4.5)
+    held.admit("c", ExtraKind.ADAPTER, room - 4.5)
     assert held.left == ["b"]
-    held.admit("d", Kind.ADAPTER, 2)
+    held.admit("d", ExtraKind.ADAPTER, 2)
     assert held.left == ["b", "a", "Redux"]
     assert held.arranged == []
-    held.admit("e", Kind.ADAPTER, 3)
+    held.admit("e", ExtraKind.ADAPTER, 3)
     assert held.left == ["b", "a", "Redux", "net"]
     assert len(held.arranged) == 1, "the rest is the model's to give"
     assert held.ledger.names == ("kept", "c", "d", "e")
@@ -116,7 +112,7 @@ def test_what_is_idle_leaves_first_and_the_cheapest_to_load_again_before_others(
 def test_the_model_gets_faster_again_where_nobody_has_wanted_the_room_for_long() -> None:
     held = Held()
     held.ledger.begin(("net",))
-    held.admit("net", Kind.CONTROLNET, 6.6)
+    held.admit("net", ExtraKind.CONTROLNET, 6.6)
     slower = held.ledger.placement
     assert slower is not None
     assert slower.seconds(choice("FLUX.1-dev", "RTX 4090").work) > held.start.seconds(
@@ -136,7 +132,7 @@ def test_the_model_gets_faster_again_where_nobody_has_wanted_the_room_for_long()
 def test_memory_that_turns_out_to_be_short_is_given_and_not_counted_on_for_some_jobs() -> None:
     held = Held()
     held.ledger.begin(("a",))
-    held.admit("idle", Kind.ADAPTER, 0.1)
+    held.admit("idle", ExtraKind.ADAPTER, 0.1)
     held.ledger.begin(())
     assert held.ledger.give()
     assert held.left == ["idle"]
@@ -157,7 +153,7 @@ def test_memory_that_turns_out_to_be_short_is_given_and_not_counted_on_for_some_
 def test_what_could_not_come_back_is_not_tried_in_every_job() -> None:
     held = Held()
     held.ledger.begin(("net",))
-    held.admit("net", Kind.CONTROLNET, 6.6)
+    held.admit("net", ExtraKind.CONTROLNET, 6.6)
     slower = held.ledger.placement
     held.ledger.remove("net")
     held.room = False
@@ -173,9 +169,10 @@ def test_what_could_not_come_back_is_not_tried_in_every_job() -> None:
 def test_without_a_placement_or_where_memory_is_shared_only_what_is_idle_leaves() -> None:
     chosen = choice("FLUX.2-klein-4B", "H100")
     shared = PlacementChoice(chosen.weights, replace(chosen.machine, shared=True), chosen.work, "auto")
-    for ledger in (Ledger(), Ledger(shared.fastest(0, 80 * GB), shared, lambda _: pytest.fail("it moved"))):
+    start = choose_placement(shared.weights, shared.machine, shared.work)
+    for ledger in (Ledger(), Ledger(start, shared, lambda _: pytest.fail("it moved"))):
         left: list[str] = []
-        ledger.admit("a", Kind.ADAPTER, 300 * GB, partial(left.append, "a"))
+        ledger.admit("a", ExtraKind.ADAPTER, 300 * GB, partial(left.append, "a"))
         assert not ledger.give()
         ledger.done_with("a")
         assert ledger.give()

@@ -243,11 +243,11 @@ def test_a_stopped_or_failed_picture_leaves_the_next_one_as_it_was(adapters: Pat
 
 def test_weights_go_where_another_placement_wants_them_between_two_pictures(adapters: Path) -> None:
     engine, plain = engine_of("mixture")[0], asking(engine_of("plain")[0], adapters)
-    placed, ask, held = engine._placed_pipeline, asking(engine, adapters), weights_in(engine)
+    placed_pipeline, ask, held = engine._placed_pipeline, asking(engine, adapters), weights_in(engine)
     expected = {adapter: plain(PROMPTS[0], adapter=adapter) for adapter in (False, True)}
     every = [placement(way) for way in WAYS.values()]
     for number, found in enumerate((*every, every[1], *every[::-1])):
-        assert placed.arrange(found)
+        assert placed_pipeline.arrange(found)
         assert absent(held) == found.offloaded
         adapter = number % 2 == 0
         assert ask(PROMPTS[0], adapter=adapter) == expected[adapter], found.summary()
@@ -283,13 +283,13 @@ def test_what_finds_no_room_on_its_way_back_stays_away(adapters: Path, monkeypat
 def test_homes_are_kept_where_the_host_has_room_for_them(roomy: bool) -> None:
     engine, found = engine_of("all_away")
     assert found is not None
-    placed, least = engine._placed_pipeline, placement(WAYS["some_streaming"])
-    homes = [block.own for blocks in placed._blocks.values() for block in blocks]
+    placed_pipeline, least = engine._placed_pipeline, placement(WAYS["some_streaming"])
+    homes = [block.own for blocks in placed_pipeline._blocks.values() for block in blocks]
     kept = [home.memory for home in homes if home.memory is not None]
     machine = replace(least.machine, host_memory=least.machine.host_memory if roomy else least.offloaded)
-    assert placed.arrange(replace(least, machine=machine))
+    assert placed_pipeline.arrange(replace(least, machine=machine))
     assert len([home for home in homes if home.memory is not None]) == (len(kept) if roomy else 2)
-    assert placed.arrange(found)
+    assert placed_pipeline.arrange(found)
     again = [home.memory for home in homes if home.memory is not None]
     assert [a is b for a, b in zip(again, kept, strict=True)].count(True) == (len(kept) if roomy else 2)
 

@@ -21,7 +21,7 @@ from src.redaction import redact
 from src.request.adapter_cache import reason
 from src.request.adapters import Adapter
 from src.settings import Settings
-from src.weights.ledger import Kind, Ledger
+from src.weights.ledger import ExtraKind, Ledger
 
 _REMEMBERED = 1_000  # files whose warnings are known
 _HANDED_OVER = 2_000_000_000  # bytes of weights that may wait in the host's memory until their pictures are drawn
@@ -202,7 +202,7 @@ class Adapters:
                 self._ledger,
                 lambda: self._add(adapter.name, weights),
                 name=adapter.name,
-                kind=Kind.ADAPTER,
+                kind=ExtraKind.ADAPTER,
                 size=weights.size * self._pipeline.dtype.itemsize // torch.float32.itemsize,  # once it is there
                 leave=lambda: self._forget(adapter.name),
             )
@@ -210,7 +210,7 @@ class Adapters:
             if is_out_of_memory(error):
                 raise OutOfMemory(
                     f"there is no room for the adapter {path} on this card, even with as little of the model on it as "
-                    "MEMORY_MODE allows: a larger card has some"
+                    "MEMORY_MODE allows: choose another MEMORY_MODE or a larger card"
                 ) from error
             if isinstance(error, OSError):
                 raise AdapterUnavailable(f"{adapter.field}: {_unreadable(error)}") from error

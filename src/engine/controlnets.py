@@ -17,7 +17,7 @@ from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory, Refused
 from src.plan.controls import PlannedControl
 from src.weights.files import Files, Source, check_whole
-from src.weights.ledger import Kind, Ledger
+from src.weights.ledger import ExtraKind, Ledger
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
 
@@ -177,7 +177,7 @@ class ControlNets:
                     self._ledger,
                     lambda: self._read(net),
                     name=net.name,
-                    kind=Kind.CONTROLNET,
+                    kind=ExtraKind.CONTROLNET,
                     size=self._values[net.name] * self._pipeline.dtype.itemsize,
                     leave=lambda: self._leave(net.name),
                     kept=net.name in self._kept,
@@ -187,7 +187,7 @@ class ControlNets:
                     raise
                 raise OutOfMemory(
                     f"there is no room for the ControlNet {net.name} on this card, even with as little of the model on "
-                    "it as MEMORY_MODE allows: a larger card has some"
+                    "it as MEMORY_MODE allows: choose another MEMORY_MODE or a larger card"
                 ) from error
 
     def _read(self, net: ControlNet) -> Any:

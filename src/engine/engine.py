@@ -51,7 +51,7 @@ from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
 from src.weights.files import Files
-from src.weights.ledger import Kind, Ledger, PlacementChoice
+from src.weights.ledger import ExtraKind, Ledger, PlacementChoice
 from src.weights.placement import GB, Placement
 
 log = logging.getLogger("worker")
@@ -112,7 +112,7 @@ class Engine:
         ledger = self._ledger = Ledger(self._placed_pipeline.placement, choice, self._arrange)
         slots = compiled.lora_slots if compiled else None
         if slots and slots.size:
-            ledger.admit("slots for adapters", Kind.ADAPTER, slots.size, leave=lambda: None, kept=True)
+            ledger.admit("adapter slots", ExtraKind.ADAPTER, slots.size, leave=lambda: None, kept=True)
         self._adapters = Adapters(pipeline, settings, ledger, slots)
         device = self._placed_pipeline.device
         as_fast = partial(accelerate_controlnet, pipeline=pipeline, compiled=compiled)

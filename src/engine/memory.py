@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from src import errors
-from src.weights.ledger import Kind, Ledger
+from src.weights.ledger import ExtraKind, Ledger
 
 Part = TypeVar("Part")
 
@@ -31,7 +31,7 @@ def load_with_room(
     load: Callable[[], Part],
     *,
     name: str,
-    kind: Kind,
+    kind: ExtraKind,
     size: int,
     leave: Callable[[], None],
     kept: bool = False,

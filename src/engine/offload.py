@@ -107,7 +107,8 @@ class Home:
 
     def show(self, memory: torch.Tensor) -> None:
         """Let the weights be what lies in `memory`, a copy of their home on the device."""
-        self._set(self._views(memory))
+        with torch.inference_mode(False):  # made within it they would be of another kind, which compiled blocks refuse
+            self._set(self._views(memory))
 
     def come_back(self) -> None:
         """Let the weights be on the device to stay."""

@@ -14,7 +14,7 @@ from src.engine.loading_lock import LOADING
 from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import ModelUnavailable, Refused
 from src.weights.files import Files, Source, check_whole
-from src.weights.ledger import Kind, Ledger
+from src.weights.ledger import ExtraKind, Ledger
 
 REDUX = "Redux"  # to the ledger
 
@@ -60,7 +60,7 @@ class Redux:
             size = self._values * self._pipeline.dtype.itemsize
             with LOADING.networks():
                 self._prior = load_with_room(
-                    self._ledger, self._load, name=REDUX, kind=Kind.REDUX, size=size, leave=self._leave
+                    self._ledger, self._load, name=REDUX, kind=ExtraKind.REDUX, size=size, leave=self._leave
                 )
 
     def read(self, picture: Image.Image, scale: float) -> torch.Tensor:

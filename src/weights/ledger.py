@@ -13,15 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from src.weights.placement import (
-    DoesNotFit,
-    Machine,
-    Placement,
-    Weights,
-    Work,
-    choose_placement,
-    smallest_placement,
-)  # fmt: skip
+from src.weights.placement import Machine, Placement, Weights, Work, placements
 
 # Jobs in a row after which what nobody wanted leaves, where the model would be faster without it. And for how many
 # memory that turned out to be shorter than it was counted is not tried again. A choice of ours.
@@ -30,7 +22,7 @@ _PATIENCE = 8
 _STEP = 1 / 8
 
 
-class Kind(IntEnum):
+class ExtraKind(IntEnum):
     """What is on the card with the model, the cheapest to load again first."""
 
     ADAPTER = 0
@@ -47,22 +39,26 @@ class PlacementChoice:
     work: Work
     mode: str
 
-    def fastest(self, extra: int, memory: int) -> Placement:
-        """The fastest within `memory` that leaves room for `extra`; where none does, the one that leaves the most."""
-        machine, work = replace(self.machine, memory=memory), replace(self.work, extra=extra)
-        try:
-            found = choose_placement(self.weights, machine, work, self.mode)
-        except DoesNotFit:
-            smallest = smallest_placement(self.weights, machine, work, self.mode)
-            if smallest is None:  # beside a host that is too small for any
-                raise
-            found = smallest
-        return replace(found, machine=self.machine)
+    def fastest(self, extra: int, memory: int, start: Placement) -> Placement:
+        """The fastest within `memory` that leaves room for `extra`; where none does, the one that leaves the most.
+
+        Those come first that have adaptive norms where they were at the `start`: compiled blocks fit them.
+        """
+        every = placements(self.weights, self.machine, replace(self.work, extra=extra), self.mode)
+        possible = [found for found in every if found.offloaded <= self.machine.host_memory]
+        if not (fitting := [found for found in possible if found.needs <= memory]):
+            return min(possible, key=lambda found: found.needs)
+        return min(
+            fitting,
+            key=lambda found: (
+                found.modulation_cache != start.modulation_cache, found.seconds(self.work), found.offloaded
+            ),
+        )  # fmt: skip
 
 
 @dataclass
 class _Extra:
-    kind: Kind
+    kind: ExtraKind
     size: int
     leave: Callable[[], None]
     kept: bool
@@ -84,7 +80,7 @@ class Ledger:
         self.placement = placement
         self._choice = choice
         self._arrange = arrange
-        self._fastest = placement
+        self._start = placement
         self._extras: dict[str, _Extra] = {}  # the least recently used first
         self._wanted: set[str] = set()
         self._memory = choice.machine.memory if choice else 0  # bytes that may be counted on
@@ -112,7 +108,7 @@ class Ledger:
             self._patience -= 1
             if not self._patience and self._choice:
                 self._memory = self._choice.machine.memory
-        if self.placement is not self._fastest and not self._patience:
+        if self.placement is not self._start and not self._patience:
             for name in self._idle():
                 if self._extras[name].idle_jobs > _PATIENCE:
                     self._let_go(name)
@@ -122,7 +118,7 @@ class Ledger:
         """The job does not want it any more."""
         self._wanted.discard(name)
 
-    def admit(self, name: str, kind: Kind, size: int, leave: Callable[[], None], *, kept: bool = False) -> None:
+    def admit(self, name: str, kind: ExtraKind, size: int, leave: Callable[[], None], *, kept: bool = False) -> None:
         """Make room for what is about to be loaded, and count it from now on.
 
         `leave` takes it off the card; it is called when others need the room, unless it is `kept` or wanted by the job.
@@ -149,11 +145,11 @@ class Ledger:
 
     def shrink(self) -> bool:
         """Leave more of the model in the host's memory, for some jobs; False where it cannot be less."""
-        if not (self.placement and self._choice):
+        if not (self.placement and self._start and self._choice):
             return False
         now = self.placement.with_extra(self.extra).needs
         less = int(now - _STEP * self._choice.machine.memory)
-        smaller = self._choice.fastest(self.extra, less)
+        smaller = self._choice.fastest(self.extra, less, self._start)
         if smaller.needs >= now or not self._move(smaller):
             return False
         self._memory, self._patience = less, _PATIENCE
@@ -181,16 +177,16 @@ class Ledger:
 
     def _rearrange(self, extra: int) -> None:
         """Take the fastest placement that leaves room for so much."""
-        if self._choice and self._asked != (extra, self._memory):
+        if self._choice and self._start and self._asked != (extra, self._memory):
             self._asked = extra, self._memory
-            self._move(self._choice.fastest(extra, self._memory))
+            self._move(self._choice.fastest(extra, self._memory, self._start))
 
     def _move(self, placement: Placement) -> bool:
         now = self.placement
         if now is None or placement == now.with_extra(placement.extra):
             return False
-        if self._fastest and placement.with_extra(self._fastest.extra) == self._fastest:
-            placement = self._fastest
+        if self._start and placement.with_extra(self._start.extra) == self._start:
+            placement = self._start
         if not self._arrange(placement):
             self._asked, self._patience = None, _PATIENCE
             return False

@@ -339,16 +339,10 @@ def _fits(placement: Placement) -> bool:
     return placement.needs <= placement.machine.memory and placement.offloaded <= placement.machine.host_memory
 
 
-def smallest_placement(weights: Weights, machine: Machine, work: Work, mode: str) -> Placement | None:
-    """What of `mode` needs the smallest card, beside this host; None where the host has too little for any."""
-    found = [each for each in placements(weights, machine, work, mode) if each.offloaded <= machine.host_memory]
-    return min(found, key=lambda each: (each.needs, each.seconds(work)), default=None)
-
-
 def smallest(weights: Weights, machine: Machine, work: Work, mode: str) -> float:
     """Bytes of the smallest card that `mode` fits, beside this host; infinite where the host has too little."""
-    found = smallest_placement(weights, machine, work, mode)
-    return found.needs if found else math.inf
+    found = placements(weights, machine, work, mode)
+    return min((each.needs for each in found if each.offloaded <= machine.host_memory), default=math.inf)
 
 
 def _too_little(weights: Weights, machine: Machine, work: Work, mode: str) -> str:
