@@ -94,6 +94,8 @@ class CountedWorker:
         try:
             self.memory.allocate(name, size)
         except MemoryError:
+            if self.ledger.placement:  # which was to have made room
+                raise
             self.ledger.let_idle_go()
             self.memory.allocate(name, size)
 

@@ -152,7 +152,7 @@ class Ledger:
         smaller = self._choice.fastest(self.extra, less, self._start)
         if smaller.needs >= now or not self._move(smaller):
             return False
-        self._memory, self._patience = less, _PATIENCE
+        self._memory, self._patience, self._asked = less, _PATIENCE, None
         return True
 
     def _make_room(self, size: int) -> None:
