@@ -144,6 +144,23 @@ def _with_model(found: dict[str, Any] | None, demand: str) -> str:
     return times if found[demand]["fits_the_placement_of_the_start"] else f"**{times}**"
 
 
+def adapters(results: dict[str, Any]) -> str:
+    """How far an adapter's answers are from the truth in bfloat16, by the way in which it is applied."""
+    ways = list(next(iter(results["linear"].values())))
+    lines = [f"| rank | {' | '.join(ways)} |", "| --- " * (1 + len(ways)) + "|"]
+    lines += [
+        f"| {rank} | {' | '.join(f'{row[way]:.4f}' for way in ways)} |" for rank, row in results["linear"].items()
+    ]
+    decibels = ", ".join(f"{way} {value} dB" for way, value in results["pictures"].items())
+    lines += [
+        "",
+        "A linear of 3072 to 12288 features in bfloat16, held against its merged weights in float64: the norm of the",
+        f"difference in norms of what the adapter adds; the slot's rank is {results['slot']}. Pictures of the shipped adapter",
+        f"in bfloat16, held against float32: {decibels} (`python -m benchmarks.adapters`).",
+    ]
+    return "\n".join(lines)
+
+
 _NEVER = "not measured yet"
 _FEW = 2  # steps, of a way whose whole picture would take minutes
 
@@ -381,6 +398,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu": gpu,
     "gpu_profile": gpu_profile,
     "ledger": ledger,
+    "adapters": adapters,
     "cpu": cpu,
     "cold_start": cold_start,
     "soak": soak,

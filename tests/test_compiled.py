@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.adapters import SLOT, one_linear
 from handler import respond
 from src.engine import Engine
 from src.engine.acceleration import Compiled
@@ -498,3 +499,12 @@ def test_a_warm_up_holds_the_cost_model_against_the_clock(tmp_path: Path, caplog
     for kind in KINDS:
         assert re.search(rf"one of {kind} \d+\.\d\d ms \(\d+\.\d\d ms compiled\)", line)
     assert np.array_equal(drawn(engine), before)
+
+
+@pytest.mark.slow
+def test_a_slot_is_as_exact_as_the_layer_that_it_stands_for() -> None:
+    """In bfloat16, against the merged weights in float64: padding adds nothing but zeros."""
+    for rank in (1, 20, SLOT):
+        found = one_linear(rank)
+        assert found["slot"] < 1.02 * found["PEFT"]
+        assert found["slot"] < 2 * found["the layer's own"]
