@@ -29,9 +29,9 @@ from benchmarks.full_size import build, weigh_parts
 from benchmarks.gpu_results import Row
 from benchmarks.gpu_ways import LeftOut, Way
 from deploy.cards import CARDS
-from src.catalog import get_model
+from src.catalog import PROFILES, get_model
 from src.engine import Engine
-from src.engine.acceleration import Compiled, accelerate
+from src.engine.acceleration import Compiled, accelerate, attention_of
 from src.engine.machine import context_memory, measure
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.quantization import Quantizer
@@ -41,6 +41,7 @@ from src.request.adapters import Adapter
 from src.request.reading import read_request
 from src.request.schema import Lora
 from src.settings import ROOT, Settings
+from src.weights.ledger import PlacementChoice
 from src.weights.placement import (
     GB,
     Machine,
@@ -203,15 +204,22 @@ class Bench:
         settings = Settings(
             model_name=self.model.name, compile_cache_dir=folder / "compiled", **{**way.settings, **limit}
         )
-        machine = measure(self.device, self.dtype, settings.memory_limit_gb)
-        placement = choose_placement(self.weights, replace(machine, shared=False), self.work, settings.placement_mode)
+        machine = replace(measure(self.device, self.dtype, settings.memory_limit_gb), shared=False)
+        choice = PlacementChoice(self.weights, machine, self.work, settings.placement_mode)
+        placement = choose_placement(self.weights, machine, self.work, settings.placement_mode)
         pipeline = self._copy()
         if placement.quantization:
             Quantizer(placement.quantization, self.device).quantize(pipeline.transformer)
         placed_pipeline = PlacedPipeline(pipeline, placement, self.device)
-        compiled = accelerate(pipeline, settings, self.device)
+        compiled = accelerate(pipeline, settings, self.device, modulation_cache=placement.modulation_cache)
         engine = Engine(
-            pipeline, self.model, None, settings=settings, placed_pipeline=placed_pipeline, compiled=compiled
+            pipeline,
+            self.model,
+            None,
+            settings=settings,
+            placed_pipeline=placed_pipeline,
+            compiled=compiled,
+            choice=choice,
         )
         adapters = self._adapters(way)
 
@@ -219,7 +227,14 @@ class Bench:
             fields = {"prompt": prompt, "seed": 1, "num_inference_steps": steps}
             fields |= {"speed": way.speed} if way.speed else {}
             request, faults, _ = read_request({"input": fields})
-            return make_plan(request, faults, self.model, adapters=adapters, max_pixels=self.work.max_pixels)
+            return make_plan(
+                request,
+                faults,
+                self.model,
+                adapters=adapters,
+                max_pixels=self.work.max_pixels,
+                speed=PROFILES[settings.profile].speed,
+            )
 
         def draw(prompt: str, steps: int, on_progress: OnProgress | None = None) -> Image.Image:
             return engine.run(plan(prompt, steps, adapters), on_progress).pictures[0]
@@ -259,7 +274,7 @@ class Bench:
 
     def _ran(self, way: Way, drawing: Drawing) -> Row:
         """The attention kernel in use; how many calls of blocks ran compiled, and why not all where that was asked."""
-        row: Row = {"attention": attention_backend(drawing.pipeline.transformer)}
+        row: Row = {"attention": attention_of(drawing.pipeline.transformer)}
         if drawing.compiled is not None or way.compiled:
             calls, compiled = block_calls(drawing.pipeline.transformer, lambda: drawing.draw("counted", 2))
             row |= {"block_calls": calls, "compiled_calls": compiled}
@@ -310,13 +325,6 @@ class Bench:
 def published_rate(card: str) -> float | None:
     """Operations a second of bfloat16 products on the card of this name, by its maker; None where none is known."""
     return next((row.tflops * 1e12 for row in CARDS if row.types[0] == card), None)
-
-
-def attention_backend(transformer: Any) -> str:
-    """The name that diffusers has for the attention of `transformer`."""
-    processors: Any = (getattr(layer, "processor", None) for layer in transformer.modules())
-    found = next((each._attention_backend for each in processors if hasattr(each, "_attention_backend")), None)
-    return str(getattr(found, "value", found))
 
 
 def block_calls(transformer: Any, draw: Callable[[], object]) -> tuple[int, int]:

@@ -155,8 +155,8 @@ def adapters(results: dict[str, Any]) -> str:
     lines += [
         "",
         "A linear of 3072 to 12288 features in bfloat16, held against its merged weights in float64: the norm of the",
-        f"difference in norms of what the adapter adds; the slot's rank is {results['slot']}. Pictures of the shipped adapter",
-        f"in bfloat16, held against float32: {decibels} (`python -m benchmarks.adapters`).",
+        f"difference in norms of what the adapter adds; the slot's rank is {results['slot']}. Pictures of the shipped",
+        f"adapter in bfloat16, held against float32: {decibels} (`python -m benchmarks.adapters`).",
     ]
     return "\n".join(lines)
 

@@ -76,7 +76,7 @@ def compiling(engine: Engine, kept: Path, backend: Callable[..., Any], ranks: tu
     cached = bool(held.placement and held.placement.modulation_cache)
     slots = LoraSlots(pipeline.transformer, ranks, held.device, modulation=not cached)
     compiled = Compiled(pipeline, kept, slots, backend)
-    return Engine(pipeline, engine.model, None, placed_pipeline=held, compiled=compiled)
+    return Engine(pipeline, engine.model, None, placed_pipeline=held, compiled=compiled, choice=engine._ledger._choice)
 
 
 @pytest.mark.slow
@@ -487,7 +487,8 @@ def has_symbols(graph: torch.fx.GraphModule) -> bool:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_warm_up_holds_the_cost_model_against_the_clock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     held = load(memory_limit_gb=0.1, memory_mode="stream", max_pixels=128 * 128)
-    before = drawn(held)
+    before, choice = drawn(held), held._ledger._choice
+    assert choice is not None
     engine = compiling(held, tmp_path / "none", Backend())
     with caplog.at_level(logging.INFO, "worker"):
         for _ in range(2):
@@ -496,6 +497,9 @@ def test_a_warm_up_holds_the_cost_model_against_the_clock(tmp_path: Path, caplog
     placement = held._placed_pipeline.placement
     assert placement is not None
     assert f"and {placement.step_seconds:.4f} s were modelled" in line
+    learnt = engine._ledger._choice
+    assert learnt is not None
+    assert learnt.machine.flops != choice.machine.flops, "the next placement is chosen by what was measured"
     for kind in KINDS:
         assert re.search(rf"one of {kind} \d+\.\d\d ms \(\d+\.\d\d ms compiled\)", line)
     assert np.array_equal(drawn(engine), before)

@@ -337,6 +337,7 @@ class Engine:
             own_size = plan.canvas == (self.model.width, self.model.height) and len(plan.seeds) == 1
             if placement and own_size:  # what was modelled
                 log.info("%s", _compared(placement, step, warm.peak_memory, self._blocks, transformer))
+                self._ledger.learn(of_a_step(transformer, self._blocks))
         return sum(warm.timings.values()) + step * (steps - plan.steps)
 
     def keep_compiled(self) -> None:

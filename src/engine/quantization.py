@@ -41,6 +41,8 @@ class Quantizer:
         self._device = device
         self._staging = staging or Staging(device)
         self._folder = folder
+        if kind == "fp8" and not has_products(device):
+            log.info("fp8: this device multiplies in 16 bits, so its weights are smaller and its products no faster")
         made_for = f"{device.type}{'-products' if has_products(device) else ''}"
         try:
             self._name = f"{kind}-{_FORMAT}-{self._backend.name}-{version(self._backend.name)}-{made_for}"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from src.weights.placement import Machine, Placement, Weights, Work, placements
+from src.weights.placement import Machine, Placement, Weights, Work, flops, placements
 
 # Jobs in a row after which what nobody wanted leaves, where the model would be faster without it. And for how many
 # memory that turned out to be shorter than it was counted is not tried again. A choice of ours.
@@ -113,6 +113,12 @@ class Ledger:
                 if self._extras[name].idle_jobs > _PATIENCE:
                     self._let_go(name)
             self._rearrange(self.extra)
+
+    def learn(self, seconds: float) -> None:
+        """Choose by what a step's computing was measured to take from now on, not by a product of matrices."""
+        if self._choice:
+            rate = flops(self._choice.weights, self._choice.work) / seconds
+            self._choice = replace(self._choice, machine=replace(self._choice.machine, flops=rate))
 
     def done_with(self, name: str) -> None:
         """The job does not want it any more."""
