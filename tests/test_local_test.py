@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 import local_test
+from handler import get_engine
 from local_test import _value, main
 from src.errors import ModelUnavailable
+from src.outputs import Loaded
 from src.serving.logs import log
 from src.settings import ROOT
 
@@ -85,6 +87,19 @@ def test_fields_are_options_and_several_pictures_get_a_contact_sheet(tmp_path: P
     assert main([*arguments, "--quiet", "--output", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jpeg", "2.jpeg", "3.jpeg", "contact-sheet.png"]
     assert size(tmp_path / "contact-sheet.png") == (3 * 128 + 8, 128)
+
+
+@pytest.mark.slow
+def test_a_picture_is_drawn_as_it_is_and_says_so_or_is_warmed_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = get_engine()
+    monkeypatch.setattr(engine, "loaded", lambda: Loaded((), (), {}, {"compiled": "not warmed up"}))
+    asked = ["--quiet", "--output", str(tmp_path), "--prompt", "x"]
+    assert main(asked) == 0
+    assert "compiled no: a worker's blocks are compiled while it warms up" in capsys.readouterr().out
+    assert main([*asked, "--warm-up"]) == 0
+    assert re.search(r"^warm-up  128x128: \d+\.\d\d s$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:

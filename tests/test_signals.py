@@ -102,7 +102,9 @@ def test_in_the_sdks_http_server(stand_in: StandIn, tmp_path: Path) -> None:
             assert process.process.poll() is None
             time.sleep(0.05)
         end(process)
+        stages = [line["stage"] for line in process.lines() if "stage" in line]
     assert "into the start" not in process.text()
+    assert stages[-2:] == ["warm-up", "ready"], "its first client waits for no compiler"
 
 
 @pytest.mark.slow
