@@ -18,6 +18,7 @@ import torch
 from handler import respond
 from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
+from src.engine.acceleration import _set_attention
 from src.engine.quantization import Quantizer, _chosen
 from src.errors import InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
@@ -329,3 +330,38 @@ def test_a_profile_is_named_and_used_where_a_request_says_nothing(profile: str, 
     told = answer(describe=True)["describe"]["acceleration"]
     assert told == {"profile": profile, "products_in_8_bits": False, "attention": "native", "compiled": "off"}
     assert ask(plain)["metadata"]["profile"] == "exact"
+
+
+class Transformer:
+    """Takes the attention backends that are installed."""
+
+    def __init__(self, *installed: str) -> None:
+        self.installed = {"native", "_native_cudnn", *installed}
+        self.backend = ""
+
+    def set_attention_backend(self, name: str) -> None:
+        if name not in self.installed:
+            raise RuntimeError(f"{name}: pip install kernels")
+        self.backend = name
+
+
+@pytest.mark.parametrize(
+    ("capability", "profile", "installed", "chosen"),
+    [
+        ((9, 0), "exact", (), "native"),  # torch chooses cuDNN by itself there, and another where that fails
+        ((12, 0), "exact", (), "_native_cudnn"),
+        ((8, 9), "near", ("sage_hub",), "native"),
+        ((9, 0), "fast", ("_flash_3_hub", "sage_hub"), "_flash_3_hub"),
+        ((8, 9), "fast", ("sage_hub",), "sage_hub"),
+        ((12, 0), "fast", (), "_native_cudnn"),
+        ((0, 0), "fast", ("sage_hub",), "native"),  # the CPU
+    ],
+)
+def test_attention_goes_by_card_and_profile(
+    capability: tuple[int, int], profile: str, installed: tuple[str, ...], chosen: str
+) -> None:
+    transformer = Transformer(*installed)
+    _set_attention(transformer, Settings(profile=profile), capability)
+    assert transformer.backend == chosen
+    _set_attention(transformer, Settings(profile=profile, attention_backend="native"), capability)
+    assert transformer.backend == "native", "ATTENTION_BACKEND counts first"
