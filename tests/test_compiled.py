@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -453,6 +455,21 @@ def test_every_mode_runs_the_graphs_of_the_warm_up(tmp_path: Path) -> None:
         blocks = 7 + 2 * row.controlnet  # flux-shapes-canny has two
         assert backend.run - ran == calls * blocks, mode
     assert backend.made == made
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_controlnet_that_leaves_frees_its_memory_at_once(tmp_path: Path) -> None:
+    engine = compiling(load(), tmp_path / "none", Backend())
+    ask(engine, num_inference_steps=1, control_image=base64_of(Image.new("RGB", (128, 128))))
+    (network,) = map(weakref.ref, engine._controlnets._loaded.values())
+    ask(engine, num_inference_steps=1)
+    assert network() is not None, "it may be asked for again"
+    gc.disable()  # who needs the memory cannot wait for it
+    try:
+        assert engine._ledger.let_idle_go()
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

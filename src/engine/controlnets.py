@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,3 +203,4 @@ class ControlNets:
 
     def _leave(self, name: str) -> None:
         del self._loaded[name]
+        gc.collect()  # compiled blocks hold themselves, and their memory is wanted now
