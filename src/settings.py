@@ -116,7 +116,7 @@ Sizes = Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_sizes)]
 Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValidator(_ranks)]
 
 
-_SMALLER = ("none", *QUANTIZATIONS)
+_SMALLER = ("auto", "none", *QUANTIZATIONS)
 _BUCKET = ("bucket_endpoint_url", "bucket_access_key_id", "bucket_secret_access_key")
 
 
@@ -175,8 +175,8 @@ class Settings(BaseModel):
         "steps where a request says no speed, and graphs for each warm-up size); QUANTIZATION, MEMORY_MODE, "
         "ATTENTION_BACKEND and a request's speed count first",
     )
-    quantization: Annotated[str | None, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
-        None, description="fp8 or nf4: smaller, and not exact; the metadata says so. By default what PROFILE says"
+    quantization: Annotated[str, BeforeValidator(_row_of(_SMALLER)), _options(_SMALLER)] = Field(
+        "auto", description="fp8 or nf4: smaller, and not exact; the metadata says so. auto is what PROFILE says"
     )
     parallel: Annotated[Literal["jobs", "picture"], BeforeValidator(_lower)] = Field(
         "jobs",
@@ -262,7 +262,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _one_way_to_quantize(self) -> Settings:
         asked = MEMORY_MODES[self.memory_mode].quantization
-        if self.quantization not in (None, "none", asked) and self.memory_mode != "auto":
+        if self.quantization not in ("auto", "none", asked) and self.memory_mode != "auto":
             both = f"MEMORY_MODE={self.memory_mode} and QUANTIZATION={self.quantization}"
             raise ValueError(f"{both} contradict each other: set one of them")
         return self
@@ -287,9 +287,9 @@ class Settings(BaseModel):
     def placement_mode(self) -> str:
         """The row of MEMORY_MODES that is asked for, also by `quantization`."""
         asked = self.quantization
-        if asked is None and self.memory_mode == "auto":
+        if asked == "auto" and self.memory_mode == "auto":
             asked = PROFILES[self.profile].quantization
-        return self.memory_mode if asked in (None, "none") else asked
+        return self.memory_mode if asked in ("auto", "none") else asked
 
     def for_several_cards(self) -> Settings:
         """As they are for each of several: cards that share a picture have the whole model, and compile nothing."""

@@ -50,6 +50,7 @@ class FakePipeline:
         self.calls: list[dict[str, Any]] = []
         self.sliced = False
         self.vae = FakeVae()
+        self.transformer = torch.nn.Identity()
         self.hooks_freed = 0
         self.read: list[str] = []
         self.components: dict[str, Any] = {}

@@ -327,8 +327,8 @@ def test_a_profile_is_named_and_used_where_a_request_says_nothing(profile: str, 
     assert few["speed"] == "exact"
     mixed = {"init_image": base64_of(picture), "negative_prompt": "a square", "true_cfg_scale": 2}
     assert answer(**mixed)["status"] == "success", "where steps cannot be guessed they are computed"
-    told = answer(describe=True)["describe"]["acceleration"]
-    assert told == {"profile": profile, "products_in_8_bits": False, "attention": "native", "compiled": "off"}
+    acceleration = answer(describe=True)["describe"]["acceleration"]
+    assert acceleration == {"profile": profile, "products_in_8_bits": False, "attention": "native", "compiled": "off"}
     assert ask(plain)["metadata"]["profile"] == "exact"
 
 

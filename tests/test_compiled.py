@@ -84,8 +84,8 @@ def compiling(engine: Engine, kept: Path, backend: Callable[..., Any], ranks: tu
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_blocks_are_compiled_while_warmed_up_and_never_again(plain: Engine, tmp_path: Path) -> None:
-    placed, backend = load(memory_limit_gb=0.1, memory_mode="modulation_cache", max_pixels=256 * 256), Backend()
-    engine = compiling(placed, tmp_path / "no" / "kept.bin", backend)
+    held, backend = load(memory_limit_gb=0.1, memory_mode="modulation_cache", max_pixels=256 * 256), Backend()
+    engine = compiling(held, tmp_path / "no" / "kept.bin", backend)
     before = drawn(engine)
     assert backend.made == 0, "nobody waits who did not ask for a warm-up"
     engine.warm_up(plan(engine, num_inference_steps=2), 8)

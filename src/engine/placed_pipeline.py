@@ -195,9 +195,7 @@ class PlacedPipeline:
     ) -> AbstractContextManager[None]:
         """Within it one picture is denoised, or a batch: the last `steps` timesteps of `scheduler`.
 
-        Not `exact` is what may round otherwise than the plain way, as quantized weights do in any case.
+        What need not be `exact` may round otherwise than the plain way.
         """
         cache = self._modulation_cache
-        if cache is None:
-            return nullcontext()
-        return cache.ahead(scheduler, steps, adapter_weights, exact=exact and self.quantization is None)
+        return cache.ahead(scheduler, steps, adapter_weights, exact=exact) if cache else nullcontext()
