@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental._config as shapes_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -180,13 +182,19 @@ def test_memory_that_only_compiling_lacks_costs_no_start_and_is_not_tried_again(
 
 def compiled_blocks(kept: Path, ranks: tuple[int, ...] = ()) -> Compiled:
     """Of no blocks at all."""
-    none = torch.nn.Module()
+    return compiled_decoder(torch.nn.Module(), kept, ranks=ranks)
+
+
+def compiled_decoder(
+    decoder: torch.nn.Module, kept: Path, backend: str | Callable[..., Any] = "inductor", ranks: tuple[int, ...] = ()
+) -> Compiled:
+    """Of no blocks, and of this decoder."""
     transformer = SimpleNamespace(
         transformer_blocks=[], single_transformer_blocks=[], requires_grad_=lambda _: None, dtype=torch.float32,
-        named_modules=none.named_modules,
+        named_modules=torch.nn.Module().named_modules,
     )  # fmt: skip
-    pipeline = SimpleNamespace(transformer=transformer, vae=SimpleNamespace(decoder=none))
-    return Compiled(pipeline, kept, LoraSlots(transformer, ranks, torch.device("cpu")))
+    pipeline = SimpleNamespace(transformer=transformer, vae=SimpleNamespace(decoder=decoder))
+    return Compiled(pipeline, kept, LoraSlots(transformer, ranks, torch.device("cpu")), backend)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -205,6 +213,49 @@ def test_whatever_a_compiler_raises_costs_no_start(error: Exception, tmp_path: P
     for times in (2, 3):
         compiled.warm_up(draw)
         assert len(tried) == times
+
+
+def compiled_layer(kept: Path, backend: Callable[..., Any]) -> tuple[Compiled, Callable[[], Any]]:
+    """A decoder of one layer, and what calls it."""
+    layer = torch.nn.Linear(2, 2)
+    return compiled_decoder(layer, kept, backend), lambda: layer(torch.ones(1, 2))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_thread_that_compiles_need_not_be_the_one_that_loaded(tmp_path: Path) -> None:
+    seen = set[tuple[int, bool]]()
+
+    def noting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        seen.add((torch._dynamo.config.recompile_limit, shapes_config.use_duck_shape))
+        return graph.forward
+
+    compiled, call = compiled_layer(tmp_path / "kept.bin", noting)
+    with ThreadPoolExecutor(1) as device:
+        device.submit(compiled.warm_up, call).result()
+    assert compiled.state == "compiled"
+    assert seen == {(256, False)}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_that_cannot_be_compiled_for_one_card_leave_those_of_another_compiled(tmp_path: Path) -> None:
+    def failing(*_: Any) -> Any:
+        raise AssertionError("an assumption of inductor's")
+
+    ran = []
+
+    def noting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        return lambda *inputs: ran.append(1) or graph(*inputs)
+
+    first, call = compiled_layer(tmp_path / "kept.bin", noting)
+    first.warm_up(call)
+    second, call_second = compiled_layer(tmp_path / "kept.bin", failing)
+    second.warm_up(call_second)
+    assert (first.state, second.state.partition(":")[0]) == ("compiled", "failed")
+    ran.clear()
+    with torch.inference_mode(False):
+        assert torch.equal(call_second(), call_second())
+        call()
+    assert ran == [1]
 
 
 @pytest.mark.usefixtures("fresh_compiler")

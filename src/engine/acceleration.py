@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,6 @@ class Compiled:
         self._wants_static = static_shapes
         self._static: set[tuple[Any, ...]] = set()  # shapes that there are graphs for which fit nothing else
         self._making_static = False
-        # Or a picture whose tokens are as many as a layer is wide would be compiled for that one size.
-        shapes_config.use_duck_shape = False
-        torch._dynamo.config.recompile_limit = max(_GRAPHS, torch._dynamo.config.recompile_limit)
         self.add(pipeline.transformer)
         self._compile(pipeline.vae.decoder)
         torch.compiler.set_stance("eager_on_recompile")
@@ -142,6 +140,8 @@ class Compiled:
 
         @functools.wraps(forward)
         def run(*inputs: Any, **named: Any) -> Any:
+            if self.state.startswith("failed"):  # not by torch's stance, which is that of all cards' blocks
+                return forward(*inputs, **named)
             if of_attention and named.get("joint_attention_kwargs") is None:  # of some networks None, of others {}
                 named["joint_attention_kwargs"] = {}
             if self._wants_static:
@@ -162,7 +162,6 @@ class Compiled:
             return
         if reason := self._fails(draw):
             log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
-            torch.compiler.set_stance("force_eager")
             self.state = f"failed: {reason}"
             self.lora_slots.give_up()
             draw()
@@ -180,7 +179,7 @@ class Compiled:
     def _fails(self, draw: Callable[[], object]) -> str | None:
         """Why what `draw` needs cannot be compiled; None where it was."""
         try:
-            with torch.compiler.set_stance("default"):
+            with _compiling():
                 draw()
                 if self._wants_static:
                     self._making_static = True
@@ -201,6 +200,18 @@ class Compiled:
         artifacts = torch.compiler.save_cache_artifacts() if self.state == "compiled" else None
         if artifacts and not _keys(artifacts[1]) <= self._in_file:
             keep(self._kept, "COMPILE_CACHE_DIR", lambda unfinished: unfinished.write_bytes(artifacts[0]))
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Within it what is called is compiled. Settings of torch's compiler are each thread's own (torch 2.13)."""
+    with (
+        torch.compiler.set_stance("default"),
+        torch._dynamo.config.patch(recompile_limit=max(_GRAPHS, torch._dynamo.config.recompile_limit)),
+        # Or a picture whose tokens are as many as a layer is wide would be compiled for that one size.
+        shapes_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    ):
+        yield
 
 
 def _twin(module: Any) -> Any:
