@@ -147,6 +147,30 @@ def test_jobs_with_and_without_adapters_side_by_side_have_their_own_pictures(eng
         assert images == alone["images"], number
 
 
+def test_nobody_reads_ahead_while_a_turn_asks_the_tokenizers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked:
+        """A tokenizer that, when it is called, asks another thread whether it might call it too."""
+
+        def __init__(self, tokenizer: Any) -> None:
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+        def __call__(self, *given: Any, **named: Any) -> Any:
+            with ThreadPoolExecutor(1) as other:
+                free.append(other.submit(engine._text_encoders.acquire, blocking=False).result())
+            return self._tokenizer(*given, **named)
+
+    free = list[bool]()
+    for name in ("tokenizer", "tokenizer_2"):
+        monkeypatch.setattr(engine._pipeline, name, Asked(getattr(engine._pipeline, name)))
+    generation = engine.run(plan(engine, prompt=f"words that are far too many {'and more ' * 40}"))
+    assert any("which reads the first" in warning for warning in generation.warnings)
+    assert len(free) >= 4, "each to read, and to say what it did not"
+    assert not any(free)
+
+
 def test_what_fails_ahead_is_met_in_the_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     encode, failures = engine._pipeline.encode_prompt, [RuntimeError("a passing trouble")]
 

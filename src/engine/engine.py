@@ -193,6 +193,7 @@ class Engine:
                 self._redux.load()
             with LOADING.drawing():
                 prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+            unread = self._prompts.warnings(plan)  # a tokenizer is not for two threads at once
             self._ledger.done_with(REDUX)
 
         # 3. Pictures
@@ -208,7 +209,7 @@ class Engine:
                 pictures=(),
                 scheduler=scheduler,
                 timings=phases.seconds,
-                warnings=(*warnings, *self._prompts.warnings(plan), *self._adapters.warnings, *denoiser.warnings),
+                warnings=(*warnings, *unread, *self._adapters.warnings, *denoiser.warnings),
                 peak_memory=torch.cuda.max_memory_allocated() if self._on_cuda else None,
                 quantization=self._placed_pipeline.quantization,
                 profile=self._profile,
