@@ -279,6 +279,48 @@ def test_what_finds_no_room_on_its_way_back_stays_away(adapters: Path, monkeypat
     assert ask(PROMPTS[0]) == before
 
 
+def test_what_cannot_leave_changes_no_picture(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, found = engine_of("some_streaming")
+    assert found is not None
+    held, ask = weights_in(engine), asking(engine, adapters)
+    before, leave, left = ask(PROMPTS[0]), Home.leave, 0
+
+    def short(home: Home) -> None:
+        nonlocal left
+        left += home.memory is None
+        if left > 3:
+            raise MemoryError("the host's memory is full")
+        leave(home)
+
+    wanted = placement(WAYS["all_away"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "leave", short)
+        with pytest.raises(MemoryError):
+            engine._placed_pipeline.arrange(wanted)
+    assert found.offloaded < absent(held) < wanted.offloaded
+    assert ask(PROMPTS[0]) == before
+    assert engine._placed_pipeline.arrange(wanted)
+    assert absent(held) == wanted.offloaded
+    assert ask(PROMPTS[0]) == before
+
+
+def test_text_encoders_that_found_no_room_on_their_way_back_are_not_said_to_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = engine_of("some_streaming")  # of the transformer alone
+    assert engine._placed_pipeline.text_encoders_stay
+
+    def short(_: Home) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "come_back", short)
+        assert not engine._placed_pipeline.arrange(
+            replace(placement(WAYS["streaming"]), streamed={"transformer": (0,), "text_encoder_2": (0, 1)})
+        )
+    assert not engine._placed_pipeline.text_encoders_stay
+
+
 @pytest.mark.parametrize("roomy", [True, False])
 def test_homes_are_kept_where_the_host_has_room_for_them(roomy: bool) -> None:
     engine, found = engine_of("all_away")

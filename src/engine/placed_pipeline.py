@@ -118,16 +118,15 @@ class PlacedPipeline:
     @property
     def text_encoders_stay(self) -> bool:
         """Whether their weights are on the device all the time."""
-        placement = self.placement
-        if placement is None or placement.offload:
-            return placement is None
-        return not any(blocks for name, blocks in placement.streamed.items() if name != "transformer")
+        encoders = (blocks for name, blocks in self._blocks.items() if name != "transformer")
+        return self._offload is None and not any(block.own in self._away for blocks in encoders for block in blocks)
 
     def arrange(self, placement: Placement) -> bool:
         """Bring the weights where `placement` wants them: the pictures have the same bytes. Not while one is drawn.
 
         False where there was no room for what was to come back: then all of that is in the host's memory.
         Weights that were there keep their place in it while there is room, and leave again without a copy.
+        Whatever it raises, each weight is where its block finds it.
         """
         if self._offloader is None:
             return False
@@ -135,12 +134,15 @@ class PlacedPipeline:
             self._offloader.reset()
             wanted = self._wanted(placement)
             self._forget_homes(wanted, placement.machine.host_memory)
-            for home in wanted - self._away:
-                home.leave()
-            whole = self._bring_back(self._away - wanted)
-            self._away = wanted if whole else wanted | self._away
+            try:
+                for home in wanted - self._away:
+                    home.leave()
+                    self._away.add(home)
+                if whole := self._bring_back(self._away - wanted):
+                    self._away = wanted
+            finally:
+                self._onload_when_called(self._offloader)
             self._forget_homes(self._away, placement.machine.host_memory)
-            self._onload_when_called(self._offloader)
         self.placement = placement if whole else self.placement
         return whole
 
