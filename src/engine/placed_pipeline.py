@@ -70,6 +70,7 @@ class PlacedPipeline:
         self._modulation_cache: ModulationCache | None = None
         self._modulation: dict[str, Home] = {}  # of the transformer's adaptive norms, by their linears' names
         self._blocks: dict[str, list[_Block]] = {}  # by component, in order
+        self._alone: list[_Block] = []  # adaptive norms' linears that are in no block
         self._away: set[Home] = set()  # in the host's memory
         self._offload = placement.offload if placement else None
         staging = staging or Staging(device)
@@ -91,7 +92,9 @@ class PlacedPipeline:
         layers = dict.fromkeys(layer for name, _ in weights if is_modulation(layer := name.rpartition(".")[0]))
         for name in layers:
             linear = self._transformer.get_submodule(name)
-            self._modulation[name] = Home(linear.parameters(), self.device, staging)
+            self._modulation[name] = home = Home(linear.parameters(), self.device, staging)
+            if not block_of(name):
+                self._alone.append(_Block(linear, home, ()))
         for component, network in networks_of(pipeline).items():
             if component in ("vae", "controlnet"):
                 continue
@@ -181,7 +184,7 @@ class PlacedPipeline:
         if ahead:
             offloaded = {name: offloader.offload(home) for name, home in self._modulation.items()}
             self._modulation_cache = ModulationCache(self._transformer, offloaded)
-        for blocks in self._blocks.values():
+        for blocks in (*self._blocks.values(), [] if ahead else self._alone):
             for block in blocks:
                 homes = block.own, *(() if ahead else block.modulation)
                 if streamed := [home for home in homes if home in self._away]:
