@@ -28,12 +28,13 @@ from handler import respond
 from src.engine import Engine
 from src.engine.acceleration import Compiled
 from src.engine.block_timing import KINDS
-from src.engine.lora_slots import LoraSlots
+from src.engine.lora_slots import SLOTS, LoraSlots
 from src.errors import DeviceFailed
 from src.job import Job
 from src.plan.decisions import decide_calls
 from src.serving.loop import Worker
 from src.settings import ROOT, Settings
+from src.weights.placement import block_of
 from tests.conftest import base64_of, opened
 from tests.fakes import never
 from tests.small_models import SHAPES, all_placements, weights_of
@@ -438,6 +439,54 @@ def test_what_no_slot_holds_runs_as_it_is_and_is_named(tmp_path: Path) -> None:
         assert warnings == warning
         assert backend.run - ran == 2 * (7 - len(warning))
         assert decibels(picture, answer(plain, *names)[0]) > 60
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_slots_have_memory_only_while_adapters_are_asked_for(tmp_path: Path) -> None:
+    backend, plain = Backend(), load()
+    engine = compiling(load(), tmp_path / "none", backend, (4, 16))
+    engine.warm_up(plan(engine, num_inference_steps=2), 8)
+    made, slots, ledger = backend.made, engine._compiled.lora_slots, engine._ledger  # type: ignore[union-attr]
+    every = linears(plain)
+    features = sum(into + out for name, (into, out) in every.items() if block_of(name))
+    for rank in (3, 4, 9, 2):
+        lora(tmp_path / f"{rank}.safetensors", every, rank, seed=rank)
+        ran = backend.run
+        answer = partial(few_steps, tmp_path, f"{rank}.safetensors")
+        assert decibels(answer(engine), answer(plain)) > 60
+        assert backend.run - ran == 2 * 7
+        held = ledger._extras[SLOTS]
+        assert held.size == (4 if rank < 5 else 16) * features * 4
+    assert backend.made == made
+    ask(engine, num_inference_steps=1)
+    assert ledger.let_idle_go()
+    assert not slots.filled
+    assert SLOTS not in ledger.names
+    assert all(site.slot is None for site in slots._sites())
+    ran = backend.run
+    answer = partial(few_steps, tmp_path, "9.safetensors")
+    assert decibels(answer(engine), answer(plain)) > 60
+    assert backend.run - ran == 2 * 7, "they come back, and fit the same graphs"
+
+    def short(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ask(engine, num_inference_steps=1)
+    slots.free()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "_make", short)
+        assert decibels(answer(engine), answer(plain)) > 60
+    assert engine._adapters.warnings == (
+        "blocks ran uncompiled, which is slower: there was no room for the slots of adapters",
+    )
+
+
+def few_steps(folder: Path, adapter: str, engine: Engine) -> np.ndarray[Any, Any]:
+    fields = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2, "width": 64, "height": 64, "lora_path": adapter}
+    response = respond({"input": fields}, Job(), lambda: Settings(lora_dir=folder), lambda: engine)
+    assert response["status"] == "success", response
+    return np.asarray(opened(response)[0], float)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

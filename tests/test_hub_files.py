@@ -14,7 +14,7 @@ from pydantic import Field
 import deploy.hub
 from deploy.cards import CARDS
 from deploy.hub import FILES, FOLDER, INPUTS, PRESETS, hub, hub_tests, written
-from src.catalog import MEMORY_MODES, QUANTIZATIONS, get_model
+from src.catalog import MEMORY_MODES, PROFILES, QUANTIZATIONS, get_model
 from src.settings import SET_BY_RUNPOD, Settings
 from tests.runpod_rest import GPU_TYPES
 
@@ -162,7 +162,8 @@ def test_rows_of_each_kind() -> None:
     assert found["MODEL_NAME"]["default"] == "black-forest-labs/FLUX.2-klein-4B"
     assert not get_model(found["MODEL_NAME"]["default"]).gated
     assert found["MODEL_NAME"]["required"]
-    for name, values in {"MEMORY_MODE": [*MEMORY_MODES], "QUANTIZATION": ["none", *QUANTIZATIONS]}.items():
+    weights = ["auto", "none", *QUANTIZATIONS]
+    for name, values in {"MEMORY_MODE": [*MEMORY_MODES], "QUANTIZATION": weights, "PROFILE": [*PROFILES]}.items():
         assert [option["value"] for option in found[name]["options"]] == values
     assert [option["value"] for option in found["COMPILE"]["options"]] == ["", "true", "false"]
     batch = found["BATCH_SIZE"]

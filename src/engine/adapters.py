@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from src.engine.loading_lock import LOADING
 from src.engine.lora import AdapterFile, AdapterWeights, Networks
-from src.engine.lora_slots import LoraSlots
+from src.engine.lora_slots import SLOTS, LoraSlots
 from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import AdapterUnavailable, Fault, GenerationFailed, OutOfMemory, Refused, WorkerFault
 from src.redaction import redact
@@ -118,7 +118,7 @@ class Adapters:
             self._count(wanted)
         else:
             self._set_aside()
-        self.warnings = tuple(self._slots.put_in()) if self._slots else ()
+        self.warnings = tuple(self._slots.put_in(self._with_room_for_slots)) if self._slots else ()
 
     def _count(self, wanted: Mapping[str, Adapter]) -> None:
         self._put_back()
@@ -135,6 +135,11 @@ class Adapters:
                 raise
             self.forget_used()
             raise GenerationFailed(f"the adapters could not be set: {error}") from error
+
+    def _with_room_for_slots(self, size: int, make: Callable[[], None]) -> None:
+        if self._slots:
+            self._ledger.remove(SLOTS)
+            load_with_room(self._ledger, make, name=SLOTS, kind=ExtraKind.ADAPTER, size=size, leave=self._slots.free)
 
     def forget_used(self) -> None:
         """The picture failed: whatever of its adapters is in memory is not used again, but read anew."""
@@ -257,7 +262,7 @@ class Adapters:
         if aside:  # the picture that makes it leave counts none
             self._set_aside()
         if self._slots and filled:
-            self._slots.put_in()
+            self._slots.put_in(self._with_room_for_slots)
 
 
 class _Parameters:

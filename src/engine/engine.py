@@ -25,6 +25,7 @@ from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Decoded, Denoiser, Noise, finish, noise_ahead
 from src.engine.loading_lock import LOADING
+from src.engine.lora_slots import SLOTS
 from src.engine.machine import on_device
 from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
@@ -51,7 +52,7 @@ from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
 from src.weights.files import Files
-from src.weights.ledger import ExtraKind, Ledger, PlacementChoice
+from src.weights.ledger import Ledger, PlacementChoice
 from src.weights.placement import GB, Placement
 
 log = logging.getLogger("worker")
@@ -111,8 +112,6 @@ class Engine:
         self._together: Together | None = None
         ledger = self._ledger = Ledger(self._placed_pipeline.placement, choice, self._arrange)
         slots = compiled.lora_slots if compiled else None
-        if slots and slots.size:
-            ledger.admit("adapter slots", ExtraKind.ADAPTER, slots.size, leave=lambda: None, kept=True)
         self._adapters = Adapters(pipeline, settings, ledger, slots)
         device = self._placed_pipeline.device
         as_fast = partial(accelerate_controlnet, pipeline=pipeline, compiled=compiled)
@@ -410,7 +409,8 @@ def _compared(
 def _extras(plan: Plan) -> set[str]:
     """What the plan wants on the card with the model, by the ledger's names."""
     nets = {control.net.name for control in plan.controls if control.net}
-    return nets | {adapter.name for adapter in plan.adapters} | ({REDUX} if "image_prompt" in plan.pictures else set())
+    adapters = {adapter.name for adapter in plan.adapters} | ({SLOTS} if plan.adapters else set())
+    return nets | adapters | ({REDUX} if "image_prompt" in plan.pictures else set())
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,21 @@ several that count at once stand one below the other, their scales multiplied in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from src.engine.memory import free_memory, is_out_of_memory
 from src.weights.placement import block_of, is_modulation
 
+SLOTS = "slots of adapters"  # to the ledger
+WithRoom = Callable[[int, Callable[[], None]], None]
 _Part = tuple[torch.Tensor, torch.Tensor, float]  # what one adapter adds: down [rank, in], up [out, rank], its scale
 
 
@@ -30,7 +35,8 @@ class LoraSlots:
         self, transformer: Any, ranks: Sequence[int], device: torch.device, *, modulation: bool = True
     ) -> None:
         self.ranks = tuple(sorted(ranks))
-        self._memory = {"dtype": transformer.dtype, "device": device}
+        self._dtype, self._device = transformer.dtype, device
+        self._rank = 0  # of the slots that there is memory for
         self.compiled: set[int] = set()  # ranks that there are graphs for
         self._empty: int | None = None  # the rank of slots that are there without any adapter
         self._blocks: dict[str, list[_Site]] = {}
@@ -39,13 +45,6 @@ class LoraSlots:
             if block and isinstance(layer, nn.Linear) and (modulation or not is_modulation(name)):
                 parent, _, attribute = name.rpartition(".")
                 self._blocks.setdefault(block, []).append(_Site(transformer.get_submodule(parent), attribute))
-
-    @property
-    def size(self) -> int:
-        """Bytes on the device."""
-        linears = [site.layer for sites in self._blocks.values() for site in sites]
-        features = sum(linear.in_features + linear.out_features for linear in linears)
-        return int(max(self.ranks, default=0) * features * self._memory["dtype"].itemsize)
 
     @contextmanager
     def empty(self, rank: int) -> Iterator[None]:
@@ -61,10 +60,11 @@ class LoraSlots:
         self.ranks = ()
         self.compiled.clear()
 
-    def put_in(self) -> list[str]:
+    def put_in(self, with_room: WithRoom = lambda _, load: load()) -> list[str]:
         """Let slots stand for the adapters that count now, where graphs were compiled for that; warnings.
 
-        A block with something that no slot can hold keeps PEFT's layers, and runs as it is.
+        A block with something that no slot can hold keeps PEFT's layers, and runs as it is. `with_room` gets the bytes
+        that slots take, and what takes them.
         """
         if not self.compiled and self._empty is None:
             return []
@@ -78,24 +78,54 @@ class LoraSlots:
                 reasons.append(str(reason))
         needed = max((_rank(parts) for parts in fitting.values()), default=0)
         rank = self._empty or next(rank for rank in (0, *ranks) if rank >= needed)
-        slots = {site: site.put_in(self.ranks if rank else (), self._memory) for site in fitting}
+        try:
+            if rank not in (0, self._rank):
+                self.free()
+                with_room(self._size(rank), partial(self._make, rank))
+        except Exception as error:
+            self.free()
+            if not is_out_of_memory(error):
+                raise
+            free_memory(error)
+            return ["blocks ran uncompiled, which is slower: there was no room for the slots of adapters"]
+        for site in fitting:
+            site.put_in(slot=rank > 0)
         if rank:
-            _fill([(slots[site], parts) for site, parts in fitting.items()], rank)
+            _fill([(site.slot, parts) for site, parts in fitting.items()])
         if not reasons:
             return []
         why = " and ".join(dict.fromkeys(reasons))
         return [f"{len(reasons)} of {len(self._blocks)} blocks ran uncompiled, which is slower: adapters have {why}"]
 
+    def free(self) -> None:
+        """Give their memory back; until there is room again, blocks have no slots."""
+        self.take_out()
+        self._rank = 0
+        for site in self._sites():
+            site.slot = None
+
+    def _make(self, rank: int) -> None:
+        for site in self._sites():
+            site.slot = SlotLinear(site.own, rank, self._dtype, self._device)
+        self._rank = rank
+
+    def _size(self, rank: int) -> int:
+        """Bytes on the device."""
+        features = sum(site.own.in_features + site.own.out_features for site in self._sites())
+        return int(rank * features * self._dtype.itemsize)
+
+    def _sites(self) -> Iterator[_Site]:
+        return itertools.chain.from_iterable(self._blocks.values())
+
     @property
     def filled(self) -> bool:
         """Whether slots stand in blocks now."""
-        return any(site.is_filled for sites in self._blocks.values() for site in sites)
+        return any(site.is_filled for site in self._sites())
 
     def take_out(self) -> None:
         """Let stand in blocks what stood there before: PEFT's layers, or the model's own."""
-        for sites in self._blocks.values():
-            for site in sites:
-                site.take_out()
+        for site in self._sites():
+            site.take_out()
 
 
 class SlotLinear(nn.Module):
@@ -104,20 +134,14 @@ class SlotLinear(nn.Module):
     down: nn.Parameter  # [rank, in_features]
     up: nn.Parameter  # [rank, out_features]
 
-    def __init__(self, base: Any, ranks: Sequence[int], memory: dict[str, Any]) -> None:
+    def __init__(self, base: Any, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.base = base
         with torch.inference_mode(False):  # graphs tell tensors of inference from others
-            down = torch.zeros(max(ranks), base.in_features, **memory)
-            up = torch.zeros(max(ranks), base.out_features, **memory)
-            self._of_rank = {
-                rank: (nn.Parameter(down[:rank], requires_grad=False), nn.Parameter(up[:rank], requires_grad=False))
-                for rank in ranks
-            }
-
-    def use(self, rank: int) -> None:
-        """Be of this rank."""
-        self.down, self.up = self._of_rank[rank]
+            self.down, self.up = (
+                nn.Parameter(torch.zeros(rank, features, dtype=dtype, device=device), requires_grad=False)
+                for features in (base.in_features, base.out_features)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -133,28 +157,30 @@ class _Site:
     """Where a linear of a block stands; it may be PEFT's by now, or a slot."""
 
     def __init__(self, parent: nn.Module, attribute: str) -> None:
+        self.slot: Any = None
         self._parent = parent
         self._attribute = attribute
-        self._slot: SlotLinear | None = None
-        self._before: Any = None  # what a slot stands for
+        self._before: Any = None  # what stood there
 
     @property
     def layer(self) -> Any:
+        """What stands there but for a slot."""
         return getattr(self._parent, self._attribute) if self._before is None else self._before
+
+    @property
+    def own(self) -> Any:
+        """The model's own linear."""
+        return self.layer.get_base_layer() if isinstance(self.layer, LoraLayer) else self.layer
 
     @property
     def is_filled(self) -> bool:
         return self._before is not None
 
-    def put_in(self, ranks: Sequence[int], memory: dict[str, Any]) -> Any:
-        """A slot of these ranks in the layer's place; the model's own layer where there are none."""
+    def put_in(self, *, slot: bool) -> None:
+        """The slot in the layer's place, or the model's own layer."""
+        now = self.slot if slot else self.own
         self._before = self.layer
-        own = self._before.get_base_layer() if isinstance(self._before, LoraLayer) else self._before
-        if ranks and self._slot is None:
-            self._slot = SlotLinear(own, ranks, memory)
-        now = self._slot if ranks else own
         setattr(self._parent, self._attribute, now)
-        return now
 
     def take_out(self) -> None:
         if self._before is not None:
@@ -186,17 +212,16 @@ def _rank(parts: Sequence[_Part]) -> int:
     return sum(len(down) for down, _, _ in parts)
 
 
-def _fill(slots: Sequence[tuple[SlotLinear, Sequence[_Part]]], rank: int) -> None:
+def _fill(slots: Iterable[tuple[SlotLinear, Sequence[_Part]]]) -> None:
     """All at once: a transformer has hundreds of linears, and each copy alone would be a launch of its own."""
     into, values, unused = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     for slot, parts in slots:
-        slot.use(rank)
         start = 0
         for down, up, scale in parts:
             rows = slice(start, start := start + len(down))
             into += slot.down[rows], slot.up[rows]
             values += down, up.T * scale
-        if start < rank:
+        if start < len(slot.down):
             unused += slot.down[start:], slot.up[start:]
     if unused:
         torch._foreach_zero_(unused)
