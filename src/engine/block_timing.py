@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-_TIMES = 3
+from src.engine.machine import shortest
+from src.weights.placement import GB, Placement
+
 KINDS = ("transformer_blocks", "single_transformer_blocks")
 
 
@@ -36,7 +37,7 @@ def time_blocks(
             took = []
             for stance in stances:
                 with torch.compiler.set_stance(stance):
-                    took.append(_shortest(lambda: block.forward(*inputs, **named), synchronize))
+                    took.append(shortest(lambda: block.forward(*inputs, **named), synchronize))
             seconds[kind] = BlockSeconds(took[0], took[1] if compiled else None)
 
         return hook
@@ -55,20 +56,26 @@ def time_blocks(
     return seconds
 
 
+def compared(
+    placement: Placement, step: float, peak: int | None, blocks: Mapping[str, BlockSeconds], transformer: Any
+) -> str:
+    """What was measured, and what the cost model had said, as a line of the log.
+
+    `step` is the seconds of a step, `peak` the bytes of torch's allocator at most, None on the CPU.
+    """
+    words = [f"a step takes {step:.4f} s, and {placement.step_seconds:.4f} s were modelled"]
+    if peak is not None:
+        words.append(f"{peak / GB:.2f} GB at the peak, and {placement.peak / GB:.2f} GB were modelled")
+    words.append(f"its blocks {of_a_step(transformer, blocks):.4f} s")
+    for kind, each in blocks.items():
+        compiled = "" if each.compiled is None else f" ({each.compiled * 1000:.2f} ms compiled)"
+        words.append(f"one of {kind} {each.eager * 1000:.2f} ms{compiled}")
+    return "warm-up: " + "; ".join(words)
+
+
 def of_a_step(transformer: Any, seconds: Mapping[str, BlockSeconds]) -> float:
     """What all blocks take, compiled where they are."""
     return sum(
         len(getattr(transformer, kind)) * (block.eager if block.compiled is None else block.compiled)
         for kind, block in seconds.items()
     )
-
-
-def _shortest(work: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    times = []
-    for _ in range(_TIMES):
-        synchronize()
-        begun = time.perf_counter()
-        work()
-        synchronize()
-        times.append(time.perf_counter() - begun)
-    return min(times)

@@ -21,9 +21,10 @@ import torch
 from src.catalog import EXACT, SCHEDULERS, SPEEDS, Model, Scheduler
 from src.engine.acceleration import Compiled, accelerate_controlnet, attention_of
 from src.engine.adapters import Adapters
-from src.engine.block_timing import BlockSeconds, of_a_step, time_blocks
+from src.engine.block_timing import BlockSeconds, compared, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
 from src.engine.denoise import Decoded, Denoiser, Noise, finish, noise_ahead
+from src.engine.failures import as_worker_errors
 from src.engine.loading_lock import LOADING
 from src.engine.lora_slots import SLOTS
 from src.engine.machine import on_device
@@ -34,18 +35,7 @@ from src.engine.prompts import Embeddings, Prompts
 from src.engine.quantization import has_products
 from src.engine.redux import REDUX, Redux
 from src.engine.schedulers import make_scheduler
-from src.errors import (
-    Cancelled,
-    DeviceFailed,
-    Fault,
-    GenerationFailed,
-    OutOfMemory,
-    TimedOut,
-    WorkerError,
-    first_line,
-    let_go,
-    of_the_machine,
-)
+from src.errors import Cancelled, Fault, TimedOut, let_go
 from src.job import OnProgress
 from src.outputs import Generation, Loaded
 from src.plan.plan import Plan
@@ -53,7 +43,7 @@ from src.request.adapters import Adapter
 from src.settings import Settings
 from src.weights.files import Files
 from src.weights.ledger import Ledger, PlacementChoice
-from src.weights.placement import GB, Placement
+from src.weights.placement import Placement
 
 log = logging.getLogger("worker")
 
@@ -149,7 +139,7 @@ class Engine:
         with (
             self._alone,
             on_device(self.device),
-            _as_worker_errors(plan),
+            as_worker_errors(plan),
             self._left_clean(),
             self._together.drawing() if self._together else nullcontext(),
             torch.inference_mode(),
@@ -336,7 +326,7 @@ class Engine:
             placement = self._placed_pipeline.placement
             own_size = plan.canvas == (self.model.width, self.model.height) and len(plan.seeds) == 1
             if placement and own_size:  # what was modelled
-                log.info("%s", _compared(placement, step, warm.peak_memory, self._blocks, transformer))
+                log.info("%s", compared(placement, step, warm.peak_memory, self._blocks, transformer))
                 self._ledger.learn(of_a_step(transformer, self._blocks))
         return sum(warm.timings.values()) + step * (steps - plan.steps)
 
@@ -392,20 +382,6 @@ class Engine:
         return self.device.type == "cuda"
 
 
-def _compared(
-    placement: Placement, step: float, peak: int | None, blocks: Mapping[str, BlockSeconds], transformer: Any
-) -> str:
-    """What was measured, and what the cost model had said."""
-    words = [f"a step takes {step:.4f} s, and {placement.step_seconds:.4f} s were modelled"]
-    if peak is not None:
-        words.append(f"{peak / GB:.2f} GB at the peak, and {placement.peak / GB:.2f} GB were modelled")
-    words.append(f"its blocks {of_a_step(transformer, blocks):.4f} s")
-    for kind, each in blocks.items():
-        compiled = "" if each.compiled is None else f" ({each.compiled * 1000:.2f} ms compiled)"
-        words.append(f"one of {kind} {each.eager * 1000:.2f} ms{compiled}")
-    return "warm-up: " + "; ".join(words)
-
-
 def _extras(plan: Plan) -> set[str]:
     """What the plan wants on the card with the model, by the ledger's names."""
     nets = {control.net.name for control in plan.controls if control.net}
@@ -423,43 +399,6 @@ class Drawn:
 
     def generation(self) -> Generation:
         """With its pictures, once they have come from the device; raises DeviceFailed where they do not."""
-        with _as_worker_errors(self.plan):
+        with as_worker_errors(self.plan):
             pictures = [picture for decoded in self.decoded for picture in decoded.pictures()]
         return replace(self.facts, pictures=tuple(finish(picture, self.plan) for picture in pictures))
-
-
-@contextmanager
-def _as_worker_errors(plan: Plan) -> Iterator[None]:
-    """What torch and diffusers raise, as what a client can act on."""
-    try:
-        yield
-    except (WorkerError, MemoryError, OSError, RuntimeError, ValueError, TypeError) as error:
-        meant = _meaning(error, plan)
-        if meant is error:
-            raise
-        raise meant from error
-
-
-def _meaning(error: Exception, plan: Plan) -> WorkerError:
-    """`error` itself where it is an answer already, unless there is a trouble of the machine's behind it."""
-    if is_out_of_memory(error) or isinstance(error, OutOfMemory):
-        try:
-            free_memory(error)
-        except RuntimeError as failed:  # the device does not even do that
-            return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(failed)}")
-        if isinstance(error, OutOfMemory):
-            return error
-        return OutOfMemory(
-            f"{plan.sampling.width}x{plan.sampling.height} with {len(plan.seeds)} image(s) needs more memory than "
-            "there is; ask for a smaller width, height or num_images, or choose a larger card"
-        )
-    for each in filter(None, (error, error.__cause__)):
-        if isinstance(each, torch.AcceleratorError):
-            return DeviceFailed(f"the device failed and this worker must be replaced: {first_line(each)}")
-        found = of_the_machine(each)
-        is_answer = isinstance(error, WorkerError) and not isinstance(error, GenerationFailed)
-        if found and (isinstance(found, DeviceFailed) or not is_answer):
-            return found
-    if isinstance(error, WorkerError):
-        return error
-    return GenerationFailed(f"the model refused these tensors: {first_line(error)}")

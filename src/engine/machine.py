@@ -1,4 +1,4 @@
-"""The machine as it is now: whether its card works, what is free, and how fast it is."""
+"""The machine as it is now: which cards there are, whether they work, what is free, and how fast they are."""
 
 from __future__ import annotations
 
@@ -91,6 +91,21 @@ def _check_card() -> None:
         raise DeviceFailed(f"{name} computes wrongly")
 
 
+def shortest(work: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """The seconds of `work`, the shortest of some times: whatever disturbs makes it longer.
+
+    `synchronize` waits until the device has done what it was asked for.
+    """
+    times = []
+    for _ in range(_TIMES):
+        synchronize()
+        begun = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
 def _flops(device: torch.device, dtype: torch.dtype) -> float:
     side = _SIDE[device.type]
     matrix = torch.randn(side, side, dtype=dtype, device=device)  # zeros are multiplied faster
@@ -105,14 +120,5 @@ def _bandwidth(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some times: whatever disturbs makes it longer."""
-    settle: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
     work()
-    for _ in range(_TIMES):
-        settle()
-        begun = time.perf_counter()
-        work()
-        settle()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    return shortest(work, torch.cuda.synchronize if device.type == "cuda" else lambda: None)
