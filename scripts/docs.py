@@ -29,6 +29,7 @@ from src.catalog import (
     FAMILIES,
     FORMATS,
     MODELS,
+    PROFILES,
     SCHEDULERS,
     SPEEDS,
     ControlDefaults,
@@ -268,6 +269,26 @@ def refused() -> str:
     )
 
 
+# Performance
+
+
+def profiles() -> str:
+    """What each PROFILE asks for."""
+    return rows(
+        ("`PROFILE`", "weights", "attention", "a request without `speed`", "compiled for"),
+        (
+            (
+                f"`{name}`",
+                "as they are" if row.quantization == "none" else row.quantization,
+                ", else ".join((*(f"`{backend}`" for backend in row.attention), "the card's own")),
+                row.speed,
+                "any size, and each warm-up size once more" if row.static_shapes else "any size",
+            )
+            for name, row in PROFILES.items()
+        ),
+    )
+
+
 # The settings
 
 
@@ -289,6 +310,8 @@ def _shown(default: object) -> str:
         return "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
+    if isinstance(default, tuple):
+        return f"`{','.join(map(str, default))}`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
@@ -385,7 +408,10 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/settings.md": {"docs: settings": settings, "docs: other variables": other_variables},
     "docs/deploy.md": {"docs: cards": cards, "docs: disks": disks},
     "docs/architecture.md": {"docs: ladder": ladder},
-    "docs/performance.md": {f"benchmarks/results/{name}.json": partial(table, name) for name in TABLES},
+    "docs/performance.md": {
+        **{f"benchmarks/results/{name}.json": partial(table, name) for name in TABLES},
+        "docs: profiles": profiles,
+    },
 }
 
 

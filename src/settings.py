@@ -151,8 +151,8 @@ class Settings(BaseModel):
     max_lora_gb: float = Field(8, gt=0, description="gigabytes (10^9) of one adapter, in its file or read in float32")
     lora_target_ranks: Ranks = Field(
         (32, 128),
-        description="ranks of the slots that compiled blocks have for adapters: a request takes the smallest that its "
-        "adapters fit into together, and runs uncompiled above; none compiles for no adapters",
+        description="ranks of the slots for adapters in compiled blocks: a request takes the smallest that holds the "
+        "ranks of its adapters together, and above the largest its blocks run uncompiled; none: no slots",
     )
     lora_hub_allow: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_repos)] = Field(
         (),
