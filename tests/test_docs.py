@@ -22,6 +22,7 @@ from src.catalog import FAMILIES, FORMATS, MEMORY_MODES, MODELS, SPEEDS, get_mod
 from src.engine import load_engine
 from src.errors import WorkerError
 from src.job import Job
+from src.request.schema import Request
 from src.settings import ROOT, SET_BY_RUNPOD, Settings
 from tests.small_models import small
 
@@ -141,6 +142,20 @@ def test_every_way_to_save_memory_has_its_row() -> None:
     header = "| `MEMORY_MODE` | what it does | the picture |"
     shown = [name for way, *_ in rows("docs/performance.md", header) for name in names(way)]
     assert set(shown) - {"QUANTIZATION"} == set(MEMORY_MODES)
+
+
+def section(page: str, heading: str) -> str:
+    return (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_what_an_answer_and_a_description_say_of_the_worker_stands_on_the_page() -> None:
+    from handler import respond
+
+    engine = load_engine(Settings(model_name="flux-shapes"))
+    response = respond({"input": {"prompt": "a red star", "seed": 1}}, Job(), Settings, lambda: engine)
+    assert set(response["metadata"]) - set(Request.model_fields) <= set(names(section("docs/api.md", "The answer")))
+    of_itself = set(names(section("docs/api.md", "What the worker tells of itself")))
+    assert {*engine.loaded().acceleration, "devices"} <= of_itself
 
 
 # Troubles

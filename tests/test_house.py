@@ -51,6 +51,21 @@ def test_no_two_classes_of_the_worker_have_one_name() -> None:
     assert [name for name, count in classes.items() if count > 1] == []
 
 
+def test_the_map_names_every_file_of_the_worker_and_of_the_benchmarks() -> None:
+    text = (ROOT / "CLAUDE.md").read_text()
+    commands = set(re.findall(r"python -m benchmarks\.(\w+)", text))
+    files = [file.relative_to(ROOT) for part in ("src", "benchmarks") for file in (ROOT / part).rglob("*.py")]
+    unnamed = [
+        str(file)
+        for file in files
+        if f"{file.name}`" not in text
+        and f"`{file.parent.name}/`" not in text  # a folder that is one idea
+        and not (file.parts[0] == "benchmarks" and file.stem.removesuffix("_worker") in commands)
+        and file.name != "__init__.py"
+    ]
+    assert unnamed == []
+
+
 def sources(dockerfile: str) -> list[str]:
     """What COPY takes from the folder that the image is built in."""
     commands = re.sub(r"\\\n", " ", dockerfile)
