@@ -2,8 +2,8 @@
 
 Models of full size with random weights are built on the spot (no download); all ways run in one process, one after
 another, and each way's picture is compared with the plain one's, or with that of the same way without what saves
-memory or compiles its adapters. Without a card the same script runs flux-shapes, on
-pretended cards of its size: that shows exactness, not speed.
+memory or compiles its adapters. Without a card the same script runs flux-shapes, on pretended cards of its size: that
+shows exactness, not speed.
 
 A way that fails is a row that says why, and so is one that wants a package, a setting or more time than there is. The
 file is written after every row; rows of earlier runs stay, and ways that have none come first. torch, transformers,

@@ -14,7 +14,7 @@ KINDS = ("transformer_blocks", "single_transformer_blocks")
 
 
 class BlockSeconds(NamedTuple):
-    """Of one call of a block; `compiled` is None where nothing was compiled."""
+    """The seconds of one call of a block; `compiled` is None where nothing was compiled."""
 
     eager: float
     compiled: float | None
@@ -23,7 +23,7 @@ class BlockSeconds(NamedTuple):
 def time_blocks(
     transformer: Any, draw: Callable[[], object], synchronize: Callable[[], None], *, compiled: bool
 ) -> Mapping[str, BlockSeconds]:
-    """Of the last block of each kind, with what it gets in `draw`, which is called once.
+    """The seconds of the last block of each kind, with what it gets in `draw`, which is called once.
 
     Its weights are on the device then, wherever they live otherwise.
     """
@@ -74,7 +74,7 @@ def compared(
 
 
 def of_a_step(transformer: Any, seconds: Mapping[str, BlockSeconds]) -> float:
-    """What all blocks take, compiled where they are."""
+    """The seconds of all blocks, compiled where they are."""
     return sum(
         len(getattr(transformer, kind)) * (block.eager if block.compiled is None else block.compiled)
         for kind, block in seconds.items()

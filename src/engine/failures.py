@@ -14,7 +14,9 @@ from src.plan.plan import Plan
 
 @contextmanager
 def as_worker_errors(plan: Plan) -> Iterator[None]:
-    """What torch and diffusers raise, as what a client can act on."""
+    """Within it errors of torch, diffusers and the system become OutOfMemory, DeviceFailed, WorkerUnavailable or
+    GenerationFailed, worded for who sent `plan`; what is an answer already goes on as it is.
+    """
     try:
         yield
     except (WorkerError, MemoryError, OSError, RuntimeError, ValueError, TypeError) as error:
