@@ -81,13 +81,14 @@ def test_every_picture_of_a_batch_is_the_picture_of_its_seed(generate: Generate)
         assert generate("a red circle", seed=seed)["images"] == [batch["images"][i]]
 
 
-def test_pictures_drawn_at_once_show_the_same(generate: Generate) -> None:
+@pytest.mark.parametrize("fields", [{}, {"scheduler": "lcm"}])
+def test_pictures_drawn_at_once_show_the_same(fields: dict[str, Any]) -> None:
     from handler import get_engine
 
-    event = {"input": {"prompt": "a red circle on a blue background", "seed": 7, "num_images": 3}}
+    event = {"input": {"prompt": "a red circle on a blue background", "seed": 7, "num_images": 3, **fields}}
     together = respond(event, Job(), lambda: Settings(batch_size=2), get_engine)
     for one, other in zip(opened(together), opened(handler(event)), strict=True):
-        assert np.abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 1
+        assert np.abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 0.1
 
 
 def test_a_picked_seed_is_answered_and_repeats(generate: Generate) -> None:

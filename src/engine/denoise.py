@@ -122,7 +122,7 @@ class Denoiser:
         finite = finite_decoding(
             self._view.vae, lambda: phases.current == "decode", lambda said: self._decoded_again.update({said: None})
         )
-        with modulation_ahead, step_cache(self._view, plan), finite, self._own_noise(seeds[0]):
+        with modulation_ahead, step_cache(self._view, plan), finite, self._own_noise(seeds):
             result = self._view(
                 **self._arguments,
                 **prompt,
@@ -137,8 +137,8 @@ class Denoiser:
         return Decoded(result.images)
 
     @contextmanager
-    def _own_noise(self, seed: int) -> Iterator[None]:
-        """Within it a scheduler that adds noise draws it by `seed`.
+    def _own_noise(self, seeds: tuple[int, ...]) -> Iterator[None]:
+        """Within it a scheduler that adds noise draws each picture's by its own seed.
 
         No pipeline hands it a generator, and torch's own is that of all threads.
         """
@@ -147,7 +147,8 @@ class Denoiser:
         if "generator" not in inspect.signature(step).parameters:
             yield
             return
-        scheduler.step = partial(step, generator=torch.Generator(self._placed_pipeline.device).manual_seed(seed))
+        device = self._placed_pipeline.device
+        scheduler.step = partial(step, generator=[torch.Generator(device).manual_seed(seed) for seed in seeds])
         try:
             yield
         finally:
