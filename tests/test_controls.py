@@ -200,6 +200,19 @@ def test_what_makes_room_for_another_network_is_gone(hub: Hub, tmp_path: Path) -
     assert first() is None
 
 
+def test_a_network_that_leaves_takes_its_memory_with_it_though_its_blocks_are_compiled() -> None:
+    engine = load_engine(Settings(model_name="flux-shapes", compile=True, controlnets=("flux-shapes-canny",)))
+    (name,) = engine.loaded().controlnets
+    block = weakref.ref(engine._controlnets._loaded[name].transformer_blocks[0])
+    gc.disable()
+    try:
+        engine._controlnets._leave(name)
+        assert block() is None
+    finally:
+        gc.enable()
+        torch.compiler.set_stance("default")
+
+
 def test_networks_that_differ_in_guidance_are_not_mixed(hub: Hub, tmp_path: Path) -> None:
     hub.repos["Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro"] = Repo(
         controlnet(tmp_path / "u", 7, guidance_embeds=True)

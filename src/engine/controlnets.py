@@ -203,4 +203,4 @@ class ControlNets:
 
     def _leave(self, name: str) -> None:
         del self._loaded[name]
-        gc.collect()  # compiled blocks hold themselves, and their memory is wanted now
+        gc.collect()  # compiled, its blocks refer to themselves: it would stay until Python happened to look
