@@ -77,6 +77,16 @@ def test_attention_backends_go_by_name(plain: Engine) -> None:
         load(attention_backend="fastest")
 
 
+def test_who_asks_for_a_description_does_not_look_at_layers_that_may_be_changing(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing() -> Any:
+        raise RuntimeError("OrderedDict mutated during iteration")
+
+    monkeypatch.setattr(plain.transformer, "modules", changing)
+    assert plain.loaded().acceleration["attention"] == "native"
+
+
 def computed_steps(engine: Engine, **fields: Any) -> int:
     """How many steps the last of the blocks was really asked in."""
     calls = []

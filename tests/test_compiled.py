@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.fx.experimental._config as shapes_config
+from peft.utils.integrations import init_empty_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ from handler import respond
 from src.engine import Engine
 from src.engine.acceleration import Compiled
 from src.engine.block_timing import KINDS
-from src.engine.lora_slots import SLOTS, LoraSlots
+from src.engine.lora_slots import SLOTS, LoraSlots, SlotLinear
 from src.errors import DeviceFailed
 from src.job import Job
 from src.plan.decisions import decide_calls
@@ -302,6 +303,17 @@ WIDTHS = {
     "FLUX.2-dev": (48, (1024, 1536)),
 }
 SIZES = ((1024, 1024), (768, 1024), (512, 512), (1344, 768), (1024, 1536))
+
+
+def test_slots_have_values_while_another_engine_adds_layers() -> None:
+    linear = torch.nn.Linear(2, 3)
+    with init_empty_weights():  # as PEFT does for the whole process
+        slot = SlotLinear(linear, 4, torch.float32, torch.device("cpu"))
+    assert not slot.down.is_meta
+    assert {name: tuple(each.shape) for name, each in slot.named_parameters(recurse=False)} == {
+        "down": (4, 2),
+        "up": (4, 3),
+    }
 
 
 @pytest.mark.slow

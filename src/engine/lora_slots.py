@@ -138,10 +138,10 @@ class SlotLinear(nn.Module):
         super().__init__()
         self.base = base
         with torch.inference_mode(False):  # graphs tell tensors of inference from others
-            self.down, self.up = (
-                nn.Parameter(torch.zeros(rank, features, dtype=dtype, device=device), requires_grad=False)
-                for features in (base.in_features, base.out_features)
-            )
+            for name, features in (("down", base.in_features), ("up", base.out_features)):
+                zeros = torch.zeros(rank, features, dtype=dtype, device=device)
+                # Not registered as others are: while another card's engine adds layers, those lose their memory (PEFT).
+                self._parameters[name] = nn.Parameter(zeros, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
