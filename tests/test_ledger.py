@@ -385,6 +385,31 @@ def test_an_adapter_that_leaves_while_none_counts_brings_no_other_back(
     assert len(ledger.names) == 1
 
 
+def test_nobody_reads_ahead_until_an_adapter_has_left_the_text_encoders(folder: Path) -> None:
+    worker = Worker(folder)
+    worker.ask(**WANTED["adapters"])
+    adapters, pipeline, seen = worker.engine._adapters, worker.engine._pipeline, list[bool]()
+    name, delete = worker.engine._ledger.names[0], pipeline.delete_adapters
+    adapters._of_text_encoders.add(name)
+
+    def deleting(name: str) -> None:
+        delete(name)
+        seen.append(adapters.change_text_encoders)
+
+    pipeline.delete_adapters = deleting
+    worker.engine._ledger._let_go(name)
+    assert seen == [True]
+    assert not adapters.change_text_encoders
+
+
+def test_adapters_that_a_leader_s_next_picture_does_not_want_are_idle_in_its_followers_too(folder: Path) -> None:
+    worker = Worker(folder)
+    worker.ask(**WANTED["adapters"])
+    worker.engine.use_adapters(())
+    assert worker.engine._ledger.let_idle_go()
+    assert worker.engine.loaded().adapters == ()
+
+
 def test_then_more_of_the_model_streams_and_only_then_pictures_change_their_ways(
     folder: Path, plain: dict[str, list[str]]
 ) -> None:

@@ -252,8 +252,8 @@ class Adapters:
     def _forget(self, name: str) -> None:
         self._ledger.remove(name)
         self._loaded.pop(name, None)
-        self._of_text_encoders.discard(name)
         self._delete(name)
+        self._of_text_encoders.discard(name)  # last: until then nobody reads prompts ahead
 
     def _delete(self, name: str) -> None:
         aside, filled = bool(self._aside), self._slots is not None and self._slots.filled

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -108,6 +108,7 @@ class Engine:
         self._controlnets = ControlNets(pipeline, model, files, device, ledger=ledger, on_load=as_fast)
         self._redux = Redux(pipeline, settings.redux_model, files, device, ledger)
         self._prompts = Prompts(pipeline, self._redux, device)
+        self._attention = attention_of(pipeline.transformer)  # now: others ask while the transformer's layers change
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
         self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
@@ -170,10 +171,9 @@ class Engine:
         for other in self._views.values():
             other.controlnet = None  # or it would hold networks that make room now
         with self._text_encoders:
-            self._ledger.begin(_extras(plan))
             if plan.adapters:
                 phases.begin("load_adapters")
-            self.use_adapters(plan.adapters)
+            self.use_adapters(plan.adapters, _extras(plan))
             if plan.spec.controlnet:
                 phases.begin("load_controlnets")
                 view.controlnet, arguments = self._controlnets.use(plan.controls)
@@ -261,8 +261,10 @@ class Engine:
         """Let `others`, which call the transformer with this engine, have its adapters too."""
         self._together = others
 
-    def use_adapters(self, adapters: Sequence[Adapter]) -> None:
-        """Let exactly these count for the next picture."""
+    def use_adapters(self, adapters: Sequence[Adapter], extras: Collection[str] = ()) -> None:
+        """A job begins: let exactly these count for its pictures. It wants `extras` too, by the ledger's names."""
+        slots = {SLOTS} if adapters else set()
+        self._ledger.begin({adapter.name for adapter in adapters}.union(slots, extras))
         self._adapters.use(adapters)
         if self._together:
             self._together.use_adapters(adapters)
@@ -292,7 +294,7 @@ class Engine:
             {
                 "profile": self._profile,
                 "products_in_8_bits": self._placed_pipeline.quantization == "fp8" and has_products(device),
-                "attention": attention_of(self._pipeline.transformer),
+                "attention": self._attention,
                 "compiled": self._compiled.state if self._compiled else "off",
             },
         )
@@ -383,10 +385,9 @@ class Engine:
 
 
 def _extras(plan: Plan) -> set[str]:
-    """What the plan wants on the card with the model, by the ledger's names."""
+    """What the plan wants on the card with the model and its adapters, by the ledger's names."""
     nets = {control.net.name for control in plan.controls if control.net}
-    adapters = {adapter.name for adapter in plan.adapters} | ({SLOTS} if plan.adapters else set())
-    return nets | adapters | ({REDUX} if "image_prompt" in plan.pictures else set())
+    return nets | ({REDUX} if "image_prompt" in plan.pictures else set())
 
 
 @dataclass(frozen=True)
