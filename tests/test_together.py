@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ from src.errors import Cancelled, InvalidSettings
 from src.job import Job, Progress
 from src.settings import ROOT, Settings
 from tests.conftest import base64_of, opened
-from tests.small_models import small
 from tests.test_engine import OOM, plan
-from tests.test_family import sent_to, small_for
 
 OUTLINE = ROOT / "models" / "flux-shapes-outline"
 FIELDS: dict[str, Any] = {
@@ -100,22 +97,6 @@ def test_pictures_to_start_from_and_to_follow(both: Engine, alone: Engine) -> No
     same(both, alone, init_image=picture, strength=0.6)
     same(both, alone, control_image=picture, control_type="canny")
     same(both, alone, control_image=picture, control_type="canny", width=112, height=144)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["kontext", "fill", "control", "flux.2-dev", "klein-base"])
-def test_every_family_can_be_shared(family: str, tmp_path: Path) -> None:
-    settings = Settings(model_name=str(small(family, tmp_path / "tune")), parallel="picture")
-    plain = load_engine(settings)
-    engines = load_engines(settings, on=(CPU, CPU))
-    try:
-        for mode in plain.model.modes:
-            if not plain.model.modes[mode].controlnet:
-                same(engines._engines[0], plain, prompt="x", **small_for(plain), **sent_to(plain, mode))
-    finally:
-        (together,) = [engine._together for engine in engines._engines]
-        assert isinstance(together, Followers)
-        together.close()
 
 
 @pytest.mark.slow
