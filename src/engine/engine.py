@@ -321,15 +321,14 @@ class Engine:
             self.run(plan)
         warm = self.run(plan)
         step = warm.timings["denoise"] / plan.steps
-        if not self._blocks:
+        placement, own_size = self._placed_pipeline.placement, (self.model.width, self.model.height)
+        is_modelled = plan.spec == self.model.base and plan.canvas == own_size and len(plan.seeds) == 1
+        if placement and is_modelled and not self._blocks:
             compiled = self._compiled is not None and self._compiled.state == "compiled"
             transformer = self._pipeline.transformer
             self._blocks = time_blocks(transformer, lambda: self.run(plan), self._synchronize, compiled=compiled)
-            placement = self._placed_pipeline.placement
-            own_size = plan.canvas == (self.model.width, self.model.height) and len(plan.seeds) == 1
-            if placement and own_size:  # what was modelled
-                log.info("%s", compared(placement, step, warm.peak_memory, self._blocks, transformer))
-                self._ledger.learn(of_a_step(transformer, self._blocks))
+            log.info("%s", compared(placement, step, warm.peak_memory, self._blocks, transformer))
+            self._ledger.learn(of_a_step(transformer, self._blocks))
         return sum(warm.timings.values()) + step * (steps - plan.steps)
 
     def keep_compiled(self) -> None:
