@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -149,11 +150,8 @@ def _without_weights() -> Iterator[None]:
             weight = nn.Parameter(weight.data.to("meta"), requires_grad=False)
         own(layer, name, weight)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
+    with patch.object(nn.Module, "register_parameter", register):
         yield
-    finally:
-        nn.Module.register_parameter = own  # type: ignore[method-assign]
 
 
 def _filled(shape: torch.Size, name: str, drawn: torch.Tensor) -> torch.Tensor:

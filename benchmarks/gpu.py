@@ -30,7 +30,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.bare import without_needless_packages
-from benchmarks.gpu_results import OtherMachine, Results, Row
+from benchmarks.gpu_results import OtherMachine, Results, Row, words
 from benchmarks.gpu_ways import LeftOut, Way, chosen, with_references
 
 if TYPE_CHECKING:
@@ -160,11 +160,6 @@ def attempt(bench: Bench, way: Way) -> Row:
     except BaseException as error:  # noqa: BLE001 - compilers and extensions raise anything
         let_go(error)  # its frames hold a model's weights
         return {"way": way.name, "error": words(error)}
-
-
-def words(error: BaseException) -> str:
-    """One line of at most 300 letters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def plot(models: Mapping[str, Any]) -> Figure:

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_bench import Bench, as_new
+from benchmarks.gpu_results import words
 from benchmarks.gpu_ways import AS_SERVED, BY_THE_CARD, WAYS
 from src.job import Progress
 
@@ -56,7 +57,7 @@ def profiles(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     yield way.name, steps(bench.prepare(way).draw, bench.device)
                 except Exception as error:  # noqa: BLE001 - whatever the profiler of this machine raises
-                    yield way.name, {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+                    yield way.name, {"error": words(error)}
 
 
 def steps(draw: Callable[..., object], device: torch.device) -> dict[str, Any]:

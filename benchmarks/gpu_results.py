@@ -79,3 +79,8 @@ class Results:
 def _words(machine: Mapping[str, Any]) -> str:
     card = "no card" if machine["card"] == "none" else machine["card"]
     return f"{card} with torch {machine['torch']} and diffusers {machine['diffusers']}"
+
+
+def words(error: BaseException) -> str:
+    """One line of at most 300 letters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

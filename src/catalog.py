@@ -476,7 +476,7 @@ class Profile:
 
     quantization: str = "none"  # a row of QUANTIZATIONS
     attention: tuple[str, ...] = ()  # diffusers' attention backends, the first that works here; none: the card's own
-    speed: str = "exact"  # the row of SPEEDS of a request that says none
+    speed: str = EXACT  # the row of SPEEDS of a request that says none
     static_shapes: bool = False  # compiled once more for each size of the warm-up
 
 

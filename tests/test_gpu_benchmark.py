@@ -20,9 +20,9 @@ from torch import nn
 
 from benchmarks import bare, gpu, gpu_bench, gpu_profile, readme
 from benchmarks.full_size import _without_weights
-from benchmarks.gpu import Budget, attempt, run, words
+from benchmarks.gpu import Budget, attempt, run
 from benchmarks.gpu_bench import Bench, block_calls, published_rate
-from benchmarks.gpu_results import OtherMachine, Results
+from benchmarks.gpu_results import OtherMachine, Results, words
 from benchmarks.gpu_ways import AS_SERVED, PLAIN, WAYS, LeftOut, Way, chosen, with_references
 from deploy import plan
 from src.engine.lora import AdapterFile, Networks

@@ -18,6 +18,7 @@ import torch
 import torch.fx.experimental._config as shapes_config
 
 from src.catalog import PROFILES
+from src.engine.block_timing import KINDS
 from src.engine.lora_slots import LoraSlots
 from src.errors import DeviceFailed, InvalidSettings, first_line
 from src.settings import Settings
@@ -28,6 +29,7 @@ log = logging.getLogger("worker")
 _AMPERE = (8, 0)  # compute capability: the first with bfloat16
 # Where torch does not choose the fastest attention by itself. On Hopper it does: cuDNN's, and another where that fails.
 _ATTENTION = {(12, 0): "_native_cudnn"}  # RTX 5090
+COMPILED = "compiled"
 _GRAPHS = 256  # of one kind of block, at most: by cards, norms, slots, sizes; torch's own limit of 8 is for surprises
 
 
@@ -110,7 +112,8 @@ class Compiled:
         *,
         static_shapes: bool = False,
     ) -> None:
-        self.state = "not warmed up"  # or compiled, or why not
+        self._failure: str | None = None
+        self._is_warm = False
         self.lora_slots = lora_slots
         self._kept = kept
         self._backend = backend
@@ -124,10 +127,15 @@ class Compiled:
         if kept.is_file():  # of a broken file torch says so, and goes on
             self._in_file = _keys(torch.compiler.load_cache_artifacts(kept.read_bytes()))
 
+    @property
+    def state(self) -> str:
+        """COMPILED, or why not."""
+        return f"failed: {self._failure}" if self._failure else COMPILED if self._is_warm else "not warmed up"
+
     def add(self, network: Any) -> None:
         """Let the blocks of a transformer or a ControlNet be compiled, or run graphs that fit them."""
         network.requires_grad_(False)  # as adapters leave it, or what was compiled before them would not fit after
-        for kind in ("transformer_blocks", "single_transformer_blocks"):
+        for kind in KINDS:
             for block in getattr(network, kind):
                 self._compile(block)
 
@@ -140,7 +148,7 @@ class Compiled:
 
         @functools.wraps(forward)
         def run(*inputs: Any, **named: Any) -> Any:
-            if self.state.startswith("failed"):  # not by torch's stance, which is that of all cards' blocks
+            if self._failure:  # not by torch's stance, which is that of all cards' blocks
                 return forward(*inputs, **named)
             if of_attention and named.get("joint_attention_kwargs") is None:  # of some networks None, of others {}
                 named["joint_attention_kwargs"] = {}
@@ -157,16 +165,16 @@ class Compiled:
 
     def warm_up(self, draw: Callable[[], object]) -> None:
         """Compile what `draw` needs, without adapters and with slots for them; where that fails it runs as it is."""
-        if self.state.startswith("failed"):
+        if self._failure:
             draw()
             return
         if reason := self._fails(draw):
             log.warning("torch.compile failed, and blocks run as they are (COMPILE=false is silent): %s", reason)
-            self.state = f"failed: {reason}"
+            self._failure = reason
             self.lora_slots.give_up()
             draw()
             return
-        self.state = "compiled"
+        self._is_warm = True
         for rank in self.lora_slots.ranks:
             with self.lora_slots.empty(rank):
                 reason = self._fails(draw)
@@ -197,7 +205,7 @@ class Compiled:
 
         What torch 2.13 serializes a second time loads without what it serialized the first time.
         """
-        artifacts = torch.compiler.save_cache_artifacts() if self.state == "compiled" else None
+        artifacts = torch.compiler.save_cache_artifacts() if self.state == COMPILED else None
         if artifacts and not _keys(artifacts[1]) <= self._in_file:
             keep(self._kept, "COMPILE_CACHE_DIR", lambda unfinished: unfinished.write_bytes(artifacts[0]))
 

@@ -17,7 +17,7 @@ from src.engine.loading_lock import LOADING
 from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import InvalidSettings, ModelUnavailable, OutOfMemory, Refused
 from src.plan.controls import PlannedControl
-from src.weights.files import Files, Source, check_whole
+from src.weights.files import Files, Source, check_whole, values_of
 from src.weights.ledger import ExtraKind, Ledger
 
 _MEASURES = ("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim", "in_channels")
@@ -59,14 +59,14 @@ class MultiControlNet(diffusers.FluxMultiControlNetModel):  # type: ignore[misc]
         return tuple(totals)
 
 
-def values_of(net: ControlNet, files: Files) -> int:
+def find_values(net: ControlNet, files: Files) -> int:
     """How many numbers its weights are; it is downloaded where it is not here.
 
     Raises ModelUnavailable with the reason where it cannot be had.
     """
     with _named(net, files):
         found = check_whole(files.find(net.repo, net.repo, part=True).folder)
-    return sum(sum(tensors.values()) for tensors in found.values())
+    return values_of(found)
 
 
 @contextmanager
@@ -165,7 +165,7 @@ class ControlNets:
             for measure in _MEASURES:
                 if config[measure] != here[measure]:
                     raise Refused(f"is made for another model: {measure} is {config[measure]} and {here[measure]} here")
-        self._values[net.name] = sum(sum(tensors.values()) for tensors in found.values())
+        self._values[net.name] = values_of(found)
         self._guided[net.name] = bool(config.get("guidance_embeds"))
         self._sources[net.name] = source  # the last: other jobs take it for done
 

@@ -19,7 +19,7 @@ import diffusers
 import torch
 
 from src.catalog import EXACT, SCHEDULERS, SPEEDS, Model, Scheduler
-from src.engine.acceleration import Compiled, accelerate_controlnet, attention_of
+from src.engine.acceleration import COMPILED, Compiled, accelerate_controlnet, attention_of
 from src.engine.adapters import Adapters
 from src.engine.block_timing import BlockSeconds, compared, of_a_step, time_blocks
 from src.engine.controlnets import ControlNets
@@ -324,7 +324,7 @@ class Engine:
         placement, own_size = self._placed_pipeline.placement, (self.model.width, self.model.height)
         is_modelled = plan.spec == self.model.base and plan.canvas == own_size and len(plan.seeds) == 1
         if placement and is_modelled and not self._blocks:
-            compiled = self._compiled is not None and self._compiled.state == "compiled"
+            compiled = self._compiled is not None and self._compiled.state == COMPILED
             transformer = self._pipeline.transformer
             self._blocks = time_blocks(transformer, lambda: self.run(plan), self._synchronize, compiled=compiled)
             log.info("%s", compared(placement, step, warm.peak_memory, self._blocks, transformer))

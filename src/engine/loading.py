@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from src.catalog import MODELS, Model, controlnets_for, repo_of, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks
-from src.engine.controlnets import values_of
+from src.engine.controlnets import find_values
 from src.engine.engine import Engine
 from src.engine.machine import devices, measure, on_device
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
@@ -136,7 +136,7 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
         model.max_sequence_length,
         settings.max_pixels,
         settings.batch_size,
-        extra=itemsize * sum(values_of(net, files) for net in nets),
+        extra=itemsize * sum(find_values(net, files) for net in nets),
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from src.engine.loading_lock import LOADING
 from src.engine.memory import is_out_of_memory, load_with_room
 from src.errors import ModelUnavailable, Refused
-from src.weights.files import Files, Source, check_whole
+from src.weights.files import Files, Source, check_whole, values_of
 from src.weights.ledger import ExtraKind, Ledger
 
 REDUX = "Redux"  # to the ledger
@@ -49,7 +49,7 @@ class Redux:
                 raise Refused(f"is made for another model: its embeddings have {reads} values and this model's {here}")
         except Exception as error:
             raise self._unavailable(error) from error
-        self._values = sum(sum(tensors.values()) for tensors in found.values())
+        self._values = values_of(found)
         self._source = source
         return source
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from PIL import Image
 
-from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
+from src.catalog import EVERY_MODE_TAKES, EXACT, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
 from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
 from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shrunk
@@ -199,7 +199,7 @@ def decide_speed(
     if "speed" in request.model_fields_set:
         return request.speed
     can_be = negative_prompt is None or spec.cache_context
-    return preferred if can_be and calls > cache.computed_first else "exact"
+    return preferred if can_be and calls > cache.computed_first else EXACT
 
 
 def check_references(request: Request, model: Model, spec: ModeSpec, pictures: Pictures) -> Faults:

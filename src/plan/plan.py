@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from src.catalog import EVERY_MODE_TAKES, Model, ModeSpec
+from src.catalog import EVERY_MODE_TAKES, EXACT, Model, ModeSpec
 from src.errors import Fault, refusal
 from src.plan.controls import PlannedControl, decide_controls
 from src.plan.decisions import (
@@ -125,7 +125,7 @@ def make_plan(
     max_pixels: int,
     batch_size: int = 1,
     controlnets: Sequence[str] = (),
-    speed: str = "exact",
+    speed: str = EXACT,
 ) -> Plan:
     """Decide everything that `request` left open; `pictures` are those that its fields hold.
 

@@ -182,6 +182,11 @@ class Files:
         return self._settings.hf_token.get_secret_value() if self._settings.hf_token else None
 
 
+def values_of(networks: Mapping[str, Mapping[str, int]]) -> int:
+    """How many numbers all of what `check_whole` found are."""
+    return sum(sum(tensors.values()) for tensors in networks.values())
+
+
 def check_whole(folder: Path) -> dict[str, dict[str, int]]:
     """The number of values in each tensor, by network: a folder each, "" where `folder` is a network itself.
 
