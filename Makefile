@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COVERAGE := --cov=handler --cov=client --cov=src --cov=web
-PYTEST := $(BIN)/pytest -n logical --dist loadfile -q
+PYTEST := $(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder -q
 MINUTES ?= 30
 
 .PHONY: demo web test test-all lint fuzz lock licences audit docs pictures release clean
@@ -26,9 +26,10 @@ web: $(VENV)/runtime
 test: lint
 	$(PYTEST) -m "not slow" $(MORE) tests/
 
+# One more than there are cores: much of what is slow waits for other processes.
 test-all:
 	$(MAKE) test MORE="$(COVERAGE) --cov-report="
-	$(PYTEST) -m slow $(COVERAGE) --cov-append --cov-fail-under=95 tests/
+	$(PYTEST) -n $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )) -m slow $(COVERAGE) --cov-append --cov-fail-under=95 tests/
 
 lint: $(VENV)/development
 	$(BIN)/ruff check .

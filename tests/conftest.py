@@ -28,6 +28,14 @@ for name in Settings.model_fields.keys() - {"model_name"}:
         os.environ[name.upper()] = ""  # and what .env says counts for nothing
 
 
+# Modules whose single tests take minutes: begun first, or one worker of xdist would wait for the other at the end.
+LONGEST = ("test_image.py", "test_serving.py", "test_soak.py", "test_training.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     yield _hub
