@@ -113,6 +113,18 @@ KLEIN_MODES: Mapping[str, ModeSpec] = MappingProxyType(
 KLEIN_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {mode: replace(row, takes=row.takes | {"negative_prompt"}) for mode, row in KLEIN_MODES.items()}
 )
+FLUX_3_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {
+        "text-to-image": _row("Flux3DistilledModularPipeline", "", "preview"),
+        "editing": _row("Flux3DistilledModularPipeline", "init_image", "preview", references=10),
+    }
+)
+FLUX_3_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {
+        mode: replace(row, class_name="Flux3ModularPipeline", takes=row.takes | {"negative_prompt"})
+        for mode, row in FLUX_3_MODES.items()
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,7 @@ def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
 
 _DEV = "FLUX.1 [dev] Non-Commercial License"
 _NON_COMMERCIAL = "FLUX Non-Commercial License"
+_KOMMUNITY = "FLUX Kommunity License"
 _KLEIN: Mapping[str, Any] = {
     "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
     "qualities": FEW_STEPS,
@@ -256,6 +269,29 @@ MODELS: tuple[Model, ...] = (
     _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
     _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
     Model(
+        "FLUX.3-klein",
+        "black-forest-labs/flux-3-image-klein",
+        "flux.3",
+        _KOMMUNITY,
+        gated=True,
+        modes=FLUX_3_MODES,
+        num_inference_steps=16,
+        guidance_scale=1.0,
+        max_sequence_length=8192,
+        architecture="FLUX.3",
+    ),
+    Model(
+        "FLUX.3-klein-base",
+        "black-forest-labs/flux-3-image-klein-base",
+        "flux.3-base",
+        _KOMMUNITY,
+        gated=True,
+        modes=FLUX_3_BASE_MODES,
+        guidance_scale=4.0,
+        max_sequence_length=8192,
+        architecture="FLUX.3",
+    ),
+    Model(
         "flux-shapes",
         "models/flux-shapes",
         "schnell",
@@ -289,6 +325,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "flux.2-dev": Family("FLUX.2-dev", guided=True),
         "klein": Family("FLUX.2-klein-4B", guided=False),
         "klein-base": Family("FLUX.2-klein-base-4B", guided=True),
+        "flux.3": Family("FLUX.3-klein", guided=False),
+        "flux.3-base": Family("FLUX.3-klein-base", guided=True),
     }
 )
 

@@ -32,7 +32,9 @@ def small(family: str, folder: Path, **changes: Any) -> Path:
     """`folder`, with a small random model of `family` in it; `changes` are of FLUX.1's transformer."""
     torch.manual_seed(0)
     class_name = head(family).base.class_name
-    if class_name.startswith("Flux2"):
+    if class_name.startswith("Flux3"):
+        _flux_3(class_name, folder)
+    elif class_name.startswith("Flux2"):
         _flux_2(class_name, family, folder)
     else:
         _flux_1(class_name, family, folder, changes)
@@ -112,10 +114,6 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
         )
     else:
         encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**size))
-    vae = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
-        mid_block_add_attention=False,
-    )  # fmt: skip
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=3 * 16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
@@ -124,7 +122,7 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
     distilled = {} if class_name == "Flux2Pipeline" else {"is_distilled": not FAMILIES[family].guided}
     getattr(diffusers, class_name)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae.eval(),
+        vae=_vae_of_flux_2(),
         text_encoder=encoder.eval(),
         tokenizer=chat_tokenizer(),
         transformer=transformer.eval(),
@@ -134,6 +132,51 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
         index = json.loads((folder / "model_index.json").read_text())
         index["tokenizer"] = ["transformers", "PixtralProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _flux_3(class_name: str, folder: Path) -> None:
+    """As diffusers' modular pipelines are saved: with an index of their own."""
+    text = {
+        "vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 33,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    sees = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    encoder = transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(text_config=text, vision_config=sees)
+    )
+    transformer = diffusers.Flux3Transformer2DModel(
+        in_channels=16, cond_in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=8 * 16, timestep_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        flow_map=class_name == "Flux3DistilledModularPipeline",
+    )  # fmt: skip
+    parts = {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=6.93),
+        "vae": _vae_of_flux_2(),
+        "text_encoder": encoder.eval(),
+        "tokenizer": chat_tokenizer(),
+        "transformer": transformer.eval(),
+    }
+    blocks = getattr(diffusers, class_name).default_blocks_name
+    index: dict[str, Any] = {"_class_name": class_name, "_blocks_class_name": blocks, "_diffusers_version": "0.42.1"}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        kind = type(part)
+        place = {"pretrained_model_name_or_path": "someone/flux-3", "subfolder": name, "revision": None}
+        hint = [kind.__module__.partition(".")[0], "Qwen3VLProcessor" if name == "tokenizer" else kind.__name__]
+        index[name] = [None, None, place | {"type_hint": hint, "variant": None}]
+    (folder / "modular_model_index.json").write_text(json.dumps(index))
+
+
+def _vae_of_flux_2() -> Any:
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    return vae.eval()
 
 
 def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:

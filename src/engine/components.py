@@ -5,6 +5,7 @@ Libraries fill what is missing with random numbers or with an empty vocabulary, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def _converted(folder: Path, dtype: torch.dtype) -> list[Path]:
         if types != {_WRITTEN[dtype]}:
             files.append(file)
     return files
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a processor's `folder`; raises Refused where nothing there says how to chat with its model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if (template := folder / "chat_template.json").is_file() and not tokenizer.chat_template:
+        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]  # where processors once kept it
+    if not tokenizer.chat_template:
+        raise Refused(f"has no chat template in {folder.name}; download it again")
+    return tokenizer
 
 
 def check_vocabularies(pipeline: Any) -> None:

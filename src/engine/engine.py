@@ -15,7 +15,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import diffusers
 import torch
 
 from src.catalog import EXACT, SCHEDULERS, SPEEDS, Model, Scheduler
@@ -30,6 +29,7 @@ from src.engine.lora_slots import SLOTS
 from src.engine.machine import on_device
 from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
+from src.engine.pipelines import pipeline_class
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.prompts import Embeddings, Prompts
 from src.engine.quantization import has_products
@@ -369,7 +369,7 @@ class Engine:
         if name not in self._views:
             networks = {"controlnet": None} if plan.spec.controlnet else {}  # set for each plan
             with torch.inference_mode(False), torch.no_grad():  # fp8 weights cannot be looked at within it
-                view = getattr(diffusers, name).from_pipe(self._pipeline, dtype=self._pipeline.dtype, **networks)
+                view = pipeline_class(name).from_pipe(self._pipeline, dtype=self._pipeline.dtype, **networks)
             view.set_progress_bar_config(disable=True)
             self._views[name] = view
         return self._views[name]

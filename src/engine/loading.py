@@ -20,10 +20,11 @@ from huggingface_hub import snapshot_download
 
 from src.catalog import MODELS, Model, controlnets_for, repo_of, settle_model
 from src.engine.acceleration import accelerate
-from src.engine.components import check_vocabularies, load_networks
+from src.engine.components import check_vocabularies, load_networks, load_tokenizer
 from src.engine.controlnets import find_values
 from src.engine.engine import Engine
 from src.engine.machine import devices, measure, on_device
+from src.engine.pipelines import pipeline_class
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
 from src.engine.staging import Staging, mapped
@@ -31,7 +32,7 @@ from src.errors import ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
-from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole
+from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole, read_index
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.placement import Weights, Work, choose_placement
@@ -153,7 +154,8 @@ def _load(
 
     Each network goes through `settle` as soon as it is there; `short` is whether the files cannot all stay in memory.
 
-    FLUX.2-dev names a processor of words and pictures, which wants torchvision; its tokenizer is all that is needed.
+    FLUX.2-dev and FLUX.3 name a processor of words and pictures, which wants torchvision; its tokenizer is all that is
+    needed.
     """
     folder, files = source.folder, weight_files(source.folder)
     processors = [
@@ -172,11 +174,11 @@ def _load(
             quantizer.keep(network, quantizer.quantize(network), kept)
         settle(name, network)
         parts[name] = network
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(
+    pipeline = pipeline_class(index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
     for name in processors:
-        pipeline.register_modules(**{name: transformers.AutoTokenizer.from_pretrained(folder / name)})
+        pipeline.register_modules(**{name: load_tokenizer(folder / name)})
     check_vocabularies(pipeline)
     return pipeline, files
 
@@ -205,18 +207,20 @@ def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[st
 
 
 def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
-    """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer."""
+    """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer.
+
+    FLUX.3 is guided by a second call of the transformer, unless it was distilled into a flow map.
+    """
     if "is_distilled" in index:
         return not index["is_distilled"]
-    return bool(transformer["guidance_embeds"])
+    return not transformer["flow_map"] if "flow_map" in transformer else bool(transformer["guidance_embeds"])
 
 
 def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """Its index and the sizes of its tensors; Refused unless `folder` holds a whole FLUX pipeline."""
-    file = folder / "model_index.json"
-    if not file.is_file():
+    index = read_index(folder)
+    if index is None:
         raise Refused(f"{folder} holds no model_index.json, so it is not a model in diffusers' layout")
-    index: dict[str, Any] = json.loads(file.read_text())
     known = sorted({model.base.class_name for model in MODELS})
     if index.get("_class_name") not in known:
         raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")

@@ -26,6 +26,9 @@ from src.weights.placement import DoesNotFit
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
+_INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+_WITHOUT_FILES = ("scheduler", "guider")  # which FLUX.3's pipeline has defaults of
+_UPSAMPLER = ("prompt_upsampler", "prompt_upsampler_processor")  # a model of its own, which comes with FLUX.3
 _PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
 # Models in one file, as other programs keep them.
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
@@ -130,7 +133,10 @@ class Files:
         token = self._token()
         info = HfApi(token=token).model_info(repo, revision=revision, timeout=_HUB_SECONDS, files_metadata=True)
         wanted = [
-            file for file in info.siblings or () if any(fnmatch(file.rfilename, each) for each in _patterns(part))
+            file
+            for file in info.siblings or ()
+            if any(fnmatch(file.rfilename, each) for each in _patterns(part))
+            and not file.rfilename.startswith(tuple(f"{name}/" for name in _UPSAMPLER))
         ]
         if wanted:  # a gated repo shows everybody what it holds, and its files to some
             url = hf_hub_url(repo, wanted[0].rfilename, revision=info.sha)
@@ -205,11 +211,43 @@ def check_whole(folder: Path) -> dict[str, dict[str, int]]:
     return networks
 
 
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """What `folder` says that it holds, as a model_index.json says it; None where it says nothing.
+
+    A modular index names a repo and a folder of it for each component: only those of its own are read. Raises Refused
+    where a component is elsewhere.
+    """
+    if (file := folder / _INDEX).is_file():
+        index: dict[str, Any] = json.loads(file.read_text())
+        return _without_upsampler(index)
+    if not (file := folder / _MODULAR_INDEX).is_file():
+        return None
+    plain: dict[str, Any] = {}
+    for name, value in _without_upsampler(json.loads(file.read_text())).items():
+        if not isinstance(value, list):
+            plain[name] = value
+            continue
+        library, class_name, place = value
+        is_here, elsewhere = (folder / name).is_dir(), place.get("pretrained_model_name_or_path")
+        if is_here or name not in _WITHOUT_FILES:
+            plain[name] = [library, class_name] if library else list(place.get("type_hint") or (None, None))
+        if not is_here and name not in _WITHOUT_FILES and elsewhere:
+            raise Refused(
+                f"has no folder {name}: {_MODULAR_INDEX} takes it from {elsewhere}, and this worker reads models whose "
+                "parts are all in one repo or folder; put it there, or take the model as it was published"
+            )
+    return plain
+
+
+def _without_upsampler(index: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in index.items() if name not in (*_UPSAMPLER, "image_processor")}
+
+
 def check_folders(index: Mapping[str, Any], folder: Path) -> None:
-    """Raise Refused where a component of `index`, a pipeline's model_index.json, has no folder or no vocabulary."""
+    """Raise Refused where a component of `index`, a model's, has no folder or no vocabulary."""
     for name, class_name in components(index).items():
         if not (folder / name).is_dir():
-            raise Refused(f"has no folder {name}, and model_index.json names it; download it again")
+            raise Refused(f"has no folder {name}, and its index names it; download it again")
         is_tokenizer = "Tokenizer" in class_name or re.search(r"(?<!Image)Processor$", class_name)
         if is_tokenizer and not any((folder / name / file).is_file() for file in _VOCABULARIES):
             raise Refused(f"has no vocabulary in {name}: none of {', '.join(_VOCABULARIES)}; download it again")
@@ -231,7 +269,8 @@ def cache_name() -> str:
 
 
 def _wanted(repo: str, revision: str | None, part: bool) -> dict[str, Any]:
-    return {"repo_id": repo, "revision": revision, "allow_patterns": _patterns(part)}
+    wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _patterns(part)}
+    return wanted if part else {**wanted, "ignore_patterns": [f"{name}/*" for name in _UPSAMPLER]}
 
 
 def _patterns(part: bool) -> list[str]:
@@ -248,7 +287,8 @@ def _is_whole(folder: Path, part: bool) -> bool:
     try:
         networks = [folder]
         if not part:
-            index = json.loads((folder / "model_index.json").read_text())
+            if (index := read_index(folder)) is None:
+                return False
             check_folders(index, folder)
             networks = [folder / name for name in components(index)]
         described = {network for network in networks if (network / "config.json").exists()}
