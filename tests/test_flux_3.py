@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from src.catalog import SCHEDULERS
 from src.engine import Engine, load_engine
+from src.engine.placed_pipeline import PlacedPipeline
 from src.plan.plan import make_plan
 from src.request.reading import read_request
 from src.settings import Settings
-from tests.small_models import head, small
+from tests.small_models import all_placements, head, small, weights_of
 
 REFERENCES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
@@ -72,3 +74,20 @@ def test_pictures_are_those_of_diffusers_own_blocks(held: tuple[Path, Engine], r
             **SMALL, **({"image": pictures} if pictures else {}),
         )  # fmt: skip
     assert ours.tobytes() == theirs.tobytes()
+
+
+def test_the_same_bytes_with_everything_away_that_can_be(held: tuple[Path, Engine]) -> None:
+    """Adaptive norms ahead and every block streamed: with every scheduler, references, in batches."""
+    folder, plain = held
+    thrifty = load_engine(Settings(model_name=str(folder)))
+    least = min(all_placements(weights_of(folder)), key=lambda found: found.resident)
+    thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, torch.device("cpu"))
+    assert least.modulation_cache
+    assert least.streamed["transformer"]
+    for scheduler in SCHEDULERS:
+        for count in (1, 2):
+            fields = {"prompt": "a red circle", "seed": 5, **SMALL, "scheduler": scheduler, "num_images": count}
+            request, faults, _ = read_request({"input": fields})
+            plan = make_plan(request, faults, plain.model, max_pixels=2**20, batch_size=2)
+            ours, theirs = ([picture.tobytes() for picture in held.run(plan).pictures] for held in (thrifty, plain))
+            assert ours == theirs, (scheduler, count)

@@ -1,7 +1,7 @@
 """Pipelines by the names of a catalog's rows: diffusers' own, and its modular ones in a plain pipeline's words.
 
-The engine speaks `DiffusionPipeline`'s language: components, `encode_prompt`, a call with `callback_on_step_end`. FLUX.3
-is in diffusers as blocks that pass a state on; here those very blocks are run by a pipeline that answers to it.
+The engine speaks `DiffusionPipeline`'s language: components, `encode_prompt`, a call with `callback_on_step_end`. diffusers
+has FLUX.3 as blocks that pass a state on: here a pipeline that has those words runs the very blocks.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def pipeline_class(name: str) -> Any:
     return globals().get(name) or getattr(diffusers, name)
 
 
-class Flux3ModularPipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  # type: ignore[misc]
-    """FLUX.3 by classifier-free guidance: the pictures are the bytes of diffusers' pipeline of the same name.
+class _Flux3Pipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  # type: ignore[misc]
+    """What both kinds of FLUX.3 have in common: the pictures are the bytes of diffusers' pipelines of the same names.
 
     `tokenizer` is that of Qwen3-VL's processor; of `guider` its configuration counts, but for the scale.
     """
@@ -41,9 +41,10 @@ class Flux3ModularPipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ("latents",)
     _optional_components = ("guider",)
-    _text_input: type[ModularPipelineBlocks] = inputs.Flux3TextInputStep
-    _text_places: type[ModularPipelineBlocks] = before_denoise.Flux3TextRoPEInputsStep
-    _denoiser: type[ModularPipelineBlocks] = denoise.Flux3LoopDenoiser
+    _text_input: type[ModularPipelineBlocks]
+    _text_places: type[ModularPipelineBlocks]
+    _denoiser: type[ModularPipelineBlocks]
+    guider: Any
 
     def __init__(
         self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, *, guider: Any = None
@@ -106,60 +107,15 @@ class Flux3ModularPipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  
     def tokens_to_latents(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """What the VAE decodes, [pictures, channels, height, width], of `tokens` [pictures, count, values]."""
         side = 2 * self.vae_scale_factor
-        grid = tokens.unflatten(1, (height // side, width // side)).permute(0, 3, 1, 2)
+        grid = tokens.view(len(tokens), height // side, width // side, -1).permute(0, 3, 1, 2)
         norm = self.vae.bn
         mean, variance = (each.view(1, -1, 1, 1).to(grid) for each in (norm.running_mean, norm.running_var))
         packed = grid * torch.sqrt(variance + self.vae.config.batch_norm_eps) + mean
         latents: torch.Tensor = decoders.Flux3DecodeStep._unpatchify_latents(packed)
         return latents
 
-    def __call__(
-        self,
-        prompt: str | None = None,
-        *,
-        image: Image.Image | list[Image.Image] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        height: int = 1024,
-        width: int = 1024,
-        num_inference_steps: int = 50,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.0,
-        max_sequence_length: int = 8192,
-        num_images_per_prompt: int = 1,
-        generator: Any = None,
-        output_type: str = "pil",
-        callback_on_step_end: OnStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Any:
-        """Pictures of `height` x `width`, which are multiples of 16; `image` holds references.
-
-        `callback_on_step_end` gets every step's latents, [pictures, tokens, values], and ends the call by raising.
-        """
-        guider = dict(self.guider.config) if self.guider else {}
-        guider |= {"guidance_scale": guidance_scale, "enabled": guidance_scale > 1}
-        self.guider = diffusers.ClassifierFreeGuidance.from_config(guider)
-        if prompt_embeds is None:
-            prompt_embeds, _ = self.encode_prompt(prompt or "", max_sequence_length)
-        if negative_prompt_embeds is None and self.requires_unconditional_embeds:
-            negative_prompt_embeds, _ = self.encode_prompt("", max_sequence_length)
-        return self._draw(
-            {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
-            callback_on_step_end,
-            image=image,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            output_type=output_type,
-        )
-
-    def _draw(
-        self, embeds: Mapping[str, torch.Tensor | None], on_step_end: OnStepEnd | None, **values: Any
-    ) -> diffusers.ImagePipelineOutput:
-        """By diffusers' blocks, one after another."""
+    def _draw(self, embeds: Mapping[str, torch.Tensor | None], on_step_end: OnStepEnd | None, **values: Any) -> Any:
+        """Pictures by diffusers' blocks, one after another; `values` are what those take."""
         state = PipelineState()
         for name, value in values.items():
             state.set(name, value)
@@ -189,7 +145,58 @@ class Flux3ModularPipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  
         yield decoders.Flux3DecodeStep()
 
 
-class Flux3DistilledModularPipeline(Flux3ModularPipeline):
+class Flux3ModularPipeline(_Flux3Pipeline):
+    """FLUX.3 by classifier-free guidance, which is off where `guidance_scale` is not above 1."""
+
+    _text_input = inputs.Flux3TextInputStep
+    _text_places = before_denoise.Flux3TextRoPEInputsStep
+    _denoiser = denoise.Flux3LoopDenoiser
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        image: Image.Image | list[Image.Image] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 4.0,
+        max_sequence_length: int = 8192,
+        num_images_per_prompt: int = 1,
+        generator: Any = None,
+        output_type: str = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),  # noqa: ARG002 - there is no other
+    ) -> Any:
+        """Pictures of `height` x `width`, which are multiples of 16; `image` holds references.
+
+        `callback_on_step_end` gets every step's latents, [pictures, tokens, values], and ends the call by raising.
+        """
+        guider = dict(self.guider.config) if self.guider else {}
+        guider |= {"guidance_scale": guidance_scale, "enabled": guidance_scale > 1}
+        self.guider = diffusers.ClassifierFreeGuidance.from_config(guider)
+        if prompt_embeds is None:
+            prompt_embeds, _ = self.encode_prompt(prompt or "", max_sequence_length)
+        if negative_prompt_embeds is None and self.requires_unconditional_embeds:
+            negative_prompt_embeds, _ = self.encode_prompt("", max_sequence_length)
+        return self._draw(
+            {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds},
+            callback_on_step_end,
+            image=image,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            output_type=output_type,
+        )
+
+
+class Flux3DistilledModularPipeline(_Flux3Pipeline):
     """FLUX.3 in 16 steps without guidance: a flow map, which learned to jump to each step's next timestep."""
 
     _text_input = inputs.Flux3DistilledTextInputStep
@@ -206,13 +213,13 @@ class Flux3DistilledModularPipeline(Flux3ModularPipeline):
         width: int = 1024,
         num_inference_steps: int = 16,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 1.0,  # noqa: ARG002 - as every pipeline takes it
         max_sequence_length: int = 8192,
         num_images_per_prompt: int = 1,
         generator: Any = None,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),  # noqa: ARG002 - there is no other
     ) -> Any:
         """As Flux3ModularPipeline's; `guidance_scale` has no effect."""
         if prompt_embeds is None:

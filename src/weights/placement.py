@@ -38,7 +38,8 @@ class DoesNotFit(Exception):
 
 
 _BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
-_MODULATION = re.compile(r"(?:^|\.)(?:norm\w*+|(?=\w*?modulation)\w++)\.linear$")
+# norm1.linear, single_stream_modulation.linear; of FLUX.3, for each kind of tokens, early_stream_modulations.txt.linear
+_MODULATION = re.compile(r"(?:^|\.)(?:norm\w*+|(?=\w*?modulation)\w++(?:\.\w++)?)\.linear$")
 
 
 def block_of(tensor: str) -> str | None:
