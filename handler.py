@@ -193,6 +193,7 @@ def _plan(reading: Reading, job: Job, settings: Settings, engine: AnyEngine) -> 
         batch_size=settings.batch_size,
         controlnets=settings.controlnets,
         speed=PROFILES[settings.profile].speed,
+        upsampler=settings.prompt_upsampler is not None,
     )
 
 

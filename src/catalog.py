@@ -174,6 +174,11 @@ class Model:
         """The mode whose pipeline loads it; the others' pipelines share its weights."""
         return next(iter(self.modes.values()))
 
+    @property
+    def upsamples(self) -> bool:
+        """Whether it has a prompt upsampler: it was trained on long captions, which another model writes."""
+        return "prompt_upsampling" in self.base.takes
+
 
 def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
     return Model(name, f"black-forest-labs/{name}", family, licence, **columns)
@@ -537,6 +542,12 @@ def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[Contro
         return min((wanted.index(name.lower()) for name in (row.name, row.repo) if name.lower() in wanted), default=99)
 
     return tuple(sorted(fitting, key=rank))
+
+
+def no_use_for_upsampler(upsampler: str, model: Model) -> str:
+    """What to say of a prompt upsampler that is set beside a model without one."""
+    having = ", ".join(row.name for row in MODELS if row.upsamples)
+    return f"is {upsampler}, and {model.name} reads prompts as they are; allowed: none, or MODEL_NAME one of {having}"
 
 
 def find_model(name: str) -> Model | None:

@@ -25,7 +25,8 @@ T = TypeVar("T")
 class Progress:
     """How far a job has got: `step` of `steps` over all its pictures are done.
 
-    `phase` is queued, load_adapters, load_controlnets, encode_prompt, denoise, decode, encode_images or upload.
+    `phase` is queued, load_adapters, load_controlnets, upsample_prompt, encode_prompt, denoise, decode, encode_images
+    or upload.
     """
 
     phase: str

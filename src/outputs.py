@@ -21,6 +21,7 @@ class Generation:
     quantization: str | None = None  # of the weights; None is exact
     profile: str = "exact"  # the worker's row of PROFILES
     device: str = "cpu"  # where it was drawn, as torch names it
+    prompts: tuple[str, ...] = ()  # each picture's as it was drawn, where the plan's were upsampled
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ def _repos(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _or_none(value: object) -> object:
+    """Read "none" as nothing."""
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
 def _sizes(value: object) -> object:
     """Read "512x512,1024x768" as numbers, and "none" as no size at all."""
     if not isinstance(value, str):
@@ -140,6 +145,11 @@ class Settings(BaseModel):
     )
     redux_model: str = Field(
         "black-forest-labs/FLUX.1-Redux-dev", description="what reads image_prompt: a hub id or a local folder"
+    )
+    prompt_upsampler: Annotated[str | None, BeforeValidator(_or_none)] = Field(
+        None,
+        description="what writes prompts out where a request says prompt_upsampling: a hub id or a local folder, for "
+        "FLUX.3 black-forest-labs/flux-3-image-klein-pup (19 GB); none by default",
     )
     lora_dir: Path = Field(Path("/runpod-volume/loras"), description="the only folder whose adapters may be used")
     lora_cache_dir: Path = Field(Path("/tmp/loras"), description="where downloaded adapters are kept")  # noqa: S108

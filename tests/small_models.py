@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from tokenizers import pre_tokenizers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from src.catalog import FAMILIES, Model, get_model
 from src.settings import ROOT
@@ -20,6 +21,15 @@ from src.weights.placement import GB, Machine, Placement, Weights, Work, placeme
 SHAPES = ROOT / "models" / "flux-shapes"
 LETTERS = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
 IN_CHANNELS = {"fill": 384, "control": 128}  # what is read beside the 64 of the latents: a masked picture, an edge map
+_MARKS = (
+    "<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+)  # fmt: skip
+_UPSAMPLERS_CHAT = (  # as Qwen3.5's own says it, without the system's pages: of those few words would be lost in them
+    "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
 _DEEPEST_LAYER = {"Flux2Pipeline": 30, "Flux2KleinPipeline": 27}  # that FLUX.2 takes its words from
 
 
@@ -75,6 +85,46 @@ def redux(folder: Path, words: int = 128) -> Path:
         image_encoder=transformers.SiglipVisionModel(sees),
         feature_extractor=transformers.SiglipImageProcessor(size={"height": 32, "width": 32}),
         image_embedder=diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(16, words),
+    ).save_pretrained(folder)
+    return folder
+
+
+def upsampler(folder: Path) -> Path:
+    """`folder`, with a small random prompt upsampler in it, in the layout of a hub's repo: Qwen3.5 and its processor.
+
+    What it writes is printable, and ends at one letter in nine.
+    """
+    torch.manual_seed(3)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = transformers.Qwen2TokenizerFast(
+        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], pad_token=_MARKS[0], unk_token=_MARKS[0],
+        eos_token=_MARKS[2], additional_special_tokens=list(_MARKS[1:]),
+    )  # fmt: skip
+    tokenizer.chat_template = _UPSAMPLERS_CHAT
+    pad, _, end, start, stop, picture, film = tokenizer.convert_tokens_to_ids(list(_MARKS))
+    words: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "eos_token_id": end,
+        "pad_token_id": pad, "initializer_range": 0.5,
+    }  # fmt: skip
+    sees = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            "num_position_embeddings": 16, "initializer_range": 0.5}  # fmt: skip
+    network = transformers.Qwen3_5ForConditionalGeneration(
+        transformers.Qwen3_5Config(
+            text_config=words, vision_config=sees, image_token_id=picture, video_token_id=film,
+            vision_start_token_id=start, vision_end_token_id=stop,
+        )
+    )  # fmt: skip
+    printable = [i for i, letter in enumerate(letters) if "!" <= letter <= "~"]
+    with torch.no_grad():
+        for i in set(range(len(tokenizer))) - set(printable):
+            network.lm_head.weight[i] = 0  # some other word is likelier
+    network.generation_config.eos_token_id = printable[::9]
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3, size={"shortest_edge": 1024, "longest_edge": 2**24}
     ).save_pretrained(folder)
     return folder
 

@@ -44,11 +44,16 @@ def load_networks(
     }
     converted = [_converted(folder / name, dtype) if short else [] for name in wanted]
     for _, (name, found) in zip(one_ahead(converted), wanted.items(), strict=True):
-        network, report = found.from_pretrained(
-            folder / name, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        _check_report(name, report)
-        yield name, network
+        yield name, load_network(name, found, folder / name, dtype)
+
+
+def load_network(name: str, found: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """One network, of the class `found`, that is called `name`; raises Refused as `load_networks` does."""
+    network, report = found.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    _check_report(name, report)
+    return network
 
 
 def _converted(folder: Path, dtype: torch.dtype) -> list[Path]:
@@ -77,13 +82,17 @@ def check_vocabularies(pipeline: Any) -> None:
     for suffix in ("", "_2"):
         tokenizer, encoder = (getattr(pipeline, f"{part}{suffix}", None) for part in ("tokenizer", "text_encoder"))
         if tokenizer is not None and encoder is not None:
-            config = encoder.config.get_text_config()
-            known, words = config.vocab_size, len(tokenizer)
-            if abs(words - known) > _SPARE_WORDS * known:
-                raise Refused(
-                    f"the vocabulary in tokenizer{suffix} has {words:,} words, and text_encoder{suffix} was made for "
-                    f"{known:,}; download it again"
-                )
+            check_vocabulary(f"tokenizer{suffix}", f"text_encoder{suffix}", tokenizer, encoder)
+
+
+def check_vocabulary(here: str, name: str, tokenizer: Any, network: Any) -> None:
+    """Raise Refused where the vocabulary in `here` is not that of the network `name`."""
+    config = network.config.get_text_config()
+    known, words = config.vocab_size, len(tokenizer)
+    if abs(words - known) > _SPARE_WORDS * known:
+        raise Refused(
+            f"the vocabulary in {here} has {words:,} words, and {name} was made for {known:,}; download it again"
+        )
 
 
 def _is_network(found: Any) -> bool:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,10 +31,11 @@ from src.engine.memory import free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.pipelines import pipeline_class
 from src.engine.placed_pipeline import PlacedPipeline
-from src.engine.prompts import Embeddings, Prompts
+from src.engine.prompts import Prompts
 from src.engine.quantization import has_products
 from src.engine.redux import REDUX, Redux
 from src.engine.schedulers import make_scheduler
+from src.engine.upsampling import PromptUpsampler
 from src.errors import Cancelled, Fault, TimedOut, let_go
 from src.job import OnProgress
 from src.outputs import Generation, Loaded
@@ -46,6 +47,7 @@ from src.weights.ledger import Ledger, PlacementChoice
 from src.weights.placement import Placement
 
 log = logging.getLogger("worker")
+T = TypeVar("T")
 
 
 class Together(Protocol):
@@ -108,6 +110,7 @@ class Engine:
         self._controlnets = ControlNets(pipeline, model, files, device, ledger=ledger, on_load=as_fast)
         self._redux = Redux(pipeline, settings.redux_model, files, device, ledger)
         self._prompts = Prompts(pipeline, self._redux, device)
+        self._upsampler = PromptUpsampler(pipeline, device)
         self._attention = attention_of(pipeline.transformer)  # now: others ask while the transformer's layers change
         self._own_scheduler = pipeline.scheduler
         own = Scheduler(type(pipeline.scheduler).__name__)
@@ -177,11 +180,20 @@ class Engine:
             if plan.spec.controlnet:
                 phases.begin("load_controlnets")
                 view.controlnet, arguments = self._controlnets.use(plan.controls)
+            if plan.sampling.prompt_upsampling:
+                phases.begin("upsample_prompt")
+                with LOADING.drawing():
+                    captions, cut = self._with_room(lambda: self._upsampler.write(plan, phases.go_on))
+                warnings += cut
+                plan = plan.upsampled(captions)
             phases.begin("encode_prompt")
             if "image_prompt" in plan.pictures:
                 self._redux.load()
             with LOADING.drawing():
-                prompts = {prompt: self._encode(plan, prompt) for prompt in dict.fromkeys(plan.prompts)}
+                prompts = {
+                    prompt: self._with_room(partial(self._prompts.read, plan, prompt))
+                    for prompt in dict.fromkeys(plan.prompts)
+                }
             unread = self._prompts.warnings(plan)  # a tokenizer is not for two threads at once
             self._ledger.done_with(REDUX)
 
@@ -203,6 +215,7 @@ class Engine:
                 quantization=self._placed_pipeline.quantization,
                 profile=self._profile,
                 device=" ".join(self.devices),
+                prompts=plan.prompts,
             ),
         )
 
@@ -216,6 +229,8 @@ class Engine:
             self._on_the_side(),
         ):
             if "image_prompt" in plan.pictures or plan.adapters or self._adapters.change_text_encoders:
+                return
+            if plan.sampling.prompt_upsampling:  # what will be read is not written yet
                 return
             if not self._placed_pipeline.text_encoders_stay:
                 return
@@ -352,16 +367,16 @@ class Engine:
             self._synchronize()
             raise
 
-    def _encode(self, plan: Plan, prompt: str) -> Embeddings:
-        """The prompt's embeddings; memory that is short is freed, and what is idle leaves, once."""
+    def _with_room(self, read: Callable[[], T]) -> T:
+        """What text encoders `read`; memory that is short is freed, and what is idle leaves, once."""
         try:
-            return self._prompts.read(plan, prompt)
+            return read()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             free_memory(error)
             self._ledger.give()
-        return self._prompts.read(plan, prompt)
+        return read()
 
     def _view(self, plan: Plan) -> Any:
         """The pipeline of the plan's mode, which shares every weight with the one that was loaded."""

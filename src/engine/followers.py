@@ -66,9 +66,10 @@ class Followers:
         """
         for number, device in enumerate(self._devices[1:]):
             threading.Thread(target=self._read, args=(number,), name=f"reads {device}", daemon=True).start()
-        without_nets = settings.model_copy(update={"controlnets": ()})  # which work here
+        alone = {"controlnets": (), "prompt_upsampler": None}  # which work here
+        shared = settings.model_copy(update=alone)
         for number, device in enumerate(self._devices[1:]):  # one after another: each passes through the host's memory
-            self._send("load", without_nets, len(self._devices) - 1 - number, to=number)
+            self._send("load", shared, len(self._devices) - 1 - number, to=number)
             failure = self._replies[number].get()
             self._check()
             if failure:

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from src.catalog import MODELS, Model, controlnets_for, repo_of, settle_model
+from src.catalog import MODELS, Model, controlnets_for, no_use_for_upsampler, repo_of, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks, load_tokenizer
 from src.engine.controlnets import find_values
@@ -28,7 +29,8 @@ from src.engine.pipelines import pipeline_class
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
 from src.engine.staging import Staging, mapped
-from src.errors import ModelUnavailable, Refused, WorkerError
+from src.engine.upsampling import UPSAMPLER, check_upsampler, load_upsampler
+from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
@@ -80,6 +82,9 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
             guided = _is_guided(index, configurations["transformer"])
             model = settle_model(name, class_name=index["_class_name"], guided=guided)
+            upsampler = _find_upsampler(settings, files, model)
+            if upsampler:
+                parameters |= {UPSAMPLER: check_upsampler(upsampler)}
             machine = measure(device, dtype, settings.memory_limit_gb)
             choice = PlacementChoice(
                 Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
@@ -92,13 +97,18 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
 
         # 3. Its weights, read and put there
         with START.stage("read") as facts:
-            short = not stays_in_memory(weight_files(source.folder), host_memory)
+            short = not stays_in_memory(_all_files(source, upsampler), host_memory)
             staging = Staging(device, FileReader(drop_behind=short))
             kind = placement.quantization
             quantizer = Quantizer(kind, device, settings.quantized_dir, staging) if kind else None
-            pipeline, read = _load(
-                index, source, dtype, quantizer, partial(place, placement=placement, staging=staging), short=short
-            )
+            settle = partial(place, placement=placement, staging=staging)
+            pipeline, read = _load(index, source, dtype, quantizer, settle, short=short)
+            if upsampler:
+                with _upsampler_named(settings, files):
+                    parts = load_upsampler(upsampler, dtype)
+                    settle(UPSAMPLER, parts[UPSAMPLER])
+                pipeline.register_modules(**parts)
+                read += weight_files(upsampler, part=True)
             left = mapped(weight for network in networks_of(pipeline).values() for weight in network.parameters())
             facts |= {"bytes": size_of(read) - sum(weight.nbytes for weight in left), "streamed": short}
         with START.stage("load") as facts:
@@ -124,6 +134,31 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         with START.stage("controlnets"):
             engine.load_controlnets(settings.controlnets)
     return engine
+
+
+def _all_files(source: Source, upsampler: Path | None) -> list[Path]:
+    return weight_files(source.folder) + (weight_files(upsampler, part=True) if upsampler else [])
+
+
+def _find_upsampler(settings: Settings, files: Files, model: Model) -> Path | None:
+    """The folder of PROMPT_UPSAMPLER; raises InvalidSettings where `model` has no use for it, or ModelUnavailable."""
+    if (name := settings.prompt_upsampler) is None:
+        return None
+    if not model.upsamples:
+        raise InvalidSettings(f"PROMPT_UPSAMPLER: {no_use_for_upsampler(name, model)}")
+    with _upsampler_named(settings, files):
+        folder = files.find(name, name, part=True).folder
+        check_upsampler(folder)
+    return folder
+
+
+@contextmanager
+def _upsampler_named(settings: Settings, files: Files) -> Iterator[None]:
+    """What goes wrong within it is told of PROMPT_UPSAMPLER, in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelUnavailable(f"PROMPT_UPSAMPLER={settings.prompt_upsampler}: {files.explain(error)}") from error
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:

@@ -28,6 +28,10 @@ class Phases:
         self.current, self._since = phase, time.perf_counter()
         self._report(Progress(phase, self.steps_done, self._steps))
 
+    def go_on(self) -> None:
+        """The phase goes on; raises where it is to stop."""
+        self._report(Progress(self.current, self.steps_done, self._steps))
+
     def step(self, pictures: int, preview: Image.Image | None) -> None:
         """One step of so many pictures is done."""
         self.steps_done += pictures

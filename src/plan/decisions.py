@@ -23,7 +23,13 @@ from src.wording import did_you_mean, show
 Faults = list[Fault]
 
 # Options that other services' clients send in every mode: where those have no effect nobody is misled.
-_OPTIONS = frozenset({"strength", "negative_prompt", "true_cfg_scale", "image_prompt_scale", *CONTROL_OPTIONS.values()})
+_OPTIONS = frozenset(
+    {
+        "strength", "negative_prompt", "true_cfg_scale", "image_prompt_scale", "prompt_upsampling",
+        *CONTROL_OPTIONS.values(),
+    }
+)  # fmt: skip
+NO_UPSAMPLER = "this worker has no prompt upsampler (PROMPT_UPSAMPLER)"
 _REFERENCE_SIDE, _REFERENCE_ASPECT = 64, 8  # as diffusers' Flux2ImageProcessor.check_image_input wants them
 
 
@@ -151,6 +157,17 @@ def decide_prompts(request: Request, model: Model) -> tuple[tuple[str, ...], Fau
         message = f"must be {len(request.prompt)}, one per prompt, got {request.num_images}"
         faults.append(Fault("num_images", message))
     return request.prompt, faults
+
+
+def decide_upsampling(request: Request, spec: ModeSpec, *, upsampler: bool) -> tuple[frozenset[str], Faults]:
+    """What only a worker with an `upsampler` can use, where this one has none and another's client asks for it."""
+    asked = frozenset({"prompt_upsampling"}) & request.said & spec.takes
+    if upsampler or not asked:
+        return frozenset(), []
+    if request.foreign:
+        return asked, []
+    message = f"cannot be true, as {NO_UPSAMPLER}; allowed: false, or true on a worker that has one"
+    return frozenset(), [Fault("prompt_upsampling", message)]
 
 
 def decide_guidance(request: Request, model: Model) -> tuple[float, Faults]:

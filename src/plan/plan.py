@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from src.catalog import EVERY_MODE_TAKES, EXACT, Model, ModeSpec
 from src.errors import Fault, refusal
 from src.plan.controls import PlannedControl, decide_controls
 from src.plan.decisions import (
+    NO_UPSAMPLER,
     check_adapters,
     check_references,
     check_speed,
@@ -29,6 +30,7 @@ from src.plan.decisions import (
     decide_scheduler,
     decide_speed,
     decide_steps,
+    decide_upsampling,
     without_effect,
 )
 from src.plan.geometry import Size, at_most, fit
@@ -109,6 +111,12 @@ class Plan:
             for first in range(0, len(seeds), self.batch_size):
                 yield prompt, tuple(seeds[first : first + self.batch_size])
 
+    def upsampled(self, captions: Sequence[str]) -> Plan:
+        """The plan that has `captions`, one a picture, where its prompts were: its pictures are the same anywhere."""
+        said = {name: getattr(self.sampling, name) for name in self.sampling.model_fields_set - {"prompt_upsampling"}}
+        sampling = Sampling.model_construct(**said | {"prompt": tuple(captions)})
+        return replace(self, prompts=tuple(captions), sampling=sampling)
+
     def parameters(self, i: int) -> dict[str, Any]:
         """The request that makes picture `i` again."""
         return self.sampling.model_dump(exclude_unset=True) | {"prompt": self.prompts[i], "seed": self.seeds[i]}
@@ -126,11 +134,13 @@ def make_plan(
     batch_size: int = 1,
     controlnets: Sequence[str] = (),
     speed: str = EXACT,
+    upsampler: bool = False,
 ) -> Plan:
     """Decide everything that `request` left open; `pictures` are those that its fields hold.
 
     Of several ControlNets that read the same, those named in `controlnets` are preferred. `speed` is the worker's, for
-    requests that say none. `faults` and `warnings` are those of reading the request.
+    requests that say none; `upsampler` is whether it can write prompts out. `faults` and `warnings` are those of
+    reading the request.
 
     Raises InvalidRequest with the `faults` and those that only the model's row shows, or AdapterUnavailable where
     nothing else hinders.
@@ -162,6 +172,7 @@ def make_plan(
     scheduler = settle(decide_scheduler(request, midway=strength is not None))
     steps = settle(decide_calls(num_inference_steps, strength, scheduler))
     prompts = settle(decide_prompts(request, model))
+    without_upsampler = settle(decide_upsampling(request, spec, upsampler=upsampler))
     guidance_scale = settle(decide_guidance(request, model))
     negative_prompt = settle(decide_negative_prompt(request, spec, guidance_scale, wrong))
 
@@ -178,7 +189,7 @@ def make_plan(
 
     # 4. All of it, as one request with nothing left open
     first = secrets.randbelow(_PICKED_SEEDS) if request.seed is None else request.seed
-    asked = request.said & (EVERY_MODE_TAKES | spec.takes) - _ANSWERED - _OF_PICTURES
+    asked = request.said & (EVERY_MODE_TAKES | spec.takes) - _ANSWERED - _OF_PICTURES - without_upsampler
     decided: dict[str, Any] = {
         **{name: getattr(request, name) for name in asked},
         "prompt": prompts,
@@ -227,6 +238,7 @@ def make_plan(
             *without_effect(
                 request, model, steps, mode=mode, spec=spec, negative_prompt=negative_prompt, pictures=prepared
             ),
+            *(f"{request.client_name(name)} has no effect: {NO_UPSAMPLER}" for name in without_upsampler),
         ),
     )
 

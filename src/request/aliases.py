@@ -33,6 +33,20 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "true_cfg": "true_cfg_scale",
         "sampler": "scheduler",
         "sampler_name": "scheduler",
+        # Whether prompts are written out first
+        **dict.fromkeys(
+            (
+                "prompt_upsample",
+                "enhance_prompt",
+                "prompt_enhance",
+                "enable_prompt_expansion",
+                "enhancePrompt",
+                "expand_prompt",
+                "prompt_expansion",
+                "prompt_extend",
+            ),
+            "prompt_upsampling",
+        ),
         # How large
         "resolution": "megapixels",
         "output_megapixels": "megapixels",
@@ -114,11 +128,9 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
             "apply_watermark",
         ),
         **_each(
-            "prompts are read as they are",
-            "prompt_upsampling", "prompt_upsample", "disable_pup", "enhance_prompt", "prompt_enhance",
-            "enable_prompt_expansion", "enhancePrompt", "expand_prompt", "style_preset", "prompt_expansion",
-            "prompt_extend", "magic_prompt_option",
-            "magic_prompt", "raw", "style", "interval", "grounding_search",
+            "prompts are read as they are, unless prompt_upsampling is true",
+            "disable_pup", "style_preset", "magic_prompt_option", "magic_prompt", "raw", "style", "interval",
+            "grounding_search",
         ),
         **_each(
             "use the field speed (balanced or fast) instead",

@@ -31,7 +31,8 @@ from pydantic_core import CoreSchema
 
 from src.catalog import FORMATS, SPEEDS
 
-MAX_PROMPT_CHARACTERS = 5_000  # ten for each of T5's 512 tokens, twice what English needs
+# What a prompt upsampler may write (3,584 tokens, a little over five each): a file repeats it as its prompt.
+MAX_PROMPT_CHARACTERS = 20_000
 MAX_SEED = 2**63 - 1
 MIN_SIDE, MAX_SIDE = 64, 2048
 # What a request's pictures are for, and how they are read: in colour, or as a mask.
@@ -84,6 +85,17 @@ def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
     return text
+
+
+def why_no_prompt(text: str) -> str:
+    """What keeps `text` from being a prompt; empty where nothing does."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        return f"must have at most {MAX_PROMPT_CHARACTERS:,} characters, not {len(text):,}"
+    try:
+        _not_blank(_clean(text))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _at_most(most: int) -> BeforeValidator:
@@ -348,6 +360,10 @@ class Request(_Fields):
     negative_prompt: Text | None = Field(None, description=f"{_TEXT}, with true_cfg_scale above 1")
     true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
     prompt_2: Text | None = Field(None, description=f"{_TEXT} for T5, where prompt is for CLIP alone")
+    prompt_upsampling: StrictBool = Field(
+        False,
+        description="true or false: true draws what the worker's prompt upsampler makes of prompt, a long caption",
+    )
     scheduler: Name | None = Field(None, description="the name of a scheduler")
     sigmas: (
         Annotated[tuple[Annotated[Number, Field(gt=0, le=1)], ...], Field(min_length=1, max_length=100), _at_most(100)]

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +78,8 @@ def deliver(
 ) -> dict[str, Any]:
     """The contract's success: URLs where there is a `bucket`, else base64, in the order of the seeds.
 
-    Each picture's file carries the event that makes that one picture again, and the model that made it. A picture
+    Each picture's file carries the event that makes that one picture again, and the model that made it: a prompt that
+    was upsampled stands there as it was drawn, and beside it what was sent, as `original_prompt`. A picture
     that cannot be uploaded travels in base64, and then `images` and `image_urls` hold null for each other's. What
     would make more than `max_bytes` of JSON is encoded smaller. The metadata's warnings say both. Raises
     ResponseTooLarge where nothing helps, WorkerUnavailable where the worker's bucket would have.
@@ -90,7 +91,7 @@ def deliver(
     nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]
-    parameters = hide_known_in([{"input": plan.parameters(i), **made_by, **nets} for i in range(len(plan.seeds))])
+    parameters = hide_known_in([{**each, **made_by, **nets} for each in _events(generation, plan)])
 
     # 2. Files, as they were asked for
     def encode(which: Iterable[int], coding: Coding) -> dict[int, bytes]:
@@ -158,7 +159,8 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
     return {
         "mode": plan.mode,
         **plan.sampling.values(),
-        "prompt": plan.prompts[0] if len(set(plan.prompts)) == 1 else list(plan.prompts),
+        "prompt": _one_or_each(plan.prompts),
+        "upsampled_prompt": _one_or_each(generation.prompts) if plan.sampling.prompt_upsampling else None,
         "seeds": list(plan.seeds),
         "num_images": len(plan.seeds),
         "scheduler": generation.scheduler,
@@ -172,6 +174,19 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         "device": generation.device,
         "peak_memory": generation.peak_memory,
     }
+
+
+def _events(generation: Generation, plan: Plan) -> Iterator[dict[str, Any]]:
+    """For each picture the event that makes it again, and the prompt that was sent where another one was drawn."""
+    upsampled = plan.sampling.prompt_upsampling
+    drawn = plan.upsampled(generation.prompts) if upsampled else plan
+    for i, prompt in enumerate(plan.prompts):
+        yield {"input": drawn.parameters(i), **({"original_prompt": prompt} if upsampled else {})}
+
+
+def _one_or_each(prompts: Sequence[str]) -> str | list[str]:
+    """A prompt of all pictures, or one a picture."""
+    return prompts[0] if len(set(prompts)) == 1 else list(prompts)
 
 
 def _upload(bucket: Bucket, job: Job, plan: Plan, files: Mapping[int, bytes]) -> tuple[dict[int, str], dict[int, str]]:

@@ -70,6 +70,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
                 for net in controlnets_for(model, settings.controlnets)
             },
             "image_prompt": settings.redux_model if "image_prompt" in model.base.takes else None,
+            "prompt_upsampler": settings.prompt_upsampler if model.upsamples else None,
             "placement": dict(loaded.placement),
             "acceleration": dict(loaded.acceleration),
             "aliases": dict(ALIASES),

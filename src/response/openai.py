@@ -81,8 +81,8 @@ def _images(event: Any, route: str, answered: Mapping[str, Any], model: Model) -
         "created": created,
         "background": "opaque",
         "data": [
-            {**({"b64_json": image} if image is not None else {"url": url}), "seed": seed}
-            for image, url, seed in zip(images, urls, metadata["seeds"], strict=True)
+            {**({"b64_json": image} if image is not None else {"url": url}), **revised, "seed": seed}
+            for image, url, revised, seed in zip(images, urls, _revised(metadata), metadata["seeds"], strict=True)
         ],
         "output_format": FORMATS[metadata["output_format"]].suffix,
         "quality": asked_quality(event, model),
@@ -91,6 +91,14 @@ def _images(event: Any, route: str, answered: Mapping[str, Any], model: Model) -
         "model": metadata["model"],
         "warnings": metadata["warnings"],
     }
+
+
+def _revised(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What OpenAI says of each picture whose prompt was written anew."""
+    count, upsampled = len(metadata["seeds"]), metadata["upsampled_prompt"]
+    if upsampled is None:
+        return [{}] * count
+    return [{"revised_prompt": text} for text in ([upsampled] * count if isinstance(upsampled, str) else upsampled)]
 
 
 def _started_from(event: Any) -> int:

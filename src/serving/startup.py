@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from src.catalog import controlnets_for, find_model, repo_of
-from src.errors import DeviceFailed, ModelUnavailable, WorkerFault, refusal
+from src.catalog import controlnets_for, find_model, no_use_for_upsampler, repo_of
+from src.errors import DeviceFailed, InvalidSettings, ModelUnavailable, WorkerFault, refusal
 from src.response.storage import Bucket
 from src.settings import Settings
 from src.stages import START
@@ -51,7 +51,7 @@ def check_bucket(bucket: Bucket | None) -> None:
 
 
 def find_files(settings: Settings) -> int:
-    """See that the files of the model and of its ControlNets are on this machine; the bytes of what was downloaded.
+    """See that the files of all that a start wants are on this machine; the bytes of what was downloaded.
 
     Raises ModelUnavailable with the reason where they cannot be had.
     """
@@ -77,7 +77,7 @@ def find_files(settings: Settings) -> int:
 
 
 class _Repo(NamedTuple):
-    """What a start wants: the model, or a ControlNet that stays in memory."""
+    """What a start wants: the model, or a ControlNet or a prompt upsampler that stays in memory."""
 
     name: str
     repo: str
@@ -97,6 +97,8 @@ def _wanted(settings: Settings) -> Iterator[_Repo]:
     for net in controlnets_for(row) if row else ():
         if {net.name.lower(), net.repo.lower()} & kept:
             yield _Repo(net.repo, net.repo, part=True)
+    if upsampler := settings.prompt_upsampler:
+        yield _Repo(upsampler, upsampler, part=True)
 
 
 def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) -> Iterator[WorkerFault]:
@@ -151,8 +153,16 @@ def check_driver(_: Settings) -> Iterator[WorkerFault]:
         )
 
 
+def check_upsampler(settings: Settings) -> Iterator[WorkerFault]:
+    """Whether the model that is wanted has a use for the prompt upsampler; of one without a row nobody knows yet."""
+    row = find_model(settings.model_name)
+    if settings.prompt_upsampler and row and not row.upsamples:
+        message = no_use_for_upsampler(settings.prompt_upsampler, row)
+        yield WorkerFault("PROMPT_UPSAMPLER", message, InvalidSettings.code)
+
+
 # Each gives what is wrong.
-CHECKS: tuple[Callable[[Settings], Iterator[WorkerFault]], ...] = (check_files, check_driver)
+CHECKS: tuple[Callable[[Settings], Iterator[WorkerFault]], ...] = (check_upsampler, check_files, check_driver)
 
 
 def torch_build() -> tuple[str, str | None]:

@@ -24,7 +24,7 @@ _SPELLINGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, 
 
 
 def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> str | None:
-    """MODEL_NAME's files into `folder`, by way of `downloads`, where `bake_model` says so.
+    """MODEL_NAME's files, and PROMPT_UPSAMPLER's, into `folder`, by way of `downloads`, where `bake_model` says so.
 
     A sentence where that cannot be.
     """
@@ -44,16 +44,18 @@ def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> 
         settings = Settings.from_environment()
     except WorkerError as error:
         return redact(str(error))
-    name = settings.model_name
-    files = Files(settings, download, folder)
-    try:
-        source = files.find(name, repo_of(name), settings.model_revision)
-        if source.folder.is_relative_to(downloads):
-            _copy(source.folder, folder)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
-        why = files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
-        return redact(f"MODEL_NAME={name}: {why}")
-    print(f"{name} is in the image: {source.revision or source.folder}")
+    files, name, upsampler = Files(settings, download, folder), settings.model_name, settings.prompt_upsampler
+    baked = [("MODEL_NAME", name, repo_of(name), settings.model_revision, False)]
+    baked += [("PROMPT_UPSAMPLER", upsampler, upsampler, None, True)] if upsampler else []
+    for variable, name, repo, revision, part in baked:
+        try:
+            source = files.find(name, repo, revision, part=part)
+            if source.folder.is_relative_to(downloads):
+                _copy(source.folder, folder)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
+            why = files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
+            return redact(f"{variable}={name}: {why}")
+        print(f"{name} is in the image: {source.revision or source.folder}")
     return None
 
 

@@ -29,7 +29,7 @@ _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.saf
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 _WITHOUT_FILES = ("scheduler", "guider")  # which FLUX.3's pipeline has defaults of
 _UPSAMPLER = ("prompt_upsampler", "prompt_upsampler_processor")  # a model of its own, which comes with FLUX.3
-_PART = ["config.json", "*.safetensors", "*.safetensors.index.json"]  # of a network that is a repo by itself
+_PART = ["*.json", "*.jinja", "*.safetensors"]  # of a network that is a repo by itself, with what it is read with
 # Models in one file, as other programs keep them.
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough

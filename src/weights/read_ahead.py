@@ -30,9 +30,9 @@ def read(file: Path, opened: Callable[[Path], FileIO] = lambda file: file.open("
             pass
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Of a model in diffusers' layout, the largest first."""
-    return sorted(folder.glob("*/*.safetensors"), key=lambda file: -file.stat().st_size)
+def weight_files(folder: Path, *, part: bool = False) -> list[Path]:
+    """Of a model in diffusers' layout, or of a network that is a folder by itself, the largest first."""
+    return sorted(folder.glob("*.safetensors" if part else "*/*.safetensors"), key=lambda file: -file.stat().st_size)
 
 
 def size_of(files: Iterable[Path]) -> int:
@@ -72,13 +72,16 @@ def _read_ahead(
 ) -> None:
     name, begun = settings.model_name, time.perf_counter()
     try:
-        source = Files(settings, download).here(name, repo_of(name), settings.model_revision)
+        files = Files(settings, download)
+        source = files.here(name, repo_of(name), settings.model_revision)
         if source is None:
             return
         weights = weight_files(source.folder)
         if quantized := list(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's
             newest = max(quantized, key=lambda file: file.stat().st_mtime_ns)
             weights = [newest, *(file for file in weights if file.parent.name != "transformer")]
+        if (upsampler := settings.prompt_upsampler) and (found := files.here(upsampler, upsampler, part=True)):
+            weights += weight_files(found.folder, part=True)
         if not stays_in_memory(weights, memory):
             return
         waiting = iter(weights)

@@ -16,7 +16,8 @@ const GROUPS = [
   ["Image prompt", ["image_prompt", "image_prompt_scale"]],
   ["LoRA", ["loras"]],
   ["Steps and guidance", ["num_inference_steps", "guidance_scale", "speed", "scheduler", "shift", "sigmas"]],
-  ["Prompts", ["negative_prompt", "true_cfg_scale", "prompt_2", "max_sequence_length"]],
+  ["Prompts", ["prompt_upsampling", "negative_prompt", "true_cfg_scale", "prompt_2",
+    "max_sequence_length"]],
   ["File", ["output_format", "output_quality"]],
   ["More", []],
 ];

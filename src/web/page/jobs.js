@@ -6,7 +6,7 @@ import { fromBase64 } from "./pictures.js";
 
 const PHASES = {
   queued: "Waiting for its turn", load_adapters: "Loading adapters", load_controlnets: "Loading the ControlNet",
-  encode_prompt: "Reading the prompt", denoise: "Drawing", decode: "Decoding", encode_images: "Writing the file",
+  upsample_prompt: "Writing the prompt out", encode_prompt: "Reading the prompt", denoise: "Drawing", decode: "Decoding", encode_images: "Writing the file",
   upload: "Uploading",
 };
 
