@@ -115,8 +115,8 @@ KLEIN_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
 )
 FLUX_3_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
-        "text-to-image": _row("Flux3DistilledModularPipeline", "", "preview"),
-        "editing": _row("Flux3DistilledModularPipeline", "init_image", "preview", references=10),
+        "text-to-image": _row("Flux3DistilledModularPipeline", "", "preview prompt_upsampling"),
+        "editing": _row("Flux3DistilledModularPipeline", "init_image", "preview prompt_upsampling", references=10),
     }
 )
 FLUX_3_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(

@@ -38,20 +38,32 @@ class _Flux3Pipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  # type
     `tokenizer` is that of Qwen3-VL's processor; of `guider` its configuration counts, but for the scale.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "prompt_upsampler->text_encoder->transformer->vae"
     _callback_tensor_inputs = ("latents",)
-    _optional_components = ("guider",)
+    _optional_components = ("guider", "prompt_upsampler", "prompt_upsampler_processor")
     _text_input: type[ModularPipelineBlocks]
     _text_places: type[ModularPipelineBlocks]
     _denoiser: type[ModularPipelineBlocks]
     guider: Any
 
     def __init__(
-        self, scheduler: Any, vae: Any, text_encoder: Any, tokenizer: Any, transformer: Any, *, guider: Any = None
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        transformer: Any,
+        *,
+        guider: Any = None,
+        prompt_upsampler: Any = None,
+        prompt_upsampler_processor: Any = None,
     ) -> None:
         super().__init__()
         parts = {"scheduler": scheduler, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        self.register_modules(**parts, transformer=transformer, guider=guider)
+        upsampler = {
+            "prompt_upsampler": prompt_upsampler, "prompt_upsampler_processor": prompt_upsampler_processor
+        }  # fmt: skip
+        self.register_modules(**parts, transformer=transformer, guider=guider, **upsampler)
         self.image_processor = Flux3ImageProcessor()
         layers = text_encoder.config.get_text_config().num_hidden_layers
         if layers <= max(_READ_LAYERS):  # what its last layer says is normed, and no picture was learned from that
