@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 from handler import respond
 from src.engine import Engine, load_engine
 from src.engine.placed_pipeline import PlacedPipeline
+from src.engine.upsampling import check_upsampler
 from src.errors import InvalidSettings, ModelUnavailable
 from src.job import Job, Progress
 from src.response.encode import read_parameters
 from src.response.openai import in_openai_form
 from src.serving.startup import check_start
 from src.settings import Settings
-from src.weights.files import check_whole
+from src.weights import bake
+from src.weights.files import Files, check_whole
 from src.weights.placement import GB, Machine, Weights, Work, placements
 from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into
@@ -188,7 +190,8 @@ def test_a_caption_that_does_not_end_is_a_warning(
     settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._pipeline.prompt_upsampler.generation_config, "eos_token_id", [10**6])
-    generate, nothing = engine._pipeline.prompt_upsampler.generate, engine._pipeline.prompt_upsampler.config.image_token_id
+    network = engine._pipeline.prompt_upsampler
+    generate, nothing = network.generate, network.config.image_token_id  # which is no word
 
     def briefly(*, max_new_tokens: int, **inputs: Any) -> Any:
         assert max_new_tokens > 3_000
@@ -247,18 +250,18 @@ def test_it_comes_from_the_hub_with_what_it_reads_with(settings: Settings, hub: 
         check_start(Settings(model_name=settings.model_name, prompt_upsampler=name))
 
 
-def test_it_is_baked_with_its_model(settings: Settings, hub: Hub, tmp_path: Path) -> None:
-    assert settings.prompt_upsampler
-    hub.repos["someone/tune"] = Repo(Path(settings.model_name))
-    hub.repos["someone/upsampler"] = Repo(Path(settings.prompt_upsampler))
-    names = {"MODEL_NAME": "someone/tune", "PROMPT_UPSAMPLER": "someone/upsampler"}
-    with mock.patch.dict(os.environ, names):
-        assert main("true", tmp_path / "weights", tmp_path / "downloads") is None
-    image = Files(Settings(), snapshot_download, tmp_path / "weights")
-    with mock.patch.dict(os.environ, names):
-        found = image.here("someone/upsampler", "someone/upsampler", part=True)
-    assert found is not None
-    assert (found.folder / "preprocessor_config.json").is_file()
+def test_it_is_baked_with_its_model(
+    settings: Settings, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, folder in (("MODEL_NAME", settings.model_name), ("PROMPT_UPSAMPLER", settings.prompt_upsampler)):
+        hub.repos[f"someone/{variable}"] = Repo(Path(str(folder)))
+        monkeypatch.setenv(variable, f"someone/{variable}")
+    assert bake.main("true", tmp_path / "weights", tmp_path / "downloads") is None
+    asked = hub.requests
+    files = Files(Settings(), baked=tmp_path / "weights")
+    found = files.find("someone/PROMPT_UPSAMPLER", "someone/PROMPT_UPSAMPLER", part=True)
+    assert check_upsampler(found.folder)
+    assert hub.requests == asked
 
 
 def without(*names: str) -> Callable[[Path], None]:
