@@ -121,7 +121,7 @@ FLUX_3_MODES: Mapping[str, ModeSpec] = MappingProxyType(
 )
 FLUX_3_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
-        mode: replace(row, class_name="Flux3ModularPipeline", takes=row.takes | {"negative_prompt"})
+        mode: replace(row, class_name="Flux3ModularPipeline", takes=row.takes | {"negative_prompt"}, cache_context=True)
         for mode, row in FLUX_3_MODES.items()
     }
 )

@@ -51,7 +51,8 @@ class Layout:
     without_meaning: str = ""  # the end of a tensor's name that is read, and changes nothing by its definition
 
 
-FAMILIES = ("klein", "fill", "control")  # of small models, and the beginnings of their layouts' names
+# Small models' families, by the beginnings of their layouts' names.
+FAMILIES = {"klein": "klein", "fill": "fill", "control": "control", "flux_3": "flux.3"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Engine]:
     """flux-shapes, and small models of other families."""
     folder = tmp_path_factory.mktemp("models")
     models = {"shapes": SHAPES}
-    for family in FAMILIES:
-        models[family] = str(small(family, folder / family))
+    for name, family in FAMILIES.items():
+        models[name] = str(small(family, folder / name))
     return {name: load_engine(Settings(model_name=model)) for name, model in models.items()}
 
 
@@ -551,6 +552,114 @@ def control_narrow_x_embedder(at: Shape) -> Layout:
     return narrow_x_embedder(at)
 
 
+def original_flux_3(at: Shape, prefix: str, *layers: tuple[str, str]) -> Layout:
+    """A LoRA for each of `layers`, which are pairs: Black Forest Labs' name, and the model's."""
+    tensors, deltas = Tensors(), Tensors()
+    for theirs, ours in layers:
+        down, up = at.pair(f"transformer.{ours}")
+        tensors |= peft(f"{prefix}{theirs}", down, up)
+        deltas[f"transformer.{ours}"] = up @ down
+    return Layout(tensors, deltas)
+
+
+def in_a_block(theirs: str, ours: str) -> list[tuple[str, str]]:
+    names = {"q_proj": "attn.to_q", "k_proj": "attn.to_k", "v_proj": "attn.to_v", "attn_out": "attn.to_out.0",
+             "mlp_in": "ff.linear_in", "mlp_out": "ff.linear_out"}  # fmt: skip
+    return [(f"{theirs}.0.{one}", f"{ours}.0.{other}") for one, other in names.items()]
+
+
+@layout
+def flux_3_original(at: Shape) -> Layout:
+    """As ComfyUI and ai-toolkit write it."""
+    modes = [layer for mode in ("image", "image_cond")
+             for layer in in_a_block(f"content_mode_blocks.{mode}", f"mode_blocks.{mode}")]  # fmt: skip
+    texts = in_a_block("txt_mode_blocks", "txt_mode_blocks")
+    singles = in_a_block("single_blocks", "single_transformer_blocks")
+    return original_flux_3(at, "diffusion_model.", *modes, *texts, *singles)
+
+
+@layout
+def flux_3_original_outside_of_blocks(at: Shape) -> Layout:
+    modulation = [(f"{stream}_stream_modulations.{mode}.lin", f"{stream}_stream_modulations.{mode}.linear")
+                  for stream in ("early", "single") for mode in ("image", "image_cond", "txt")]  # fmt: skip
+    return original_flux_3(
+        at,
+        "base_model.model.",
+        ("emb_in.image", "x_embedders.image"),
+        ("emb_in.image_cond", "x_embedders.image_cond"),
+        ("txt_in", "context_embedder"),
+        ("time_in.in_layer", "timestep_embedder.linear_1"),
+        ("time_in.out_layer", "timestep_embedder.linear_2"),
+        ("ref_time_in.in_layer", "target_timestep_embedder.linear_1"),
+        ("ref_time_in.out_layer", "target_timestep_embedder.linear_2"),
+        ("final_layer.image.linear", "proj_out"),
+        *modulation,
+    )
+
+
+@layout
+def flux_3_original_last_norm(at: Shape) -> Layout:
+    """Shift and scale there, scale and shift here."""
+    name = "transformer.norm_out.linear"
+    down, up = at.pair(name)
+    shift, scale = (up @ down).chunk(2)
+    key = "diffusion_model.final_layer.image.adaLN_modulation.1"
+    return Layout(peft(key, down, up), {name: torch.cat([scale, shift])})
+
+
+@layout
+def flux_3_diffusers(at: Shape) -> Layout:
+    names = ("mode_blocks.image.0.attn.to_q", "txt_mode_blocks.0.ff.linear_in", "single_transformer_blocks.0.attn.to_v",
+             "mode_blocks.image_cond.0.attn.to_out.0")  # fmt: skip
+    return original_flux_3(at, "transformer.", *((name, name) for name in names))
+
+
+@layout
+def flux_3_kohya(at: Shape) -> Layout:
+    made = original_flux_3(
+        at, "", *in_a_block("content_mode_blocks.image_cond", "mode_blocks.image_cond"),
+        *in_a_block("single_blocks", "single_transformer_blocks"),
+    )  # fmt: skip
+    tensors = Tensors()
+    for key, tensor in made.tensors.items():
+        name, _, kind = key.removesuffix(".weight").rpartition(".")
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{flat}.lora_{'down' if kind == 'lora_A' else 'up'}.weight"] = tensor
+        tensors[f"{flat}.alpha"] = torch.tensor(2.0)
+    return Layout(tensors, {name: delta * 2 / RANK for name, delta in made.deltas.items()})
+
+
+@layout
+def flux_3_fused(at: Shape) -> Layout:
+    names = [f"transformer.mode_blocks.image.0.attn.to_{x}" for x in "qkv"]
+    down, up = at.pair(*names)
+    return Layout(peft("transformer.mode_blocks.image.0.attn.to_qkv", down, up), at.split(up @ down, *names))
+
+
+@layout
+def flux_3_lokr(at: Shape) -> Layout:
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    w1, w2 = lokr_of(at, name, factors=(4, 4))
+    key = "lycoris_single_blocks_0_q_proj"
+    return Layout({f"{key}.lokr_w1": w1, f"{key}.lokr_w2": w2}, {name: torch.kron(w1, w2)})
+
+
+@layout
+def flux_3_of_another_width(at: Shape) -> Layout:
+    return Layout(
+        peft("diffusion_model.single_blocks.0.q_proj", randn(RANK, 48), randn(48, RANK)),
+        says="is 32x32 here and 48x48 there",
+    )
+
+
+@layout
+def flux_3_of_flux_1(at: Shape) -> Layout:
+    down, up = randn(RANK, 32), randn(96, RANK)
+    return Layout(
+        peft("diffusion_model.double_blocks.0.img_attn.qkv", down, up), says="was made for another model: this one has"
+    )
+
+
 @contextmanager
 def merged(engine: Engine, deltas: Tensors) -> Iterator[None]:
     """The model with `deltas` added to its weights."""
@@ -581,6 +690,7 @@ class Ask:
         more: dict[str, dict[str, Any]] = {
             "fill": {"init_image": grey, "mask_image": grey},
             "control": {"control_image": grey, "control_type": "canny"},
+            "flux.3": {"init_image": grey},  # references have blocks of their own
         }
         fields = {**more.get(self._engine.model.family, {}), **fields}
         event = {"input": {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "width": 64, "height": 64,

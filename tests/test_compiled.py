@@ -28,7 +28,7 @@ from benchmarks.adapters import SLOT, one_linear
 from handler import respond
 from src.engine import Engine
 from src.engine.acceleration import Compiled
-from src.engine.block_timing import KINDS
+from src.engine.block_timing import lists_of_blocks
 from src.engine.lora_slots import SLOTS, LoraSlots, SlotLinear
 from src.errors import DeviceFailed
 from src.job import Job
@@ -627,7 +627,7 @@ def test_a_warm_up_holds_the_cost_model_against_the_clock(tmp_path: Path, caplog
     learnt = engine._ledger._choice
     assert learnt is not None
     assert learnt.machine.flops != choice.machine.flops, "the next placement is chosen by what was measured"
-    for kind in KINDS:
+    for kind in lists_of_blocks(engine.transformer):
         assert re.search(rf"one of {kind} \d+\.\d\d ms \(\d+\.\d\d ms compiled\)", line)
     assert np.array_equal(drawn(engine), before)
 

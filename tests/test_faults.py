@@ -226,7 +226,9 @@ def left_over(worker: Held) -> dict[str, Any]:
         "hooks": sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers),
         "adapters": sum(isinstance(layer, BaseTunerLayer) for layer in layers),
         "tiling": held.vae.use_tiling or held.vae.use_slicing,
-        "step cache": held.transformer.is_cache_enabled,
+        "step cache": any(
+            getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in held.transformer.modules()
+        ),
         "types": {parameter.dtype for network in networks for parameter in network.parameters()},
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name in ("encode", "upload")),
     }

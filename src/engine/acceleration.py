@@ -18,7 +18,7 @@ import torch
 import torch.fx.experimental._config as shapes_config
 
 from src.catalog import PROFILES
-from src.engine.block_timing import KINDS
+from src.engine.block_timing import lists_of_blocks
 from src.engine.lora_slots import LoraSlots
 from src.errors import DeviceFailed, InvalidSettings, first_line
 from src.settings import Settings
@@ -135,8 +135,8 @@ class Compiled:
     def add(self, network: Any) -> None:
         """Let the blocks of a transformer or a ControlNet be compiled, or run graphs that fit them."""
         network.requires_grad_(False)  # as adapters leave it, or what was compiled before them would not fit after
-        for kind in KINDS:
-            for block in getattr(network, kind):
+        for blocks in lists_of_blocks(network).values():
+            for block in blocks:
                 self._compile(block)
 
     def _compile(self, module: Any) -> None:

@@ -6,11 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from src.engine.machine import shortest
 from src.weights.placement import GB, Placement
 
-KINDS = ("transformer_blocks", "single_transformer_blocks")
+
+def lists_of_blocks(network: Any) -> dict[str, nn.ModuleList]:
+    """The blocks of a transformer or of a ControlNet, by their lists' names: transformer_blocks, say."""
+    return {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) and type(part[0]).__name__.endswith("TransformerBlock")
+    }
 
 
 class BlockSeconds(NamedTuple):
@@ -44,9 +52,8 @@ def time_blocks(
 
     hooks = [
         # First of all, or the hooks that bring weights would have taken them away again.
-        getattr(transformer, kind)[-1].register_forward_hook(time_kind(kind), with_kwargs=True, prepend=True)
-        for kind in KINDS
-        if len(getattr(transformer, kind))
+        blocks[-1].register_forward_hook(time_kind(kind), with_kwargs=True, prepend=True)
+        for kind, blocks in lists_of_blocks(transformer).items()
     ]
     try:
         draw()
@@ -76,6 +83,6 @@ def compared(
 def of_a_step(transformer: Any, seconds: Mapping[str, BlockSeconds]) -> float:
     """The seconds of all blocks, compiled where they are."""
     return sum(
-        len(getattr(transformer, kind)) * (block.eager if block.compiled is None else block.compiled)
+        len(transformer.get_submodule(kind)) * (block.eager if block.compiled is None else block.compiled)
         for kind, block in seconds.items()
     )

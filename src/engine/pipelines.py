@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.loaders import Flux3LoraLoaderMixin
 from diffusers.modular_pipelines.flux3 import before_denoise, decoders, denoise, encoders, inputs
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
@@ -189,7 +190,7 @@ class Flux3ModularPipeline(_Flux3Pipeline):
         """
         guider = dict(self.guider.config) if self.guider else {}
         guider |= {"guidance_scale": guidance_scale, "enabled": guidance_scale > 1}
-        self.guider = diffusers.ClassifierFreeGuidance.from_config(guider)
+        self.guider = _Guidance.from_config(guider)
         if prompt_embeds is None:
             prompt_embeds, _ = self.encode_prompt(prompt or "", max_sequence_length)
         if negative_prompt_embeds is None and self.requires_unconditional_embeds:
@@ -257,6 +258,20 @@ def _without_weights(folder: Path, spec: Any) -> Any:
     config = spec.type_hint.load_config(folder, local_files_only=True)
     of = getattr(diffusers, config["_class_name"], spec.type_hint)
     return of.from_config(config)
+
+
+class _Guidance(diffusers.ClassifierFreeGuidance):  # type: ignore[misc]
+    """diffusers' guidance, which tells step caches apart what it steers towards and away from."""
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        """Called before each call of the transformer."""
+        super().prepare_models(denoiser)
+        _set_cache_context(denoiser, CacheContext(str(self._count_prepared)))
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        """Called after it."""
+        _set_cache_context(denoiser, None)
+        super().cleanup_models(denoiser)
 
 
 class _DenoiseLoop(denoise.Flux3DenoiseLoopWrapper):  # type: ignore[misc]

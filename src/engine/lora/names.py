@@ -42,6 +42,21 @@ _QKV = ("transformer_blocks.{}.attn.to_q", "transformer_blocks.{}.attn.to_k", "t
 _ADDED_QKV = tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")
 _SINGLE_QKV = tuple(f"single_{name}" for name in _QKV)
 
+_FLUX_3_BLOCKS = (
+    ("content_mode_blocks.image", "mode_blocks.image"),
+    ("content_mode_blocks.image_cond", "mode_blocks.image_cond"),
+    ("txt_mode_blocks", "txt_mode_blocks"),
+    ("single_blocks", "single_transformer_blocks"),
+)
+_FLUX_3_LAYERS = (
+    ("q_proj", "attn.to_q"),
+    ("k_proj", "attn.to_k"),
+    ("v_proj", "attn.to_v"),
+    ("attn_out", "attn.to_out.0"),
+    ("mlp_in", "ff.linear_in"),
+    ("mlp_out", "ff.linear_out"),
+)
+
 # Black Forest Labs' names of FLUX.1's and FLUX.2's layers, and whose rows their outputs are in diffusers, in order.
 # https://github.com/black-forest-labs/flux/blob/main/src/flux/model.py and modules/layers.py; flux2 likewise.
 _OTHER_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -88,13 +103,35 @@ _OTHER_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("double_blocks.{}.processor.proj_lora2", ("transformer_blocks.{}.attn.to_add_out",)),
     ("single_blocks.{}.processor.qkv_lora", _SINGLE_QKV),
     ("single_blocks.{}.processor.proj_lora", ("single_transformer_blocks.{}.proj_out",)),
+    # FLUX.3's, by https://github.com/black-forest-labs/flux-3-image-klein as diffusers converts it
+    *(
+        (f"{blocks}.{{}}.{theirs}", (f"{own_blocks}.{{}}.{ours}",))
+        for blocks, own_blocks in _FLUX_3_BLOCKS
+        for theirs, ours in _FLUX_3_LAYERS
+    ),
+    *(
+        (f"{name}.{{}}.attn.to_qkv", tuple(f"{name}.{{}}.attn.to_{x}" for x in "qkv"))
+        for name in ("mode_blocks.image", "mode_blocks.image_cond", "txt_mode_blocks")
+    ),
+    ("emb_in.image", ("x_embedders.image",)),
+    ("emb_in.image_cond", ("x_embedders.image_cond",)),
+    *(
+        (f"{stream}_stream_modulations.{mode}.lin", (f"{stream}_stream_modulations.{mode}.linear",))
+        for stream in ("early", "single")
+        for mode in ("image", "image_cond", "txt")
+    ),
+    ("time_in.in_layer", ("timestep_embedder.linear_1",)),
+    ("time_in.out_layer", ("timestep_embedder.linear_2",)),
+    ("ref_time_in.in_layer", ("target_timestep_embedder.linear_1",)),
+    ("ref_time_in.out_layer", ("target_timestep_embedder.linear_2",)),
+    ("final_layer.image.linear", ("proj_out",)),
     # diffusers' own, of projections that are fused
     ("transformer_blocks.{}.attn.to_qkv", _QKV),
     ("transformer_blocks.{}.attn.to_added_qkv", _ADDED_QKV),
     ("single_transformer_blocks.{}.attn.to_qkv", _SINGLE_QKV),
 )
-# Its output is shift and scale there, and scale and shift in diffusers.
-_SWAPPED = ("final_layer.adaLN_modulation.1", "norm_out.linear")
+# Their output is shift and scale there, and scale and shift in diffusers: FLUX.1's and FLUX.2's, and FLUX.3's.
+_SWAPPED = ("final_layer.adaLN_modulation.1", "final_layer.image.adaLN_modulation.1"), "norm_out.linear"
 
 
 @dataclass(frozen=True)
@@ -156,10 +193,11 @@ def layers_by_name(shapes: Mapping[str, tuple[int, int]]) -> dict[str, AdaptedLa
             names = [name.format(block) for name in ours]
             if all(name in shapes for name in names):
                 _add(found, flat(theirs.format(block)), names, shapes)
-    theirs, name = _SWAPPED
+    every, name = _SWAPPED
     if name in shapes:
         out, into = shapes[name]
-        found[flat(theirs)] = AdaptedLayer((Target(name, (slice(out // 2, out), slice(0, out // 2))),), out, into)
+        swapped = AdaptedLayer((Target(name, (slice(out // 2, out), slice(0, out // 2))),), out, into)
+        found |= {flat(theirs): swapped for theirs in every}
     return found
 
 
