@@ -25,6 +25,8 @@ class ModeSpec:
     references: int = 0  # how many init_images it reads as they are; others start from one, fitted to the size
     max_pixels: int | None = None  # what it draws at most
     cache_context: bool = False  # tells step caches apart what it steers towards and away from
+    guidance: bool = True  # its call takes guidance_scale
+    reads_once: bool = False  # its references, in the first step alone: more than a share of the tokens can hold
 
 
 # What a request may say whatever its mode is. A field that is neither here nor in a mode's row is refused.
@@ -107,6 +109,12 @@ KLEIN_MODES: Mapping[str, ModeSpec] = MappingProxyType(
             max_pixels=_KLEIN_PIXELS,
             cache_context=True,
         ),
+    }
+)
+KLEIN_KV_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {
+        "text-to-image": _row("Flux2KleinKVPipeline", "", "", guidance=False),
+        "editing": _row("Flux2KleinKVPipeline", "init_image", "", references=10, guidance=False, reads_once=True),
     }
 )
 # Not distilled: guidance_scale is classifier-free guidance, away from the negative prompt.
@@ -271,6 +279,15 @@ MODELS: tuple[Model, ...] = (
     ),
     _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", download_gb=16.0, **_KLEIN),
     _flux("FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN),
+    Model(
+        "FLUX.2-klein-9B-KV",
+        "black-forest-labs/FLUX.2-klein-9b-kv",
+        "klein-kv",
+        _NON_COMMERCIAL,
+        gated=True,
+        download_gb=34.7,
+        **{**_KLEIN, "modes": KLEIN_KV_MODES},
+    ),
     _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
     _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
     Model(
@@ -329,6 +346,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "control": Family("FLUX.1-Canny-dev", guided=True),
         "flux.2-dev": Family("FLUX.2-dev", guided=True),
         "klein": Family("FLUX.2-klein-4B", guided=False),
+        "klein-kv": Family("FLUX.2-klein-9B-KV", guided=False),
         "klein-base": Family("FLUX.2-klein-base-4B", guided=True),
         "flux.3": Family("FLUX.3-klein", guided=False),
         "flux.3-base": Family("FLUX.3-klein-base", guided=True),

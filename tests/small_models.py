@@ -30,7 +30,11 @@ _UPSAMPLERS_CHAT = (  # as Qwen3.5's own says it, without the system's pages, in
     "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 )
-_DEEPEST_LAYER = {"Flux2Pipeline": 30, "Flux2KleinPipeline": 27}  # that FLUX.2 takes its words from
+_DEEPEST_LAYER = {
+    "Flux2Pipeline": 30,
+    "Flux2KleinPipeline": 27,
+    "Flux2KleinKVPipeline": 27,
+}  # that FLUX.2 takes its words from
 
 
 def head(family: str) -> Model:

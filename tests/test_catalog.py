@@ -34,7 +34,7 @@ from src.settings import ROOT
 API = (ROOT / "docs" / "api.md").read_text()
 
 ARGUMENTS = {
-    "prompt_embeds", "width", "height", "num_inference_steps", "guidance_scale", "max_sequence_length",
+    "prompt_embeds", "width", "height", "num_inference_steps", "max_sequence_length",
     "num_images_per_prompt", "generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "sigmas",
 }  # fmt: skip
 EXTRAS = {  # what a pipeline needs for a request's field
@@ -60,6 +60,7 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: M
     diffusers_own = getattr(diffusers, pipeline.class_name)
     arguments = set(inspect.signature(diffusers_own.__call__).parameters)
     assert arguments >= ARGUMENTS
+    assert ("guidance_scale" in arguments) == pipeline.guidance
     for field, needs in EXTRAS.items():
         if field == "negative_prompt" and pipeline in KLEIN_MODES.values():
             continue  # the class could, a distilled model cannot

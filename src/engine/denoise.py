@@ -54,7 +54,8 @@ class Denoiser:
         self._noise = noise
         self._fallback = MemoryFallback(view, ledger)
         self._decoded_again: dict[str, None] = {}  # the words for it, each once
-        set_by_plan = plan.sampling.model_fields_set & _SAMPLING
+        taken = _SAMPLING if plan.spec.guidance else _SAMPLING - {"guidance_scale"}
+        set_by_plan = plan.sampling.model_fields_set & taken
         self._arguments: dict[str, Any] = {
             **arguments,
             **{_PICTURES[kind]: self._pictures(kind) for kind in plan.pictures if kind in _PICTURES},

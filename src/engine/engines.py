@@ -63,6 +63,11 @@ def _load_together(settings: Settings, download: Callable[..., str], on: Sequenc
                 f"PARALLEL=picture: {engine.model.name} has {heads} attention heads, which {len(on)} cards cannot "
                 f"share; allowed: {allowed} of them (CUDA_VISIBLE_DEVICES), or PARALLEL=jobs"
             )
+        if any(mode.reads_once for mode in engine.model.modes.values()):
+            raise InvalidSettings(
+                f"PARALLEL=picture: {engine.model.name} keeps what it has read of its references, which no share of "
+                "the tokens holds; allowed: PARALLEL=jobs"
+            )
         if engine.loaded().placement["modulation_cache"]:
             raise InvalidSettings(
                 "PARALLEL=picture: the whole model must fit on each card, and it does not; allowed: larger cards, a "

@@ -22,6 +22,7 @@ from src.engine.offload import OffloadedWeights
 from src.errors import GenerationFailed
 from src.weights.placement import TABLES
 
+REFERENCES = "references"  # that have a timestep of their own, which no scheduler announces
 OnCall = Callable[[torch.Tensor, tuple[Any, ...], Hashable], None]
 
 
@@ -31,8 +32,8 @@ class Conditioning(Protocol):
     `at` is what changes from call to call, [values]; `others` is what does not.
     """
 
-    def watch(self, on_call: OnCall) -> RemovableHandle:
-        """Let `on_call` have `at`, `others` and a name for those before each call's norms are asked."""
+    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
+        """Let `on_call` have `at`, `others` and a name for those, or REFERENCES, before norms are asked."""
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """All `at` of a scheduler's `timesteps`, [calls, values], as the transformer will get them; `at` is one."""
@@ -48,20 +49,30 @@ class Conditioning(Protocol):
 
 
 class _OneEmbedding:
-    """FLUX.1's embedding of a timestep, which takes the pooled prompt last, and FLUX.2's, which takes no prompt."""
+    """FLUX.1's embedding of a timestep, which takes the pooled prompt last, and FLUX.2's, which takes no prompt.
 
-    def __init__(self, embedder: Any, *, takes_prompt: bool) -> None:
+    FLUX.2-klein-KV asks for a second one in the same call, for its references.
+    """
+
+    def __init__(self, transformer: Any, embedder: Any, *, takes_prompt: bool) -> None:
+        self._transformer = transformer
         self._embedder = embedder
         self._takes_prompt = takes_prompt
 
-    def watch(self, on_call: OnCall) -> RemovableHandle:
+    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
         """As of all kinds."""
+        asked = [False]  # within this call of the transformer
+
+        def begin(_: nn.Module, __: tuple[Any, ...]) -> None:
+            asked[0] = False
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], __: torch.Tensor) -> None:
             at, *others = inputs
-            on_call(at, tuple(others), id(others[-1]) if self._takes_prompt else None)
+            name: Hashable = REFERENCES if asked[0] else id(others[-1]) if self._takes_prompt else None
+            asked[0] = True
+            on_call(at, tuple(others), name)
 
-        return self._embedder.register_forward_hook(hook)  # type: ignore[no-any-return]
+        return self._transformer.register_forward_pre_hook(begin), self._embedder.register_forward_hook(hook)
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """FluxPipeline divides by 1000 and FluxTransformer2DModel multiplies again, each rounding in its own type."""
@@ -87,7 +98,7 @@ class _EmbeddingOfTokens:
     def __init__(self, transformer: Any) -> None:
         self._transformer = transformer
 
-    def watch(self, on_call: OnCall) -> RemovableHandle:
+    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
         """As of all kinds."""
 
         def hook(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -101,7 +112,7 @@ class _EmbeddingOfTokens:
             others = (len(ends), *tokens.items())
             on_call(torch.cat(ends), others, others)
 
-        return self._transformer.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[no-any-return]
+        return (self._transformer.register_forward_pre_hook(hook, with_kwargs=True),)
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """As diffusers' Flux3LoopDenoiser and Flux3DistilledLoopDenoiser round them; after the last one comes 0."""
@@ -143,9 +154,9 @@ def _mode(layer: str) -> str:
 def conditioning_of(transformer: Any) -> Conditioning:
     """How the adaptive norms of `transformer` are asked."""
     if hasattr(transformer, "time_text_embed"):
-        return _OneEmbedding(transformer.time_text_embed, takes_prompt=True)
+        return _OneEmbedding(transformer, transformer.time_text_embed, takes_prompt=True)
     if hasattr(transformer, "time_guidance_embed"):
-        return _OneEmbedding(transformer.time_guidance_embed, takes_prompt=False)
+        return _OneEmbedding(transformer, transformer.time_guidance_embed, takes_prompt=False)
     return _EmbeddingOfTokens(transformer)
 
 
@@ -157,6 +168,10 @@ class ModulationCache:
         self._norms = [transformer.get_submodule(name.removesuffix(".linear")) for name in offloaded]
         self._offloaded = offloaded
         self._rows = [_Row() for _ in self._norms]
+        # Of references there are no answers to normalize at the end.
+        self._rows_of_references = [
+            _Row() if name.startswith("norm_out") else row for name, row in zip(offloaded, self._rows, strict=True)
+        ]
         self._tables: list[_Table] = []
 
     @contextmanager
@@ -172,20 +187,26 @@ class ModulationCache:
         linears = [norm.linear for norm in self._norms]  # with the adapters of now around them
         in_use: dict[Hashable, tuple[Any, _Table]] = {}
 
+        def find(calls: torch.Tensor, others: tuple[Any, ...]) -> _Table:
+            question = (adapter_weights, exact), calls, others
+            return self._find(*question) or self._ask(linears, *question)
+
         def look_up(at: torch.Tensor, others: tuple[Any, ...], name: Hashable) -> None:
+            if name == REFERENCES:
+                find(at[None], others).show(at, self._rows_of_references)
+                return
             if name not in in_use:
-                calls = self._conditioning.calls(scheduler.timesteps[-steps:], at)
-                question = (adapter_weights, exact), calls, others
-                in_use[name] = others, self._find(*question) or self._ask(linears, *question)
+                in_use[name] = others, find(self._conditioning.calls(scheduler.timesteps[-steps:], at), others)
             in_use[name][1].show(at, self._rows)
 
-        hook = self._conditioning.watch(look_up)
+        hooks = self._conditioning.watch(look_up)
         for norm, row in zip(self._norms, self._rows, strict=True):
             norm.linear = row
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             for norm, linear in zip(self._norms, linears, strict=True):
                 norm.linear = linear
         if any(bool(table.missed) for _, table in in_use.values()):
