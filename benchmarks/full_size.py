@@ -3,7 +3,8 @@
 `python -m benchmarks.full_size` writes how large their layers are to deploy/weights.json.
 
 Configurations: config.json of black-forest-labs' repos on the hub, the text encoders' of google/t5-v1_1-xxl,
-openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, mistralai/Mistral-Small-3.2-24B-Instruct-2506.
+openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, Qwen/Qwen3-VL-4B-Instruct,
+mistralai/Mistral-Small-3.2-24B-Instruct-2506.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from deploy.plan import WEIGHTS
 from src.catalog import get_model
+from src.engine.pipelines import pipeline_class
 from src.settings import ROOT
 from src.weights.files import check_whole
 from src.weights.placement import Weights
@@ -53,6 +55,20 @@ def _qwen(hidden_size: int, intermediate_size: int, *, tied: bool) -> nn.Module:
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied,
     )  # fmt: skip
     network: nn.Module = transformers.Qwen3ForCausalLM(config)
+    return network
+
+
+def _qwen_vl() -> nn.Module:
+    text = {
+        "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+    sees = {
+        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560,
+        "deepstack_visual_indexes": [5, 11, 17],
+    }  # fmt: skip
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=sees, tie_word_embeddings=True)
+    network: nn.Module = transformers.Qwen3VLForConditionalGeneration(config)
     return network
 
 
@@ -99,6 +115,14 @@ def _klein(layers: int, single: int, heads: int, joint: int, text_encoder: Part)
     return {"transformer": transformer, "text_encoder": text_encoder, "vae": diffusers.AutoencoderKLFlux2}
 
 
+def _flux_3(*, flow_map: bool) -> Mapping[str, Part]:
+    return {
+        "transformer": lambda: diffusers.Flux3Transformer2DModel(flow_map=flow_map),
+        "text_encoder": _qwen_vl,
+        "vae": diffusers.AutoencoderKLFlux2,
+    }
+
+
 FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
     "FLUX.1-dev": _flux_1(guided=True),
     "FLUX.1-schnell": _flux_1(guided=False),
@@ -109,6 +133,8 @@ FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
     },
     "FLUX.2-klein-4B": _klein(5, 20, 24, 7680, lambda: _qwen(2560, 9728, tied=True)),
     "FLUX.2-klein-9B": _klein(8, 24, 32, 12288, lambda: _qwen(4096, 12288, tied=False)),
+    "FLUX.3-klein": _flux_3(flow_map=True),
+    "FLUX.3-klein-base": _flux_3(flow_map=False),
 }
 
 
@@ -136,8 +162,9 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
             "tokenizer_2": transformers.T5TokenizerFast.from_pretrained(SHAPES / "tokenizer_2"),
         }
     options = {"is_distilled": True} if name.startswith("FLUX.2-klein") else {}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=name != "FLUX.1-schnell")
-    return getattr(diffusers, model.base.class_name)(scheduler=scheduler, **parts, **tokenizers, **options)
+    dynamic = name != "FLUX.1-schnell" and model.architecture != "FLUX.3"
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+    return pipeline_class(model.base.class_name)(scheduler=scheduler, **parts, **tokenizers, **options)
 
 
 @contextmanager
@@ -197,7 +224,7 @@ def sizes() -> dict[str, Any]:
             "networks": {
                 part: {
                     "outside": network.outside,
-                    "halves": sorted(network.halves),
+                    "kinds": dict(network.kinds),
                     "blocks": dict(network.blocks),
                     "modulation": dict(network.modulation),
                 }

@@ -151,7 +151,7 @@ def _sizes() -> Mapping[str, Any]:
 
 def _weights(sizes: Mapping[str, Any]) -> Weights:
     networks = {
-        name: Network(part["blocks"], part["modulation"], part["outside"], frozenset(part["halves"]))
+        name: Network(part["blocks"], part["modulation"], part["outside"], part["kinds"])
         for name, part in sizes["networks"].items()
     }
     return Weights(networks, sizes["itemsize"], sizes["width"], sizes["channels"])

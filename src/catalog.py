@@ -24,6 +24,7 @@ class ModeSpec:
     controlnet: bool = False  # reads control pictures with ControlNets
     references: int = 0  # how many init_images it reads as they are; others start from one, fitted to the size
     max_pixels: int | None = None  # what it draws at most
+    whole_reference: int = 0  # pixels of a reference alone that its pipeline reads whole; of more, a megapixel each
     cache_context: bool = False  # tells step caches apart what it steers towards and away from
     guidance: bool = True  # its call takes guidance_scale
     reads_once: bool = False  # its references, in the first step alone: more than a share of the tokens can hold
@@ -124,7 +125,13 @@ KLEIN_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
 FLUX_3_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("Flux3DistilledModularPipeline", "", "preview prompt_upsampling"),
-        "editing": _row("Flux3DistilledModularPipeline", "init_image", "preview prompt_upsampling", references=10),
+        "editing": _row(
+            "Flux3DistilledModularPipeline",
+            "init_image",
+            "preview prompt_upsampling",
+            references=10,
+            whole_reference=4 * 1024 * 1024,
+        ),
     }
 )
 FLUX_3_BASE_MODES: Mapping[str, ModeSpec] = MappingProxyType(
@@ -172,10 +179,12 @@ class Model:
     guidance_scale: float = 7.5
     max_guidance_scale: float = 20
     max_sequence_length: int = 512  # default and limit
+    max_side: int = 2048  # pixels; at most as many as MAX_PIXELS allows
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
     architecture: str = "FLUX.1"  # what ControlNets and Redux are made for
     control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
     qualities: Mapping[str, Quality] = field(default_factory=lambda: MANY_STEPS)
+    flow_map: bool = False  # learned where each step ends: its answers lead there, and are no direction at a point
 
     @property
     def base(self) -> ModeSpec:
@@ -195,6 +204,9 @@ def _flux(name: str, family: str, licence: str, **columns: Any) -> Model:
 _DEV = "FLUX.1 [dev] Non-Commercial License"
 _NON_COMMERCIAL = "FLUX Non-Commercial License"
 _KOMMUNITY = "FLUX Kommunity License"
+_FLUX_3: Mapping[str, Any] = {
+    "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "architecture": "FLUX.3", "max_side": 4096,
+}  # fmt: skip
 _KLEIN: Mapping[str, Any] = {
     "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
     "qualities": FEW_STEPS,
@@ -295,23 +307,20 @@ MODELS: tuple[Model, ...] = (
         "black-forest-labs/flux-3-image-klein",
         "flux.3",
         _KOMMUNITY,
-        gated=True,
         modes=FLUX_3_MODES,
         num_inference_steps=16,
         guidance_scale=1.0,
-        max_sequence_length=8192,
-        architecture="FLUX.3",
+        flow_map=True,
+        **_FLUX_3,
     ),
     Model(
         "FLUX.3-klein-base",
         "black-forest-labs/flux-3-image-klein-base",
         "flux.3-base",
         _KOMMUNITY,
-        gated=True,
         modes=FLUX_3_BASE_MODES,
         guidance_scale=4.0,
-        max_sequence_length=8192,
-        architecture="FLUX.3",
+        **_FLUX_3,
     ),
     Model(
         "flux-shapes",
@@ -422,6 +431,7 @@ class Scheduler:
     config: Mapping[str, Any] = field(default_factory=dict)
     flow_match: bool = True  # made for flow models; others borrow their sigmas by `use_flow_sigmas`
     order: int = 1  # calls of the model for each step but the last
+    straight: bool = False  # goes from each timestep to the next along the model's one answer, as a flow map means it
 
     @property
     def starts_midway(self) -> bool:
@@ -443,15 +453,16 @@ SPEEDS: Mapping[str, StepCache | None] = MappingProxyType(
     {EXACT: None, "balanced": StepCache(interval=2), "fast": StepCache(interval=3)}
 )
 
+_EULER = "FlowMatchEulerDiscreteScheduler"
 _FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 # Held against the pinned diffusers by tests/test_catalog.py: FLUX's pipelines pass `mu` to set_timesteps.
 SCHEDULERS: Mapping[str, Scheduler] = MappingProxyType(
     {
-        "euler": Scheduler("FlowMatchEulerDiscreteScheduler"),
-        "euler_beta": Scheduler("FlowMatchEulerDiscreteScheduler", {"use_beta_sigmas": True}),
-        "euler_exponential": Scheduler("FlowMatchEulerDiscreteScheduler", {"use_exponential_sigmas": True}),
-        "euler_karras": Scheduler("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        "euler": Scheduler(_EULER, straight=True),
+        "euler_beta": Scheduler(_EULER, {"use_beta_sigmas": True}, straight=True),
+        "euler_exponential": Scheduler(_EULER, {"use_exponential_sigmas": True}, straight=True),
+        "euler_karras": Scheduler(_EULER, {"use_karras_sigmas": True}, straight=True),
         "dpmpp_2m": Scheduler("FlowDPMSolverScheduler", _FLOW_SIGMAS, flow_match=False),
         "unipc": Scheduler("FlowUniPCScheduler", _FLOW_SIGMAS, flow_match=False),
         "deis": Scheduler("FlowDEISScheduler", _FLOW_SIGMAS, flow_match=False),
@@ -548,6 +559,11 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
         "fast": Profile("fp8", attention=("_flash_3_hub", "sage_hub"), speed="balanced", static_shapes=True),
     }
 )
+
+
+def schedulers_for(model: Model) -> Mapping[str, Scheduler]:
+    """Those that draw with `model`: a flow map's answers take straight steps alone."""
+    return {name: row for name, row in SCHEDULERS.items() if row.straight or not model.flow_map}
 
 
 def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[ControlNet, ...]:

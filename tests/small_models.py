@@ -43,11 +43,11 @@ def head(family: str) -> Model:
 
 
 def small(family: str, folder: Path, **changes: Any) -> Path:
-    """`folder`, with a small random model of `family` in it; `changes` are of FLUX.1's transformer."""
+    """`folder`, with a small random model of `family` in it; `changes` are of FLUX.1's transformer, or of FLUX.3."""
     torch.manual_seed(0)
     class_name = head(family).base.class_name
     if class_name.startswith("Flux3"):
-        _flux_3(class_name, folder)
+        _flux_3(class_name, folder, **changes)
     elif class_name.startswith("Flux2"):
         _flux_2(class_name, family, folder)
     else:
@@ -189,10 +189,10 @@ def _flux_2(class_name: str, family: str, folder: Path) -> None:
         (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def _flux_3(class_name: str, folder: Path) -> None:
+def _flux_3(class_name: str, folder: Path, text_layers: int = 33) -> None:
     """As diffusers' modular pipelines are saved: with an index of their own."""
     text = {
-        "vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 33,
+        "vocab_size": len(LETTERS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": text_layers,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from src.catalog import (
 )
 from src.engine import schedulers
 from src.engine.denoise import _PICTURES
+from src.engine.pipelines import pipeline_class
 from src.plan.plan import Sampling
 from src.request.schema import PICTURES, SINGLES, Request
 from src.settings import ROOT
@@ -51,13 +52,13 @@ EXTRAS = {  # what a pipeline needs for a request's field
     "control_guidance_start": {"control_guidance_start"},
     "control_guidance_end": {"control_guidance_end"},
 }
-WITH = {"image_prompt_scale": "image_prompt", "preview": "prompt_2"}  # fields that go with others
+WITH = {"image_prompt_scale": "image_prompt"}  # fields that go with others
 PIPELINES = {f"{model.name} {mode}": row for model in MODELS for mode, row in model.modes.items()}
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
 def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: ModeSpec) -> None:
-    diffusers_own = getattr(diffusers, pipeline.class_name)
+    diffusers_own = pipeline_class(pipeline.class_name)
     arguments = set(inspect.signature(diffusers_own.__call__).parameters)
     assert arguments >= ARGUMENTS
     assert ("guidance_scale" in arguments) == pipeline.guidance
@@ -65,9 +66,14 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: M
         if field == "negative_prompt" and pipeline in KLEIN_MODES.values():
             continue  # the class could, a distilled model cannot
         assert (field in pipeline.takes) == (needs <= arguments), field
+    assert ("preview" in pipeline.takes) == any(
+        hasattr(diffusers_own, name) for name in ("_unpack_latents", "tokens_to_latents")
+    )
     for field, other in WITH.items():
         assert (field in pipeline.takes) == (other in pipeline.takes), field
-    assert pipeline.takes - EXTRAS.keys() - WITH.keys() <= arguments, "what needs no row is called the same there"
+    assert pipeline.takes - EXTRAS.keys() - WITH.keys() - {"preview"} <= arguments, (
+        "what needs no row is called the same there"
+    )
     assert arguments >= {_PICTURES[picture] for picture in pipeline.needs}
     assert ("max_area" in arguments) == ("_auto_resize" in arguments) == pipeline.own_sizes
     assert ("control_mode" in arguments) == pipeline.controlnet
@@ -185,7 +191,14 @@ def test_a_model_can_what_its_family_can(model: Model) -> None:
     assert model.modes == head.modes
 
 
-LABELS = {"kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev"}
+LABELS = {
+    "kontext": "Kontext",
+    "fill": "Fill",
+    "control": "Canny, Depth",
+    "flux.2-dev": "FLUX.2-dev",
+    "flux.3": "FLUX.3",
+    "flux.3-base": "FLUX.3 base",
+}
 
 
 def test_the_readme_says_which_mode_works_with_which_model() -> None:

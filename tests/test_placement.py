@@ -67,6 +67,8 @@ def on_the_card(weights: Weights, placement: Placement) -> int:
         ("FLUX.2-dev", 32.2, 111.3),
         ("FLUX.2-klein-4B", 3.9, 16.0),
         ("FLUX.2-klein-9B", 9.1, 34.7),
+        ("FLUX.3-klein", 5.55, 20.1),
+        ("FLUX.3-klein-base", 5.55, 20.1),
     ],
 )
 def test_models_of_full_size_have_the_published_sizes(name: str, billions: float, gigabytes: float) -> None:
@@ -79,7 +81,7 @@ def test_the_adaptive_norms_of_flux_1_are_a_quarter_of_it() -> None:
     transformer = weights_of("FLUX.1-dev").transformer
     assert sum(transformer.modulation.values()) / 2e9 == pytest.approx(3.25, abs=0.005)
     assert len(transformer.blocks) == 19 + 38
-    assert len(transformer.halves) == 19
+    assert list(transformer.kinds.values()) == [2] * 19
 
 
 @pytest.mark.parametrize(("gigabytes", "name"), list(itertools.product(CARDS, FULL_SIZE)))

@@ -150,7 +150,8 @@ def test_an_error_says_what_was_wrong_what_was_received_and_what_is_allowed() ->
     (fault,) = refused({"input": {"prompt": "a cat", "width": 513}})["errors"]
     assert fault == {
         "field": "width",
-        "message": "must be a multiple of 8, got 513; allowed: an integer, a multiple of 8 from 64 to 2048",
+        "message": "must be a multiple of 8, got 513; allowed: an integer, a multiple of 8 from 64 to 2048, on FLUX.3 to "
+        "4096",
     }
 
 
@@ -361,7 +362,7 @@ def test_names_are_counted_before_they_are_looked_at() -> None:
 def test_the_schema_says_every_limit() -> None:
     schema = Request.model_json_schema()
     fields = schema["properties"]
-    assert fields["width"]["anyOf"][0] == {"type": "integer", "minimum": 64, "maximum": 2048, "multipleOf": 8}
+    assert fields["width"]["anyOf"][0] == {"type": "integer", "minimum": 64, "maximum": 4096, "multipleOf": 8}
     assert fields["num_images"]["maximum"] == 4
     assert fields["sigmas"]["anyOf"][0] == {
         "type": "array", "minItems": 1, "maxItems": 100,

@@ -68,6 +68,11 @@ def _load_together(settings: Settings, download: Callable[..., str], on: Sequenc
                 f"PARALLEL=picture: {engine.model.name} keeps what it has read of its references, which no share of "
                 "the tokens holds; allowed: PARALLEL=jobs"
             )
+        if not engine.transformer._cp_plan:
+            raise InvalidSettings(
+                f"PARALLEL=picture: diffusers does not say how cards share the tokens of {engine.model.name}; allowed: "
+                "PARALLEL=jobs"
+            )
         if engine.loaded().placement["modulation_cache"]:
             raise InvalidSettings(
                 "PARALLEL=picture: the whole model must fit on each card, and it does not; allowed: larger cards, a "

@@ -22,8 +22,7 @@ from src.engine.offload import OffloadedWeights
 from src.errors import GenerationFailed
 from src.weights.placement import TABLES
 
-REFERENCES = "references"  # that have a timestep of their own, which no scheduler announces
-OnCall = Callable[[torch.Tensor, tuple[Any, ...], Hashable], None]
+OnCall = Callable[[torch.Tensor, tuple[Any, ...], Hashable, bool], None]
 
 
 class Conditioning(Protocol):
@@ -32,8 +31,11 @@ class Conditioning(Protocol):
     `at` is what changes from call to call, [values]; `others` is what does not.
     """
 
-    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
-        """Let `on_call` have `at`, `others` and a name for those, or REFERENCES, before norms are asked."""
+    def watch(self, on_call: OnCall) -> list[RemovableHandle]:
+        """Let `on_call` have `at`, `others`, a name for those, and whether the scheduler says `at` ahead.
+
+        That is before the norms of a call are asked, or of its references where those are apart.
+        """
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """All `at` of a scheduler's `timesteps`, [calls, values], as the transformer will get them; `at` is one."""
@@ -51,7 +53,7 @@ class Conditioning(Protocol):
 class _OneEmbedding:
     """FLUX.1's embedding of a timestep, which takes the pooled prompt last, and FLUX.2's, which takes no prompt.
 
-    FLUX.2-klein-KV asks for a second one in the same call, for its references.
+    FLUX.2-klein-KV asks it twice in a call that reads references: those have a timestep of their own.
     """
 
     def __init__(self, transformer: Any, embedder: Any, *, takes_prompt: bool) -> None:
@@ -59,20 +61,21 @@ class _OneEmbedding:
         self._embedder = embedder
         self._takes_prompt = takes_prompt
 
-    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
+    def watch(self, on_call: OnCall) -> list[RemovableHandle]:
         """As of all kinds."""
-        asked = [False]  # within this call of the transformer
+        asked = 0  # within a call
 
         def begin(_: nn.Module, __: tuple[Any, ...]) -> None:
-            asked[0] = False
+            nonlocal asked
+            asked = 0
 
         def hook(_: nn.Module, inputs: tuple[Any, ...], __: torch.Tensor) -> None:
+            nonlocal asked
             at, *others = inputs
-            name: Hashable = REFERENCES if asked[0] else id(others[-1]) if self._takes_prompt else None
-            asked[0] = True
-            on_call(at, tuple(others), name)
+            on_call(at, tuple(others), id(others[-1]) if self._takes_prompt else None, not asked)
+            asked += 1
 
-        return self._transformer.register_forward_pre_hook(begin), self._embedder.register_forward_hook(hook)
+        return [self._transformer.register_forward_pre_hook(begin), self._embedder.register_forward_hook(hook)]
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """FluxPipeline divides by 1000 and FluxTransformer2DModel multiplies again, each rounding in its own type."""
@@ -98,7 +101,7 @@ class _EmbeddingOfTokens:
     def __init__(self, transformer: Any) -> None:
         self._transformer = transformer
 
-    def watch(self, on_call: OnCall) -> tuple[RemovableHandle, ...]:
+    def watch(self, on_call: OnCall) -> list[RemovableHandle]:
         """As of all kinds."""
 
         def hook(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -110,9 +113,9 @@ class _EmbeddingOfTokens:
                 "image_cond": 0 if references is None else references.shape[1],
             }
             others = (len(ends), *tokens.items())
-            on_call(torch.cat(ends), others, others)
+            on_call(torch.cat(ends), others, others, True)
 
-        return (self._transformer.register_forward_pre_hook(hook, with_kwargs=True),)
+        return [self._transformer.register_forward_pre_hook(hook, with_kwargs=True)]
 
     def calls(self, timesteps: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """As diffusers' Flux3LoopDenoiser and Flux3DistilledLoopDenoiser round them; after the last one comes 0."""
@@ -191,12 +194,13 @@ class ModulationCache:
             question = (adapter_weights, exact), calls, others
             return self._find(*question) or self._ask(linears, *question)
 
-        def look_up(at: torch.Tensor, others: tuple[Any, ...], name: Hashable) -> None:
-            if name == REFERENCES:
+        def look_up(at: torch.Tensor, others: tuple[Any, ...], name: Hashable, is_announced: bool) -> None:
+            if not is_announced:
                 find(at[None], others).show(at, self._rows_of_references)
                 return
             if name not in in_use:
-                in_use[name] = others, find(self._conditioning.calls(scheduler.timesteps[-steps:], at), others)
+                calls = self._conditioning.calls(scheduler.timesteps[-steps:], at)
+                in_use[name] = others, find(calls, others)
             in_use[name][1].show(at, self._rows)
 
         hooks = self._conditioning.watch(look_up)

@@ -1,7 +1,7 @@
 """Pipelines by the names of a catalog's rows: diffusers' own, and its modular ones in a plain pipeline's words.
 
-The engine speaks `DiffusionPipeline`'s language: components, `encode_prompt`, a call with `callback_on_step_end`. diffusers
-has FLUX.3 as blocks that pass a state on: here a pipeline that has those words runs the very blocks.
+The engine speaks `DiffusionPipeline`'s language: components, `encode_prompt`, a call with `callback_on_step_end`.
+FLUX.3 is in diffusers as blocks that pass a state on: here a pipeline that has those words runs the very blocks.
 """
 
 from __future__ import annotations
@@ -31,6 +31,22 @@ OnStepEnd = Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str
 def pipeline_class(name: str) -> Any:
     """The class of a pipeline by its name in an index of diffusers'; raises AttributeError where there is none."""
     return globals().get(name) or getattr(diffusers, name)
+
+
+def tokens_to_latents(pipeline: Any, tokens: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """What the VAE of FLUX.1 or FLUX.3 decodes, [pictures, channels, height, width], of [pictures, tokens, values].
+
+    `canvas` is the width and height of the picture.
+    """
+    width, height = canvas
+    latents: torch.Tensor
+    if unpack := getattr(pipeline, "tokens_to_latents", None):
+        latents = unpack(tokens, height, width)
+    else:
+        unpacked = pipeline._unpack_latents(tokens, height, width, pipeline.vae_scale_factor)
+        config = pipeline.vae.config
+        latents = unpacked / config.scaling_factor + config.shift_factor
+    return latents
 
 
 class _Flux3Pipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from src.engine.memory import free_memory, is_out_of_memory
+from src.engine.pipelines import tokens_to_latents
 from src.plan.plan import Plan
 
 SECONDS_BETWEEN = 1.0
@@ -51,11 +52,10 @@ class Preview:
     def _decode(self, latents: torch.Tensor) -> Image.Image | None:
         """RGB, a side of 256 pixels at most, from latents [1, tokens, channels]; None of what is not finite."""
         pipeline, vae = self._pipeline, self._pipeline.vae
-        width, height = self._canvas
-        unpacked = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        unpacked = tokens_to_latents(pipeline, latents, self._canvas)
         shrink = min(1.0, _LATENTS / max(unpacked.shape[-2:]))
         small = torch.nn.functional.interpolate(unpacked, scale_factor=shrink, mode="area")
-        decoded = vae.decode(small / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        decoded = vae.decode(small.to(vae.dtype), return_dict=False)[0]
         if not decoded.isfinite().all():
             return None
         picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 
 from PIL import Image
 
-from src.catalog import EVERY_MODE_TAKES, EXACT, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec
+from src.catalog import EVERY_MODE_TAKES, EXACT, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, ModeSpec, schedulers_for
 from src.errors import Fault
 from src.plan.geometry import Size, covers, padding, widen
-from src.plan.sizes import REFERENCE_PIXELS, asking_field, canvas, decide_size, shrunk
+from src.plan.sizes import asking_field, canvas, decide_size, reference_pixels, shrunk
 from src.request.adapters import Adapter
 from src.request.decoder import WHITE, is_black
 from src.request.images import MAX_INPUT_PIXELS, Pictures
@@ -91,7 +91,7 @@ def decide_steps(request: Request, model: Model) -> tuple[int, Faults]:
         faults.append(Fault("sigmas", f"must be one per step, got {count} for {request.num_inference_steps} steps"))
     row = SCHEDULERS.get(request.scheduler or "")
     if row is not None and (not row.flow_match or row.config):
-        allowed = [name for name, row in SCHEDULERS.items() if row.flow_match and not row.config]
+        allowed = [name for name, row in schedulers_for(model).items() if row.flow_match and not row.config]
         faults.append(Fault("sigmas", f"cannot be used by {request.scheduler}; allowed: {', '.join(allowed)}"))
     return count, faults
 
@@ -114,12 +114,12 @@ def decide_pixels(
 ) -> tuple[Size, Faults]:
     """Width and height; a picture gives those that the request leaves open."""
     given = [*pictures.get("init_image", ()), *pictures.get("control_image", ())]
-    (width, height), faults = decide_size(
-        request, (model.width, model.height), given[0].size if given else None, max_pixels
-    )
+    references = reference_pixels(spec, len(given)) if spec.references else 0
+    picture = given[0].size if given else None
+    (width, height), faults = decide_size(request, model, picture, max_pixels, whole=references)
     most_drawn = spec.max_pixels
     if most_drawn is None and spec.references and given and asking_field(request) is None:
-        most_drawn = REFERENCE_PIXELS
+        most_drawn = references
     if most_drawn and not {"width", "height", "megapixels"} & request.said:
         width, height = shrunk((width, height), most_drawn, model.side_multiple)
     drawn = canvas((width, height), model.side_multiple)
@@ -127,17 +127,27 @@ def decide_pixels(
         if across * down > most and not faults and not {"width", "height"} & set(wrong):
             drawn_as = "" if (across, down) == (width, height) else f" (drawn as {_by(drawn)})"
             got = f"{_by((width, height))}{drawn_as} = {across * down:,}"
-            message = f"makes too many pixels: at most {most:,} pixels, got {got}"
+            limit = f"at most {most:,} pixels"
+            if most == max_pixels < model.max_side**2:
+                limit += f" on this worker, which MAX_PIXELS sets ({model.name} draws sides of up to {model.max_side})"
+            message = f"makes too many pixels: {limit}, got {got}"
             return (width, height), [Fault(asking_field(request) or "width", message)]
     return (width, height), faults
 
 
-def decide_scheduler(request: Request, *, midway: bool) -> tuple[str | None, Faults]:
+def decide_scheduler(request: Request, model: Model, *, midway: bool) -> tuple[str | None, Faults]:
     """The row that the request names; `midway` is whether it has to start from a picture with noise."""
     name = request.scheduler
-    allowed = [key for key, row in SCHEDULERS.items() if row.starts_midway or not midway]
+    fitting = schedulers_for(model)
+    allowed = [key for key, row in fitting.items() if row.starts_midway or not midway]
     if name is None or name in allowed:
         return name, []
+    if name in SCHEDULERS and name not in fitting:
+        message = (
+            f"cannot be {name} on {model.name}, whose answers each lead to the next timestep; allowed: "
+            f"{', '.join(allowed)}"
+        )
+        return name, [Fault("scheduler", message)]
     if name in SCHEDULERS:
         message = f"cannot be {name}, which cannot start from a picture; allowed: {', '.join(allowed)}"
         return name, [Fault("scheduler", message)]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from src.catalog import EVERY_MODE_TAKES, EXACT, Model, ModeSpec
 from src.errors import Fault, refusal
 from src.plan.controls import PlannedControl, decide_controls
@@ -35,7 +37,7 @@ from src.plan.decisions import (
 )
 from src.plan.geometry import Size, at_most, fit
 from src.plan.preprocessors import PREPROCESSORS
-from src.plan.sizes import REFERENCE_PIXELS, canvas, is_about
+from src.plan.sizes import canvas, is_about, reference_pixels
 from src.request.adapters import Adapter
 from src.request.images import Pictures
 from src.request.schema import CONTROL_OPTIONS, MAX_SEED, PICTURES, Borders, Control, Lora, Request, reference
@@ -158,10 +160,11 @@ def make_plan(
     pictures = settle(decide_pictures(request, pictures))
     size = settle(decide_pixels(request, model, spec, pictures, max_pixels=max_pixels, wrong=wrong))
     drawn = canvas(size, model.side_multiple)
+    read_at = reference_pixels(spec, len(pictures.get("init_image", ())))
     on_canvas = (
         bool(spec.references and pictures.get("init_image"))
-        and is_about(pictures["init_image"][0].size, size, model.side_multiple)
-        and drawn[0] * drawn[1] <= REFERENCE_PIXELS
+        and is_about(pictures["init_image"][0].size, size, model, read_at)
+        and drawn[0] * drawn[1] <= read_at
     )
 
     # 2. How: steps, scheduler, prompts, guidance
@@ -169,7 +172,7 @@ def make_plan(
     if "strength" in spec.takes:
         strength = spec.strength if request.strength is None else request.strength
     num_inference_steps = settle(decide_steps(request, model))
-    scheduler = settle(decide_scheduler(request, midway=strength is not None))
+    scheduler = settle(decide_scheduler(request, model, midway=strength is not None))
     steps = settle(decide_calls(num_inference_steps, strength, scheduler))
     prompts = settle(decide_prompts(request, model))
     without_upsampler = settle(decide_upsampling(request, spec, upsampler=upsampler))
@@ -251,7 +254,7 @@ def _prepared(
     for kind, several in pictures.items():
         as_they_are = kind == "image_prompt" or (kind == "init_image" and spec.references)
         prepared[kind] = tuple(
-            at_most(picture, REFERENCE_PIXELS) if as_they_are else fit(picture, size, drawn) for picture in several
+            _as_read(picture, spec, len(several)) if as_they_are else fit(picture, size, drawn) for picture in several
         )
     if controls:
         prepared["control_image"] = tuple(
@@ -259,6 +262,11 @@ def _prepared(
             for control, picture in zip(controls, prepared["control_image"], strict=True)
         )
     return prepared
+
+
+def _as_read(picture: Image.Image, spec: ModeSpec, count: int) -> Image.Image:
+    """One of `count` references, no larger than its pipeline reads it; what that reads whole it fits by itself."""
+    return picture if count == 1 and spec.whole_reference else at_most(picture, reference_pixels(spec, count))
 
 
 def _references(request: Request, controls: Sequence[PlannedControl], adapters: Sequence[Adapter]) -> Mapping[str, Any]:

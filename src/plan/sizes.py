@@ -8,58 +8,79 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from src.catalog import Model, ModeSpec
 from src.errors import Fault
 from src.plan.geometry import Size
-from src.request.schema import MAX_SIDE, MIN_SIDE, Request
+from src.request.schema import MIN_SIDE, Request
 
 REFERENCE_PIXELS = 1024 * 1024  # what is larger Flux2Pipeline shrinks anyway
 
 
-def is_about(picture: Size, size: Size, multiple: int) -> bool:
-    """Whether a reference is as large as `size` but for what rounding to such multiples takes off twice at most.
+def reference_pixels(spec: ModeSpec, count: int) -> int:
+    """The pixels at which each of `count` references is read."""
+    return max(spec.whole_reference, REFERENCE_PIXELS) if count == 1 else REFERENCE_PIXELS
+
+
+def is_about(picture: Size, size: Size, model: Model, pixels: int) -> bool:
+    """Whether a reference that is read at so many `pixels` is as large as `size`, but for rounding down twice at most.
 
     It goes by the sizes, not by who asked for them: a file says in numbers what its picture said, and gives the same.
     """
-    scale = min(1.0, math.sqrt(REFERENCE_PIXELS / (picture[0] * picture[1])), MAX_SIDE / max(picture))
-    return all(abs(there * scale - here) < 2 * multiple for there, here in zip(picture, size, strict=True))
+    scale = min(1.0, math.sqrt(pixels / (picture[0] * picture[1])), model.max_side / max(picture))
+    within = 2 * model.side_multiple
+    return all(abs(there * scale - here) < within for there, here in zip(picture, size, strict=True))
 
 
-def decide_size(request: Request, model: Size, picture: Size | None, max_pixels: int) -> tuple[Size, list[Fault]]:
+def decide_size(
+    request: Request, model: Model, picture: Size | None, max_pixels: int, *, whole: int = 0
+) -> tuple[Size, list[Fault]]:
     """What `request` asks for; `picture` gives what it leaves open, and where there is none the `model`'s own size.
 
-    What nobody asked for in pixels is made to fit, its shape kept.
+    What nobody asked for in pixels is made to fit, its shape kept: to as many as the model's own, or as the `picture`'s
+    up to `whole`.
     """
     width, height = request.width, request.height
-    faults: list[Fault] = []
-    most = float(model[0] * model[1])
+    own = model.width, model.height
+    faults = [
+        Fault(
+            name,
+            f"must be less than or equal to {model.max_side}, got {side}; allowed: an integer, a multiple of 8 from "
+            f"{MIN_SIDE} to {model.max_side} on {model.name}",
+        )
+        for name, side in (("width", width), ("height", height))
+        if side and side > model.max_side
+    ]
+    if faults:
+        return (width or own[0], height or own[1]), faults
+    most = float(own[0] * own[1])
     if request.aspect_ratio or request.megapixels:
         faults = [
             Fault(name, "cannot be combined with aspect_ratio or megapixels, which also set the size")
             for name in ("width", "height")
             if getattr(request, name) is not None
         ]
-        across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else picture or model
+        across, down = map(int, request.aspect_ratio.split(":")) if request.aspect_ratio else picture or own
         pixels = request.megapixels * 1e6 if request.megapixels else most
         wanted = (math.sqrt(pixels * across / down), math.sqrt(pixels * down / across))
     elif picture is None or (width and height):
-        return (width or model[0], height or model[1]), []
+        return (width or own[0], height or own[1]), []
     elif width or height:
         shape = picture[0] / picture[1]
         wanted = (width or (height or 0) * shape, height or (width or 0) / shape)
     else:
         if request.outpaint:
             most = math.inf  # what is drawn around a picture leaves its pixels as they are
-        wanted = _scaled(picture, most)
+        wanted = _scaled(picture, max(most, whole))
     asked = bool(request.megapixels or width or height)
     if not asked:
-        wanted = _scaled(wanted, min(max_pixels, MAX_SIDE**2 * min(wanted) / max(wanted)))
+        wanted = _scaled(wanted, min(max_pixels, model.max_side**2 * min(wanted) / max(wanted)))
         enlarged = max(1.0, MIN_SIDE / min(wanted))
         wanted = (wanted[0] * enlarged, wanted[1] * enlarged)
     size = _sides(*wanted, round)
     if not asked and size[0] * size[1] > max_pixels:
         size = _sides(*wanted, math.floor)
-    if min(size) < MIN_SIDE or max(size) > MAX_SIDE:
-        allowed = f"sides of {MIN_SIDE} to {MAX_SIDE} pixels"
+    if min(size) < MIN_SIDE or max(size) > model.max_side:
+        allowed = f"sides of {MIN_SIDE} to {model.max_side} pixels"
         faults.append(
             Fault(
                 asking_field(request) or "init_image",

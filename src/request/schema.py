@@ -34,7 +34,7 @@ from src.catalog import FORMATS, SPEEDS
 # What a prompt upsampler may write (3,584 tokens, a little over five each): a file repeats it as its prompt.
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_SEED = 2**63 - 1
-MIN_SIDE, MAX_SIDE = 64, 2048
+MIN_SIDE, MAX_SIDE = 64, 4096  # of any model; each row says its own
 # What a request's pictures are for, and how they are read: in colour, or as a mask.
 PICTURES: Mapping[str, str] = MappingProxyType(
     {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
@@ -192,7 +192,7 @@ Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
 Source = Annotated[StrictStr, AfterValidator(unquoted), AfterValidator(_short_address)]
 Picture = Source | None
 _PICTURE = "a picture as base64, data URI or https URL"
-_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}"
+_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to 2048, on FLUX.3 to {MAX_SIDE}"
 _TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
 ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 _PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"

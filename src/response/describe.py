@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from src import __version__
-from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SCHEDULERS, SPEEDS, Model, controlnets_for
+from src.catalog import EVERY_MODE_TAKES, FAMILIES, FORMATS, SPEEDS, Model, controlnets_for, schedulers_for
 from src.outputs import Loaded
 from src.plan.plan import Plan
 from src.redaction import hide_known_in
 from src.request.aliases import ALIASES, NAMED_SIZES, WITHOUT_EFFECT
-from src.request.schema import MAX_SIDE, Request
+from src.request.schema import Request
 from src.settings import Settings
 
 _MOST_FILES = 200  # of LORA_DIR; an answer must stay small
@@ -45,7 +45,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             },
             "limits": {
                 "max_pixels": settings.max_pixels,
-                "max_side": MAX_SIDE,
+                "max_side": model.max_side,
                 "max_guidance_scale": model.max_guidance_scale,
                 "max_sequence_length": model.max_sequence_length,
                 "max_response_mb": settings.max_response_mb,
@@ -53,7 +53,9 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             },
             "output_formats": {name: {"takes_quality": row.quality} for name, row in FORMATS.items()},
             "speeds": list(SPEEDS),
-            "schedulers": {name: {"starts_from_a_picture": row.starts_midway} for name, row in SCHEDULERS.items()},
+            "schedulers": {
+                name: {"starts_from_a_picture": row.starts_midway} for name, row in schedulers_for(model).items()
+            },
             "adapters": {
                 "lora_dir": [str(file.relative_to(settings.lora_dir)) for file in _adapters(settings)],
                 **_in_memory(settings, loaded.adapters),

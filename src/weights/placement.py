@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from src.catalog import MEMORY_MODES, QUANTIZATIONS
@@ -31,6 +31,11 @@ TABLES = 2  # of adaptive norms computed ahead: of a prompt and of what it steer
 # everything resident.
 _STREAMING = 0.05
 SLOTS = 2  # the block that is at work and the next one, on its way
+
+
+# Blocks with weights of their own for each kind of tokens: of FLUX's double blocks each has two halves, and FLUX.3 has
+# blocks of words, of the picture and of references.
+_KINDS = {"transformer_blocks.": 2, "mode_blocks.": 3, "txt_mode_blocks.": 3}
 
 
 class DoesNotFit(Exception):
@@ -70,7 +75,7 @@ class Network:
     blocks: Mapping[str, int]  # in order, without their modulation
     modulation: Mapping[str, int]  # of each block; "" is what stands outside of them
     outside: int  # of all blocks
-    halves: frozenset[str] = frozenset()  # blocks of which each token meets one half: FLUX's double blocks
+    kinds: Mapping[str, int] = field(default_factory=dict)  # of tokens, where each meets the weights of its own alone
 
     @classmethod
     def of(cls, parameters: Mapping[str, int], itemsize: float) -> Network:
@@ -86,7 +91,8 @@ class Network:
                 blocks[block] += size
             else:
                 outside += size
-        return cls(blocks, modulation, outside, frozenset(name for name in blocks if name.startswith("transformer_")))
+        kinds = {name: count for name in blocks for start, count in _KINDS.items() if name.startswith(start)}
+        return cls(blocks, modulation, outside, kinds)
 
     @property
     def size(self) -> int:
@@ -324,7 +330,7 @@ def _working(weights: Weights, work: Work) -> int:
 def flops(weights: Weights, work: Work) -> float:
     """Operations of one step at the model's own size: two for each weight and token, and attention of all with all."""
     transformer, tokens = weights.transformer, work.tokens(work.width * work.height)
-    met = sum(size / 2 if name in transformer.halves else size for name, size in transformer.blocks.items())
+    met = sum(size / transformer.kinds.get(name, 1) for name, size in transformer.blocks.items())
     products = 2 * tokens * met / weights.itemsize
     return products + 4 * tokens * tokens / work.batch_size * weights.width * len(transformer.blocks)
 
