@@ -119,7 +119,7 @@ def choice_of(name: str, machine: Machine) -> PlacementChoice:
     model = get_model(name)
     work = Work(
         model.width, model.height, model.num_inference_steps, model.max_sequence_length,
-        Settings.model_fields["max_pixels"].default,
+        Settings.model_fields["max_pixels"].default, usual_tokens=model.usual_tokens,
     )  # fmt: skip
     return RememberedChoice(weights_of(model), machine, work, "auto")
 

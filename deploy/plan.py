@@ -68,7 +68,7 @@ def estimate(model: Model, card: Card, settings: Settings) -> Estimate:
     """
     work = Work(
         model.width, model.height, model.num_inference_steps, model.max_sequence_length, settings.max_pixels,
-        settings.batch_size,
+        settings.batch_size, usual_tokens=model.usual_tokens,
     )  # fmt: skip
     machine, limit = card.machine, settings.memory_limit_gb
     machine = replace(machine, memory=min(machine.memory, int(limit * GB))) if limit else machine

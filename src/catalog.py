@@ -179,6 +179,7 @@ class Model:
     guidance_scale: float = 7.5
     max_guidance_scale: float = 20
     max_sequence_length: int = 512  # default and limit
+    usual_tokens: int | None = None  # of a prompt where the window is as long as that; assumed, to model speed
     max_side: int = 2048  # pixels; at most as many as MAX_PIXELS allows
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
     architecture: str = "FLUX.1"  # what ControlNets and Redux are made for
@@ -205,7 +206,8 @@ _DEV = "FLUX.1 [dev] Non-Commercial License"
 _NON_COMMERCIAL = "FLUX Non-Commercial License"
 _KOMMUNITY = "FLUX Kommunity License"
 _FLUX_3: Mapping[str, Any] = {
-    "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "architecture": "FLUX.3", "max_side": 4096,
+    "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "usual_tokens": 1024, "architecture": "FLUX.3",
+    "max_side": 4096,
 }  # fmt: skip
 _KLEIN: Mapping[str, Any] = {
     "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",

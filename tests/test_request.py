@@ -150,8 +150,8 @@ def test_an_error_says_what_was_wrong_what_was_received_and_what_is_allowed() ->
     (fault,) = refused({"input": {"prompt": "a cat", "width": 513}})["errors"]
     assert fault == {
         "field": "width",
-        "message": "must be a multiple of 8, got 513; allowed: an integer, a multiple of 8 from 64 to 2048, on FLUX.3 to "
-        "4096",
+        "message": "must be a multiple of 8, got 513; allowed: an integer, a multiple of 8 from 64 to 2048, "
+        "on FLUX.3 to 4096",
     }
 
 

@@ -173,6 +173,7 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
         settings.max_pixels,
         settings.batch_size,
         extra=itemsize * sum(find_values(net, files) for net in nets),
+        usual_tokens=model.usual_tokens,
     )
 
 

@@ -336,9 +336,9 @@ class Request(_Fields):
         None, description="width to height as two whole numbers, 16:9 say; instead of width and height"
     )
     megapixels: Annotated[
-        Annotated[Number, Field(ge=0.01, le=4.2)] | None,
+        Annotated[Number, Field(ge=0.01, le=16.8)] | None,
         BeforeValidator(_number),
-    ] = Field(None, description="a number from 0.01 to 4.2, in millions of pixels; with aspect_ratio or alone")
+    ] = Field(None, description="a number from 0.01 to 16.8, in millions of pixels; with aspect_ratio or alone")
     num_inference_steps: Annotated[Whole, Field(ge=1, le=100)] | None = Field(
         None, description="an integer from 1 to 100"
     )

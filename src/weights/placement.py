@@ -23,6 +23,9 @@ _SPARE = 0.04
 # values (3), queries and keys with their positions in float32 (2 x 2), the attention's answer (1), a single block's MLP
 # before and after its activation (2 x 4), what is joined of both (5), and its product (1).
 _IN_FLIGHT = 24
+# And where each token has its own: its embedding before and after an activation (2), shift, scale and gate of its
+# kind's blocks and of the joint ones (2 x 3).
+_MODULATED = 8
 # Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
 # weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
 _DECODING = 9.3
@@ -95,6 +98,11 @@ class Network:
         return cls(blocks, modulation, outside, kinds)
 
     @property
+    def modulates_tokens(self) -> bool:
+        """Whether shifts, scales and gates are made for each token, not once a picture: FLUX.3's, of three kinds."""
+        return max(self.kinds.values(), default=1) > len(("words", "picture"))
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return sum(self.blocks.values()) + sum(self.modulation.values()) + self.outside
@@ -164,10 +172,16 @@ class Work:
     max_pixels: int  # the largest picture that must fit
     batch_size: int = 1
     extra: int = 0  # bytes of weights that are on the card with the model: ControlNets, Redux, adapters
+    usual_tokens: int | None = None  # of a prompt, where most are shorter than max_sequence_length
 
     def tokens(self, pixels: int) -> int:
-        """16 pixels a side make one token."""
+        """Of the longest prompt; 16 pixels a side make one token."""
         return self.batch_size * (pixels // 256 + self.max_sequence_length)
+
+    @property
+    def own_tokens(self) -> int:
+        """Of a usual prompt, and of the model's own size."""
+        return self.batch_size * (self.width * self.height // 256 + (self.usual_tokens or self.max_sequence_length))
 
 
 @dataclass(frozen=True)
@@ -322,14 +336,15 @@ def _working(weights: Weights, work: Work) -> int:
 
     A larger one is decoded in tiles where memory is short.
     """
-    denoising = work.tokens(work.max_pixels) * weights.width * weights.itemsize * _IN_FLIGHT
+    in_flight = _IN_FLIGHT + (_MODULATED if weights.transformer.modulates_tokens else 0)
+    denoising = work.tokens(work.max_pixels) * weights.width * weights.itemsize * in_flight
     pixels = work.batch_size * min(work.max_pixels, work.width * work.height)
     return int(max(denoising, pixels * weights.channels * weights.itemsize * _DECODING))
 
 
 def flops(weights: Weights, work: Work) -> float:
     """Operations of one step at the model's own size: two for each weight and token, and attention of all with all."""
-    transformer, tokens = weights.transformer, work.tokens(work.width * work.height)
+    transformer, tokens = weights.transformer, work.own_tokens
     met = sum(size / transformer.kinds.get(name, 1) for name, size in transformer.blocks.items())
     products = 2 * tokens * met / weights.itemsize
     return products + 4 * tokens * tokens / work.batch_size * weights.width * len(transformer.blocks)
