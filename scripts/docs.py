@@ -45,10 +45,11 @@ from src.weights.placement import GB, DoesNotFit
 # How a table names a family.
 FAMILY_NAMES: Mapping[str, str] = {
     "kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev",
+    "flux.3": "FLUX.3", "flux.3-base": "FLUX.3 base",
 }  # fmt: skip
 _ENTRIES: Mapping[str, type[BaseModel]] = {"loras": Lora, "controls": Control, "outpaint": Borders}
 # The models that the table of cards shows; the others fit and cost as one of them does.
-ON_CARDS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev")
+ON_CARDS = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein-4B", "FLUX.2-klein-9B", "FLUX.2-dev", "FLUX.3-klein")
 
 
 def rows(heads: Iterable[str], cells: Iterable[Iterable[str]]) -> str:
@@ -130,13 +131,17 @@ def _taken_by(name: str) -> str:
     if name in EVERY_MODE_TAKES | {"describe", "dry_run"}:
         return "every mode"
     wanted = SINGLES.get(name, name)
-    every = {
-        (model.architecture.startswith("FLUX.2"), mode): row for model in MODELS for mode, row in model.modes.items()
-    }
+    every = {(_generation(model), mode): row for model in MODELS for mode, row in model.modes.items()}
     taking = [key for key, row in every.items() if wanted in row.takes | row.needs]
-    if taking == [key for key in every if not key[0]]:
-        return "every mode of FLUX.1"
+    generations = dict.fromkeys(generation for generation, _ in taking)
+    if len(taking) > 1 and set(taking) == {key for key in every if key[0] in generations}:
+        return f"every mode of {' and '.join(generations)}"
     return ", ".join(dict.fromkeys(mode for _, mode in taking))
+
+
+def _generation(model: Model) -> str:
+    """FLUX.2, say; what ships with the worker is a FLUX.1."""
+    return next((name for name in ("FLUX.2", "FLUX.3") if model.architecture.startswith(name)), "FLUX.1")
 
 
 def entries() -> str:

@@ -35,6 +35,7 @@ from src.catalog import FORMATS, SPEEDS
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_SEED = 2**63 - 1
 MIN_SIDE, MAX_SIDE = 64, 4096  # of any model; each row says its own
+_MOST_DRAW = 2048  # pixels of a side at most
 # What a request's pictures are for, and how they are read: in colour, or as a mask.
 PICTURES: Mapping[str, str] = MappingProxyType(
     {"init_image": "RGB", "mask_image": "L", "control_image": "RGB", "image_prompt": "RGB"}
@@ -192,7 +193,7 @@ Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)]
 Source = Annotated[StrictStr, AfterValidator(unquoted), AfterValidator(_short_address)]
 Picture = Source | None
 _PICTURE = "a picture as base64, data URI or https URL"
-_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to 2048, on FLUX.3 to {MAX_SIDE}"
+_SIDE = f"an integer, a multiple of 8 from {MIN_SIDE} to {_MOST_DRAW}, on FLUX.3 to {MAX_SIDE}"
 _TEXT = f"text of at most {MAX_PROMPT_CHARACTERS:,} characters"
 ADAPTER = "a hub id (owner/name), an https URL or a file in LORA_DIR"
 _PROMPT = f"text of 1 to {MAX_PROMPT_CHARACTERS:,} characters, not blank, without control characters"
@@ -269,7 +270,7 @@ class Control(_Fields):
     preprocess: StrictBool = False
 
 
-Border = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
+Border = Annotated[Whole, Field(ge=0, le=_MOST_DRAW)]
 
 
 class Borders(_Fields):
@@ -419,7 +420,7 @@ class Request(_Fields):
     )
     outpaint: Borders | None = Field(
         None,
-        description=f"{{left, right, top, bottom}}, integers from 0 to {MAX_SIDE}: pixels to draw around init_image",
+        description=f"{{left, right, top, bottom}}, integers from 0 to {_MOST_DRAW}: pixels to draw around init_image",
     )
 
     describe: StrictBool = Field(False, description="true or false; true tells what this worker can do")
