@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from src.response.openai import in_openai_form
 from src.serving.startup import check_start
 from src.settings import Settings
 from src.weights import bake
-from src.weights.files import Files, check_whole
-from src.weights.placement import GB, Machine, Weights, Work, placements
+from src.weights.files import Files
+from src.weights.ledger import PlacementChoice
+from src.weights.placement import GB, Machine, Network, Weights, Work, placements
 from tests.conftest import base64_of, opened
 from tests.hub import Hub, Repo, download_into
-from tests.small_models import small, upsampler
+from tests.small_models import small, upsampler, weights_of
 from tests.test_family import PICTURE
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 1, "seed": 1}
@@ -48,6 +50,13 @@ def engine(settings: Settings) -> Engine:
 def ask(settings: Settings, engine: Engine, job: Job | None = None, **fields: Any) -> dict[str, Any]:
     asked = {"prompt": "a red circle", "prompt_upsampling": True, **SMALL, **fields}
     return respond({"input": asked}, job or Job(), lambda: settings, lambda: engine)
+
+
+def weights_of_both(settings: Settings) -> Weights:
+    """The model's sizes and the upsampler's, in float32."""
+    alone = weights_of(Path(settings.model_name))
+    sizes = check_upsampler(Path(str(settings.prompt_upsampler)))
+    return replace(alone, networks={**alone.networks, "prompt_upsampler": Network.of(sizes, 4)})
 
 
 def caption(response: dict[str, Any]) -> str:
@@ -113,10 +122,9 @@ def test_each_prompt_of_a_list_has_a_caption_of_its_own(settings: Settings, engi
 
 
 def test_references_are_seen(settings: Settings, engine: Engine) -> None:
-    picture = base64_of(PICTURE)
     texts = [
-        caption(ask(settings, engine, **fields))
-        for fields in ({}, {"init_image": picture}, {"init_image": base64_of(PICTURE.rotate(90))})
+        caption(ask(settings, engine, init_image=picture))
+        for picture in (None, base64_of(PICTURE), base64_of(PICTURE.rotate(90)))
     ]
     assert len(set(texts)) == 3
 
@@ -133,21 +141,47 @@ def test_the_openai_api_tells_what_was_drawn(settings: Settings, engine: Engine)
 def test_captions_and_pictures_are_the_same_wherever_weights_live(
     settings: Settings, engine: Engine, offload: str | None
 ) -> None:
-    assert settings.prompt_upsampler
-    folder = Path(settings.model_name)
-    configurations = [json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")]
-    sizes = check_whole(folder) | {"prompt_upsampler": check_whole(Path(settings.prompt_upsampler))[""]}
-    weights = Weights.of(sizes, *configurations, 4)
+    weights = weights_of_both(settings)
     mode = f"{offload}_offload" if offload else "stream"
     found = placements(weights, Machine("a small card", GB, GB, 1e11, 1e10), Work(64, 64, 1, 32, 64 * 64), mode)
     least = min(found, key=lambda each: each.resident)
     assert offload or len(least.streamed["prompt_upsampler"]) == 5  # three layers that write, two that see
     thrifty = load_engine(settings)
     thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, torch.device("cpu"))
-    for fields in ({}, {"init_image": base64_of(PICTURE)}):
-        here, there = ask(settings, engine, **fields), ask(settings, thrifty, **fields)
+    for picture in (None, base64_of(PICTURE)):
+        here, there = (ask(settings, each, init_image=picture) for each in (engine, thrifty))
         assert caption(here) == caption(there)
         assert pixels(here) == pixels(there)
+
+
+def test_it_is_whole_on_the_device_while_it_writes_and_the_rest_comes_back(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, weights = load_engine(settings), weights_of_both(settings)
+    machine, work = Machine("a small card", GB, GB, 1e11, 1e10), Work(64, 64, 1, 32, 64 * 64)
+    start = next(
+        found
+        for found in placements(weights, machine, work, "stream")
+        if {name: len(blocks) for name, blocks in found.streamed.items() if blocks} == {"prompt_upsampler": 5}
+    )
+    choice = PlacementChoice(weights, replace(machine, memory=int(start.needs) + 1), work, "stream")
+    placed = PlacedPipeline(held._pipeline, start, torch.device("cpu"))
+    tight = Engine(held._pipeline, held.model, None, placed_pipeline=placed, choice=choice)
+    arranged: list[Any] = []
+    arrange = tight._placed_pipeline.arrange
+
+    def noting(placement: Any) -> bool:
+        arranged.append(placement)
+        return arrange(placement)
+
+    monkeypatch.setattr(tight._placed_pipeline, "arrange", noting)
+    for _ in range(2):
+        assert pixels(ask(settings, tight)) == pixels(ask(settings, engine))
+    while_it_wrote, after = arranged  # the second caption was remembered
+    assert not while_it_wrote.streamed.get("prompt_upsampler")
+    assert any(while_it_wrote.streamed.values())
+    assert after is start
+    assert tight._placed_pipeline.placement is start
 
 
 def test_a_job_is_stopped_between_two_tokens(settings: Settings, engine: Engine) -> None:

@@ -35,7 +35,7 @@ from src.engine.prompts import Prompts
 from src.engine.quantization import has_products
 from src.engine.redux import REDUX, Redux
 from src.engine.schedulers import make_scheduler
-from src.engine.upsampling import PromptUpsampler
+from src.engine.upsampling import UPSAMPLER, PromptUpsampler
 from src.errors import Cancelled, Fault, TimedOut, let_go
 from src.job import OnProgress
 from src.outputs import Generation, Loaded
@@ -182,8 +182,7 @@ class Engine:
                 view.controlnet, arguments = self._controlnets.use(plan.controls)
             if plan.sampling.prompt_upsampling:
                 phases.begin("upsample_prompt")
-                with LOADING.drawing():
-                    captions, cut = self._with_room(lambda: self._upsampler.write(plan, phases.go_on))
+                captions, cut = self._upsample(plan, phases)
                 warnings += cut
                 plan = plan.upsampled(captions)
             phases.begin("encode_prompt")
@@ -366,6 +365,12 @@ class Engine:
             self._pipeline.maybe_free_model_hooks()
             self._synchronize()
             raise
+
+    def _upsample(self, plan: Plan, phases: Phases) -> tuple[Sequence[str], Sequence[str]]:
+        """The plan's captions, and warnings. What writes them is whole on the device meanwhile, where that can be."""
+        new = not self._upsampler.remembers(plan)
+        with LOADING.drawing(), self._ledger.onloaded(UPSAMPLER) if new else nullcontext():
+            return self._with_room(lambda: self._upsampler.write(plan, phases.go_on))
 
     def _with_room(self, read: Callable[[], T]) -> T:
         """What text encoders `read`; memory that is short is freed, and what is idle leaves, once."""

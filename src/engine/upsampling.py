@@ -63,6 +63,10 @@ class PromptUpsampler:
         said = f"prompt_upsampling stopped after {MAX_NEW_TOKENS:,} tokens: what was drawn may end within a sentence"
         return tuple(caption.text for caption in captions), (said,) if cut else ()
 
+    def remembers(self, plan: Plan) -> bool:
+        """Whether nothing is left to be written for `plan`."""
+        return all(_key(plan, prompt) in self._remembered for prompt in plan.prompts)
+
     def _caption(self, plan: Plan, prompt: str, go_on: Callable[[], None]) -> _Caption:
         key = _key(plan, prompt)
         if key not in self._remembered:
@@ -123,7 +127,7 @@ def _key(plan: Plan, prompt: str) -> Hashable:
     return prompt, *((picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in pictures)
 
 
-class _PictureProcessor(Qwen3VLProcessor):
+class _PictureProcessor(Qwen3VLProcessor):  # type: ignore[misc]
     """Reads words and pictures: without its part for films, which wants torchvision."""
 
     @classmethod

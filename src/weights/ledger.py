@@ -9,7 +9,8 @@ changes a byte of a picture. Sizes are in bytes; knows nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -54,6 +55,21 @@ class PlacementChoice:
                 found.modulation_cache != start.modulation_cache, found.seconds(self.work), found.offloaded
             ),
         )  # fmt: skip
+
+    def onloaded(self, network: str, extra: int, memory: int, now: Placement) -> Placement | None:
+        """The one within `memory` that has `network` whole on the card and moves the least of the others, if any.
+
+        Adaptive norms stay where they are `now`.
+        """
+        every = placements(self.weights, self.machine, replace(self.work, extra=extra), self.mode, onloaded=network)
+        fitting = [
+            found
+            for found in every
+            if found.modulation_cache == now.modulation_cache
+            and found.offloaded <= self.machine.host_memory
+            and found.needs <= memory
+        ]
+        return min(fitting, key=lambda found: found.offloaded, default=None)
 
 
 @dataclass
@@ -119,6 +135,22 @@ class Ledger:
         if self._choice:
             rate = flops(self._choice.weights, self._choice.work) / seconds
             self._choice = replace(self._choice, machine=replace(self._choice.machine, flops=rate))
+
+    @contextmanager
+    def onloaded(self, network: str) -> Iterator[None]:
+        """Within it `network` is whole on the card, where that can be: it is at work for each token that it writes.
+
+        What leaves for it comes back after.
+        """
+        before, whole = self.placement, None
+        if self._choice and before and before.streamed.get(network):
+            whole = self._choice.onloaded(network, self.extra, self._memory, before)
+        moved = whole is not None and self._move(whole)
+        try:
+            yield
+        finally:
+            if moved and before:
+                self._move(before)
 
     def done_with(self, name: str) -> None:
         """The job does not want it any more."""

@@ -251,8 +251,10 @@ def choose_placement(weights: Weights, machine: Machine, work: Work, mode: str =
     return min(fitting, key=lambda found: (found.seconds(work), found.offloaded))
 
 
-def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Iterator[Placement]:
-    """All that `mode` allows, whether they fit or not."""
+def placements(
+    weights: Weights, machine: Machine, work: Work, mode: str, *, onloaded: str | None = None
+) -> Iterator[Placement]:
+    """All that `mode` allows, whether they fit or not; those with the text encoder `onloaded` whole on the card."""
     row = MEMORY_MODES[mode]
     if row.offload:
         yield _offloaded(weights, machine, work, row.offload)
@@ -261,7 +263,7 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
     if row.quantization:
         weights = _quantized(weights, QUANTIZATIONS[row.quantization].itemsize)
     transformer, working = weights.transformer, _working(weights, work) + work.extra
-    encoders = list(_streamed_text_encoders(weights, stream=row.stream_text_encoders))
+    encoders = list(_streamed_text_encoders(weights, onloaded, stream=row.stream_text_encoders))
     for modulation_cache in row.modulation_cache:
         modulation = transformer.modulation
         apart = sum(modulation.values()) if modulation_cache else 0
@@ -294,14 +296,18 @@ def placements(weights: Weights, machine: Machine, work: Work, mode: str) -> Ite
 
 
 def _streamed_text_encoders(
-    weights: Weights, *, stream: bool
+    weights: Weights, onloaded: str | None, *, stream: bool
 ) -> Iterator[tuple[Mapping[str, tuple[int, ...]], int, int]]:
-    """Ways to stream more and more of the text encoders, the largest first: blocks, their bytes, the largest."""
+    """Ways to stream more and more of the text encoders but for `onloaded`: blocks, their bytes, the largest.
+
+    The largest text encoder first, which may be a prompt upsampler: at work for some prompts alone.
+    """
     streamed: dict[str, tuple[int, ...]] = {}
     total = largest = 0
     yield {}, total, largest
     if stream:
-        for name, part in sorted(weights.text_encoders.items(), key=lambda item: -item[1].size):
+        others = {name: part for name, part in weights.text_encoders.items() if name != onloaded}
+        for name, part in sorted(others.items(), key=lambda item: -item[1].size):
             for index, size in enumerate(part.blocks.values()):
                 streamed[name] = tuple(range(index + 1))
                 total, largest = total + size, max(largest, size)
