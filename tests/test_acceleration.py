@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import weakref
 from importlib.metadata import PackageNotFoundError
 from itertools import islice
@@ -19,6 +20,7 @@ from handler import respond
 from src.catalog import MODELS, QUANTIZATIONS, SPEEDS
 from src.engine import Engine, load_engine
 from src.engine.acceleration import _set_attention
+from src.engine.pipelines import pipeline_class
 from src.engine.quantization import Quantizer, _chosen
 from src.errors import InvalidSettings, ModelUnavailable, WorkerError
 from src.job import Job, Progress
@@ -145,8 +147,8 @@ def test_guessed_steps_go_with_every_mode_but_not_with_two_directions_mixed(plai
 def test_the_catalog_knows_which_pipelines_tell_two_directions_apart() -> None:
     for model in MODELS:
         for row in model.modes.values():
-            source = inspect.getsource(getattr(diffusers, row.class_name))
-            assert row.cache_context == ("cache_context" in source), row.class_name
+            source = inspect.getsource(pipeline_class(row.class_name))
+            assert row.cache_context == bool(re.search("cache_context|_Guidance", source)), row.class_name
     assert SPEEDS["exact"] is None
 
 
