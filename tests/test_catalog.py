@@ -71,7 +71,9 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: M
     )
     for field, other in WITH.items():
         assert (field in pipeline.takes) == (other in pipeline.takes), field
-    assert pipeline.takes - EXTRAS.keys() - WITH.keys() - {"preview"} <= arguments, (
+    own_parts = set(inspect.signature(diffusers_own.__init__).parameters)
+    assert ("prompt_upsampling" in pipeline.takes) == ("prompt_upsampler" in own_parts)
+    assert pipeline.takes - EXTRAS.keys() - WITH.keys() - {"preview", "prompt_upsampling"} <= arguments, (
         "what needs no row is called the same there"
     )
     assert arguments >= {_PICTURES[picture] for picture in pipeline.needs}

@@ -149,7 +149,7 @@ def test_blocks_are_compiled_once_a_class_with_slots_for_adapters(folders: dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8", "nf4"])
-def test_smaller_weights_are_those_of_all_blocks_and_told(
+def test_smaller_weights_are_those_of_all_blocks(
     kind: str, tmp_path: Path, engines: dict[str, Engine], folders: dict[str, Path]
 ) -> None:
     whole = engines["flux.3"].transformer

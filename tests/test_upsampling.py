@@ -165,8 +165,8 @@ def test_it_is_whole_on_the_device_while_it_writes_and_the_rest_comes_back(
         if len(found.streamed.get("prompt_upsampler", ())) == 5 and not found.streamed["transformer"]
     )
     choice = PlacementChoice(weights, replace(machine, memory=int(start.needs) + 1), work, "stream")
-    placed = PlacedPipeline(held._pipeline, start, torch.device("cpu"))
-    tight = Engine(held._pipeline, held.model, None, placed_pipeline=placed, choice=choice)
+    placed_pipeline = PlacedPipeline(held._pipeline, start, torch.device("cpu"))
+    tight = Engine(held._pipeline, held.model, None, placed_pipeline=placed_pipeline, choice=choice)
     arranged: list[Any] = []
     arrange = tight._placed_pipeline.arrange
 
