@@ -92,6 +92,15 @@ FILL_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {"inpainting": _row("FluxFillPipeline", "init_image mask_image", f"{_TEXT} {_MASK}", strength=1.0)}
 )
 
+# True classifier-free guidance by guidance_scale; T5 alone reads the prompt.
+CHROMA_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {
+        "text-to-image": _row("ChromaPipeline", "", "negative_prompt preview"),
+        "image-to-image": _row("ChromaImg2ImgPipeline", "init_image", "negative_prompt preview strength"),
+        "inpainting": _row("ChromaInpaintPipeline", "init_image mask_image", f"negative_prompt preview {_MASK}"),
+    }
+)
+
 _KLEIN_PIXELS = 1024 * 1024  # its inpainting shrinks what is larger
 FLUX_2_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
@@ -157,6 +166,9 @@ MANY_STEPS: Mapping[str, Quality] = MappingProxyType(
 FEW_STEPS: Mapping[str, Quality] = MappingProxyType(
     {"low": Quality(num_inference_steps=2), "medium": Quality(), "high": Quality()}
 )
+GUIDED_STEPS: Mapping[str, Quality] = MappingProxyType(  # no step is guessed while two directions are mixed
+    {"low": Quality(num_inference_steps=20), "medium": Quality(num_inference_steps=28), "high": Quality()}
+)
 OWN_STEPS: Mapping[str, Quality] = MappingProxyType(
     {"low": Quality("fast"), "medium": Quality("balanced"), "high": Quality()}
 )
@@ -208,6 +220,10 @@ _KOMMUNITY = "FLUX Kommunity License"
 _FLUX_3: Mapping[str, Any] = {
     "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "usual_tokens": 1024, "architecture": "FLUX.3",
     "max_side": 4096,
+}  # fmt: skip
+_CHROMA: Mapping[str, Any] = {
+    "download_gb": 27.5, "modes": CHROMA_MODES, "num_inference_steps": 40, "guidance_scale": 3.0,
+    "architecture": "Chroma", "qualities": GUIDED_STEPS,
 }  # fmt: skip
 _KLEIN: Mapping[str, Any] = {
     "modes": KLEIN_MODES, "num_inference_steps": 4, "guidance_scale": 1.0, "architecture": "FLUX.2-klein",
@@ -304,6 +320,15 @@ MODELS: tuple[Model, ...] = (
     ),
     _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
     _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
+    Model("Chroma1-HD", "lodestones/Chroma1-HD", "chroma", "Apache-2.0", **_CHROMA),
+    Model("Chroma1-Base", "lodestones/Chroma1-Base", "chroma", "Apache-2.0", **_CHROMA),
+    Model(
+        "Chroma1-Flash",
+        "lodestones/Chroma1-Flash",
+        "chroma",
+        "Apache-2.0",
+        **{**_CHROMA, "num_inference_steps": 16, "guidance_scale": 1.0, "qualities": OWN_STEPS},
+    ),
     Model(
         "FLUX.3-klein",
         "black-forest-labs/flux-3-image-klein",
@@ -355,6 +380,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "kontext": Family("FLUX.1-Kontext-dev", guided=True),
         "fill": Family("FLUX.1-Fill-dev", guided=True),
         "control": Family("FLUX.1-Canny-dev", guided=True),
+        "chroma": Family("Chroma1-HD", guided=True),
         "flux.2-dev": Family("FLUX.2-dev", guided=True),
         "klein": Family("FLUX.2-klein-4B", guided=False),
         "klein-kv": Family("FLUX.2-klein-9B-KV", guided=False),

@@ -50,6 +50,8 @@ def small(family: str, folder: Path, **changes: Any) -> Path:
         _flux_3(class_name, folder, **changes)
     elif class_name.startswith("Flux2"):
         _flux_2(class_name, family, folder)
+    elif class_name == "ChromaPipeline":
+        _chroma(folder)
     else:
         _flux_1(class_name, family, folder, changes)
     return folder
@@ -151,6 +153,25 @@ def _flux_1(class_name: str, family: str, folder: Path, changes: Mapping[str, An
     parts = {name: getattr(shapes, name) for name in shapes.components if hasattr(shapes, name)}
     parts = {name: part for name, part in parts.items() if part is not None and name != "transformer"}
     getattr(diffusers, class_name)(transformer=transformer, **parts).save_pretrained(folder)
+
+
+def _chroma(folder: Path) -> None:
+    """flux-shapes' T5 and VAE around a random transformer, whose adaptive norms a small network answers."""
+    shapes = diffusers.FluxPipeline.from_pretrained(SHAPES, dtype=torch.float32)
+    own = shapes.transformer.config
+    same = {name: own[name] for name in (
+        "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope"
+    )}  # fmt: skip
+    transformer = diffusers.ChromaTransformer2DModel(
+        **same, num_layers=2, num_single_layers=2, approximator_hidden_dim=16, approximator_layers=2
+    )
+    diffusers.ChromaPipeline(
+        scheduler=shapes.scheduler,
+        vae=shapes.vae,
+        text_encoder=shapes.text_encoder_2,
+        tokenizer=shapes.tokenizer_2,
+        transformer=transformer.eval(),
+    ).save_pretrained(folder)
 
 
 def _flux_2(class_name: str, family: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.fx.experimental._config as shapes_config
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from src.catalog import PROFILES
 from src.engine.block_timing import lists_of_blocks
@@ -69,21 +70,31 @@ def attention_of(transformer: Any) -> str:
 
 
 def _set_attention(transformer: Any, settings: Settings, capability: tuple[int, int]) -> None:
-    asked = settings.attention_backend
+    asked, own = settings.attention_backend, _ATTENTION.get(capability, "native")
+    device = "cuda" if capability > (0, 0) else "cpu"
     if asked != "auto":
         try:
-            transformer.set_attention_backend(asked)
+            _attend_with(transformer, asked, device)
         except (ValueError, RuntimeError, ImportError, OSError) as error:
             raise InvalidSettings(f"ATTENTION_BACKEND={asked}: {error}") from error
         return
-    for name in PROFILES[settings.profile].attention if capability > (0, 0) else ():
+    for name in PROFILES[settings.profile].attention if device == "cuda" else ():
         try:
-            transformer.set_attention_backend(name)
+            _attend_with(transformer, name, device)
         except Exception as error:  # noqa: BLE001 - kernels of others, which raise anything
             log.info("PROFILE=%s: no %s attention here: %s", settings.profile, name, first_line(error))
         else:
             return
-    transformer.set_attention_backend(_ATTENTION.get(capability, "native"))
+    transformer.set_attention_backend(own)
+
+
+def _attend_with(transformer: Any, backend: str, device: str) -> None:
+    """Set an attention backend; raises what it raises where it cannot be had, or not with masks where those are due."""
+    transformer.set_attention_backend(backend)
+    if "attention_mask" in inspect.signature(transformer.forward).parameters:
+        query = torch.zeros(1, 128, 1, 128, dtype=transformer.dtype, device=device)  # [pictures, tokens, heads, values]
+        mask = torch.ones(1, 1, 128, 128, dtype=transformer.dtype, device=device)
+        dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(backend))
 
 
 def _kept(settings: Settings, device: torch.device) -> Path:

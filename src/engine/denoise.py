@@ -18,7 +18,7 @@ from src.engine.memory import MemoryFallback, free_memory, is_out_of_memory
 from src.engine.phases import Phases
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.preview import Preview
-from src.engine.prompts import Embeddings
+from src.engine.prompts import Embeddings, of_pictures
 from src.engine.step_cache import step_cache
 from src.errors import GenerationFailed
 from src.plan.geometry import fit
@@ -126,7 +126,7 @@ class Denoiser:
         with modulation_ahead, step_cache(self._view, plan), finite, self._own_noise(seeds):
             result = self._view(
                 **self._arguments,
-                **prompt,
+                **of_pictures(prompt, len(seeds)),
                 **self._start(seeds, generators, prompt["prompt_embeds"]),
                 num_images_per_prompt=len(seeds),
                 generator=generators,

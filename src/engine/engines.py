@@ -56,23 +56,7 @@ def _load_together(settings: Settings, download: Callable[..., str], on: Sequenc
     followers = Followers(on)  # which import torch meanwhile
     try:
         engine = load_engine(settings, download, on[0])
-        heads = engine.transformer.config.num_attention_heads
-        if not can_share(heads, len(on)):
-            allowed = ", ".join(str(count) for count in range(2, _MOST_CARDS + 1) if can_share(heads, count))
-            raise InvalidSettings(
-                f"PARALLEL=picture: {engine.model.name} has {heads} attention heads, which {len(on)} cards cannot "
-                f"share; allowed: {allowed} of them (CUDA_VISIBLE_DEVICES), or PARALLEL=jobs"
-            )
-        if any(mode.reads_once for mode in engine.model.modes.values()):
-            raise InvalidSettings(
-                f"PARALLEL=picture: {engine.model.name} keeps what it has read of its references, which no share of "
-                "the tokens holds; allowed: PARALLEL=jobs"
-            )
-        if not engine.transformer._cp_plan:
-            raise InvalidSettings(
-                f"PARALLEL=picture: diffusers does not say how cards share the tokens of {engine.model.name}; allowed: "
-                "PARALLEL=jobs"
-            )
+        _check_shareable(engine, len(on))
         if engine.loaded().placement["modulation_cache"]:
             raise InvalidSettings(
                 "PARALLEL=picture: the whole model must fit on each card, and it does not; allowed: larger cards, a "
@@ -86,6 +70,25 @@ def _load_together(settings: Settings, download: Callable[..., str], on: Sequenc
         raise
     engine.draw_together(followers)
     return engine
+
+
+def _check_shareable(engine: Engine, cards: int) -> None:
+    """Raise InvalidSettings where so many cards cannot share the engine's transformer."""
+    name, transformer = engine.model.name, engine.transformer
+    if getattr(transformer, "_cp_plan", None) is None:
+        raise InvalidSettings(f"PARALLEL=picture: cards cannot share the transformer of {name}; allowed: PARALLEL=jobs")
+    if any(mode.reads_once for mode in engine.model.modes.values()):
+        raise InvalidSettings(
+            f"PARALLEL=picture: {name} keeps what it has read of its references, which no share of the tokens holds; "
+            "allowed: PARALLEL=jobs"
+        )
+    heads = transformer.config.num_attention_heads
+    if not can_share(heads, cards):
+        allowed = ", ".join(str(count) for count in range(2, _MOST_CARDS + 1) if can_share(heads, count))
+        raise InvalidSettings(
+            f"PARALLEL=picture: {name} has {heads} attention heads, which {cards} cards cannot share; allowed: "
+            f"{allowed} of them (CUDA_VISIBLE_DEVICES), or PARALLEL=jobs"
+        )
 
 
 class Engines:

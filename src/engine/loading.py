@@ -213,6 +213,8 @@ def _load(
     pipeline = pipeline_class(index["_class_name"]).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, **parts
     )
+    if "guidance_embeds" not in pipeline.transformer.config:  # ChromaInpaintPipeline asks (diffusers 0.42)
+        pipeline.transformer.register_to_config(guidance_embeds=False)
     for name in processors:
         pipeline.register_modules(**{name: load_tokenizer(folder / name)})
     check_vocabularies(pipeline)
@@ -245,11 +247,12 @@ def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[st
 def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
     """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer.
 
-    FLUX.3 is guided by a second call of the transformer, unless it was distilled into a flow map.
+    FLUX.3 is guided by a second call of the transformer, unless it was distilled into a flow map; of those that could
+    not say otherwise it is the pipeline's own, classifier-free.
     """
     if "is_distilled" in index:
         return not index["is_distilled"]
-    return not transformer["flow_map"] if "flow_map" in transformer else bool(transformer["guidance_embeds"])
+    return not transformer["flow_map"] if "flow_map" in transformer else bool(transformer.get("guidance_embeds", True))
 
 
 def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ from src.engine.finite import check_finite
 from src.engine.redux import Redux
 from src.plan.plan import Plan
 
+# What `encode_prompt` answers: the first row that a pipeline's call takes all of. It makes `ids` itself.
+_ANSWERS = (
+    ("prompt_embeds", "pooled_prompt_embeds", "ids"),
+    ("prompt_embeds", "ids", "prompt_attention_mask"),
+    ("prompt_embeds", "ids"),
+)
 _REMEMBERED = 64  # prompts; one of FLUX.1-dev takes 4 MB of the host's memory, one of FLUX.2-dev 16
 
 Embeddings = dict[str, torch.Tensor]
@@ -58,8 +65,9 @@ class Prompts:
     def read(self, plan: Plan, prompt: str) -> Embeddings:
         """Of `prompt` and of what the plan steers away from, under the names of the pipeline's arguments.
 
-        `prompt_embeds` is [1, tokens, joint_attention_dim], `pooled_prompt_embeds` [1, pooled_projection_dim]; their
-        negative ones alike. Raises GenerationFailed where they are not finite, and forgets them.
+        `prompt_embeds` is [1, tokens, joint_attention_dim], `pooled_prompt_embeds` [1, pooled_projection_dim],
+        `prompt_attention_mask` [1, tokens]; their negative ones alike. Raises GenerationFailed where they are not
+        finite, and forgets them.
         """
         remembered = self.remember(plan, prompt)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in remembered.items()}
@@ -93,7 +101,7 @@ class Prompts:
         return tuple(found)
 
     def _encoders(self, plan: Plan) -> tuple[_Encoder, ...]:
-        """FLUX.1's two, or FLUX.2's one, which is for whole chats."""
+        """FLUX.1's two, Chroma's T5, or FLUX.2's one, which is for whole chats."""
         pipeline, limit = self._pipeline, plan.sampling.max_sequence_length
         if (t5 := getattr(pipeline, "tokenizer_2", None)) is None:
             return (_Encoder("the model", pipeline.tokenizer, limit - self._template_tokens),)
@@ -116,16 +124,27 @@ class Prompts:
         )
         return len(tokenizer(said).input_ids)
 
+    @cached_property
+    def _answers(self) -> tuple[str, ...]:
+        """The names of what `encode_prompt` answers first."""
+        taken = inspect.signature(self._pipeline.__call__).parameters
+        return next(names for names in _ANSWERS if taken.keys() >= set(names) - {"ids"})
+
+    @cached_property
+    def _alone(self) -> dict[str, bool]:
+        """What keeps `encode_prompt` from reading what is steered away from too: that is a text of its own here."""
+        takes = inspect.signature(self._pipeline.encode_prompt).parameters
+        return {name: False for name in takes if name == "do_classifier_free_guidance"}
+
     def _read(self, plan: Plan, texts: Mapping[str, Texts]) -> Embeddings:
         embeddings: Embeddings = {}
         for prefix, (prompt, prompt_2) in texts.items():
             second = {"prompt_2": prompt_2} if "prompt_2" in plan.spec.takes else {}
-            embeds, *pooled, _ = self._pipeline.encode_prompt(
-                prompt=prompt, **second, max_sequence_length=plan.sampling.max_sequence_length
+            answer = self._pipeline.encode_prompt(
+                prompt=prompt, **second, **self._alone, max_sequence_length=plan.sampling.max_sequence_length
             )
-            embeddings[f"{prefix}prompt_embeds"] = embeds
-            if pooled:  # FLUX.2 has none
-                embeddings[f"{prefix}pooled_prompt_embeds"] = pooled[0]
+            named = zip(self._answers, answer, strict=False)
+            embeddings |= {f"{prefix}{name}": tensor for name, tensor in named if name != "ids"}
         for picture in plan.pictures.get("image_prompt", ()):
             scale = plan.sampling.image_prompt_scale
             seen = self._redux.read(picture, 1.0 if scale is None else scale)
@@ -134,6 +153,12 @@ class Prompts:
                 padded = [embeddings["negative_prompt_embeds"], torch.zeros_like(seen)]
                 embeddings["negative_prompt_embeds"] = torch.cat(padded, dim=1)
         return embeddings
+
+
+def of_pictures(embeddings: Embeddings, count: int) -> Embeddings:
+    """`embeddings` of one prompt for `count` pictures: transformers repeat what they embed, and no masks."""
+    masks = {name: mask.expand(count, -1) for name, mask in embeddings.items() if name.endswith("_mask")}
+    return embeddings | masks
 
 
 def _texts(plan: Plan, prompt: str) -> dict[str, Texts]:

@@ -198,7 +198,7 @@ def decide_negative_prompt(
     """What is steered away from, where anything is: the empty prompt unless the request says more."""
     if "negative_prompt" not in spec.takes:
         return None, []
-    name = "true_cfg_scale" if "true_cfg_scale" in spec.takes else "guidance_scale"
+    name = _steering_scale(spec)
     scale = request.true_cfg_scale if name == "true_cfg_scale" else guidance_scale
     if scale > 1:
         return request.negative_prompt or "", []
@@ -208,11 +208,17 @@ def decide_negative_prompt(
     return None, [Fault("negative_prompt", message)]
 
 
+def _steering_scale(spec: ModeSpec) -> str:
+    """The field that says how strongly pictures are steered away from negative_prompt."""
+    return "true_cfg_scale" if "true_cfg_scale" in spec.takes else "guidance_scale"
+
+
 def check_speed(request: Request, mode: str, spec: ModeSpec, negative_prompt: str | None) -> Faults:
     """Steps are never guessed from others where two directions are mixed, unless the pipeline tells them apart."""
     if SPEEDS[request.speed] is None or negative_prompt is None or spec.cache_context:
         return []
-    message = f"cannot be {request.speed} in {mode} with true_cfg_scale above 1; allowed: exact, or true_cfg_scale 1"
+    name = _steering_scale(spec)
+    message = f"cannot be {request.speed} in {mode} with {name} above 1; allowed: exact, or {name} 1"
     return [Fault("speed", message)]
 
 
@@ -269,8 +275,7 @@ def without_effect(
     unused = sorted((request.said & _OPTIONS) - spec.takes)
     warnings = [f"{request.client_name(name)} has no effect in {mode} on {model.name}" for name in unused]
     if "negative_prompt" in request.said & spec.takes and negative_prompt is None:
-        name = "true_cfg_scale" if "true_cfg_scale" in spec.takes else "guidance_scale"
-        warnings.append(f"negative_prompt has no effect unless {name} is above 1 (4, say)")
+        warnings.append(f"negative_prompt has no effect unless {_steering_scale(spec)} is above 1 (4, say)")
     cache = SPEEDS[request.speed]
     if cache and calls <= cache.computed_first:
         warnings.append(

@@ -45,7 +45,8 @@ class DoesNotFit(Exception):
     """Says what is needed, what there is, and what may be chosen."""
 
 
-_BLOCK = re.compile(r"^.*?\.\d+(?=\.)")
+# Chroma's distilled_guidance_layer stands for all adaptive norms: before the blocks, and small.
+_BLOCK = re.compile(r"^(?!distilled_guidance_layer\.).*?\.\d+(?=\.)")
 # norm1.linear, single_stream_modulation.linear; of FLUX.3, for each kind of tokens, early_stream_modulations.txt.linear
 _MODULATION = re.compile(r"(?:^|\.)(?:norm\w*+|(?=\w*?modulation)\w++(?:\.\w++)?)\.linear$")
 
@@ -264,8 +265,8 @@ def placements(
         weights = _quantized(weights, QUANTIZATIONS[row.quantization].itemsize)
     transformer, working = weights.transformer, _working(weights, work) + work.extra
     encoders = list(_streamed_text_encoders(weights, onloaded, stream=row.stream_text_encoders))
-    for modulation_cache in row.modulation_cache:
-        modulation = transformer.modulation
+    modulation = transformer.modulation
+    for modulation_cache in dict.fromkeys(wanted and bool(modulation) for wanted in row.modulation_cache):
         apart = sum(modulation.values()) if modulation_cache else 0
         alone = max(modulation.values(), default=0) if modulation_cache else 0
         tables = TABLES * work.num_inference_steps * work.batch_size * apart // weights.width

@@ -96,6 +96,9 @@ _OTHER_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("time_in.out_layer", ("time_guidance_embed.timestep_embedder.linear_2",)),
     ("guidance_in.in_layer", ("time_guidance_embed.guidance_embedder.linear_1",)),
     ("guidance_in.out_layer", ("time_guidance_embed.guidance_embedder.linear_2",)),
+    # Chroma's: https://github.com/lodestone-rock/flow/blob/master/src/models/chroma/module/layers.py
+    ("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
+    ("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     # XLabs' attention processors: https://github.com/XLabs-AI/x-flux/blob/main/src/flux/modules/layers.py
     ("double_blocks.{}.processor.qkv_lora1", _QKV),
     ("double_blocks.{}.processor.qkv_lora2", _ADDED_QKV),
