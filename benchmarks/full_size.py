@@ -2,8 +2,8 @@
 
 `python -m benchmarks.full_size` writes how large their layers are to deploy/weights.json.
 
-Configurations: config.json of black-forest-labs' repos on the hub, the text encoders' of google/t5-v1_1-xxl,
-openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, Qwen/Qwen3-VL-4B-Instruct,
+Configurations: config.json of black-forest-labs', lodestones' and Freepik's repos on the hub, the text encoders' of
+google/t5-v1_1-xxl, openai/clip-vit-large-patch14, Qwen/Qwen3-4B and 8B, Qwen/Qwen3-VL-4B-Instruct,
 mistralai/Mistral-Small-3.2-24B-Instruct-2506.
 """
 
@@ -95,9 +95,9 @@ def _vae() -> nn.Module:
     return network
 
 
-def _flux_1(*, guided: bool) -> Mapping[str, Part]:
+def _flux_1(*, guided: bool, layers: int = 19) -> Mapping[str, Part]:
     return {
-        "transformer": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=guided),
+        "transformer": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=guided, num_layers=layers),
         "text_encoder": _clip,
         "text_encoder_2": _t5,
         "vae": _vae,
@@ -126,6 +126,8 @@ def _flux_3(*, flow_map: bool) -> Mapping[str, Part]:
 FULL_SIZE: Mapping[str, Mapping[str, Part]] = {
     "FLUX.1-dev": _flux_1(guided=True),
     "FLUX.1-schnell": _flux_1(guided=False),
+    "FLUX.1-lite-8B": _flux_1(guided=True, layers=8),
+    "Chroma1-HD": {"transformer": diffusers.ChromaTransformer2DModel, "text_encoder": _t5, "vae": _vae},
     "FLUX.2-dev": {
         "transformer": diffusers.Flux2Transformer2DModel,
         "text_encoder": _mistral,
@@ -156,6 +158,8 @@ def build(name: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         network.eval()
     model = get_model(name)
     tokenizers: dict[str, Any] = {"tokenizer": chat_tokenizer()}
+    if isinstance(parts["text_encoder"], transformers.T5EncoderModel):
+        tokenizers = {"tokenizer": transformers.T5TokenizerFast.from_pretrained(SHAPES / "tokenizer_2")}
     if "text_encoder_2" in parts:
         tokenizers = {
             "tokenizer": transformers.CLIPTokenizer.from_pretrained(SHAPES / "tokenizer"),

@@ -92,7 +92,11 @@ FILL_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {"inpainting": _row("FluxFillPipeline", "init_image mask_image", f"{_TEXT} {_MASK}", strength=1.0)}
 )
 
-# True classifier-free guidance by guidance_scale; T5 alone reads the prompt.
+# Without another prompt to be steered away from, a de-distilled model draws a blur.
+DE_DISTILLED_MODES: Mapping[str, ModeSpec] = MappingProxyType(
+    {mode: row for mode, row in FLUX_1_MODES.items() if "true_cfg_scale" in row.takes}
+)
+# Classifier-free guidance by guidance_scale; T5 alone reads the prompt.
 CHROMA_MODES: Mapping[str, ModeSpec] = MappingProxyType(
     {
         "text-to-image": _row("ChromaPipeline", "", "negative_prompt preview"),
@@ -190,6 +194,7 @@ class Model:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     max_guidance_scale: float = 20
+    true_cfg_scale: float = 1.0  # above 1 where it was trained to be steered away from another prompt
     max_sequence_length: int = 512  # default and limit
     usual_tokens: int | None = None  # of a prompt where the window is as long as that; assumed, to model speed
     max_side: int = 2048  # pixels; at most as many as MAX_PIXELS allows
@@ -221,6 +226,7 @@ _FLUX_3: Mapping[str, Any] = {
     "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "usual_tokens": 1024, "architecture": "FLUX.3",
     "max_side": 4096,
 }  # fmt: skip
+_LITE_GB = 26.3  # of FLUX.1-dev with 8 of its 19 double blocks
 _CHROMA: Mapping[str, Any] = {
     "download_gb": 27.5, "modes": CHROMA_MODES, "num_inference_steps": 40, "guidance_scale": 3.0,
     "architecture": "Chroma", "qualities": GUIDED_STEPS,
@@ -320,6 +326,47 @@ MODELS: tuple[Model, ...] = (
     ),
     _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
     _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
+    Model(
+        "FLUX.1-lite-8B",
+        "Freepik/flux.1-lite-8B",
+        "dev",
+        _DEV,
+        download_gb=_LITE_GB,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+    ),
+    Model(
+        "Flex.1-alpha",
+        "ostris/Flex.1-alpha",
+        "dev",
+        "Apache-2.0",
+        download_gb=_LITE_GB,
+        num_inference_steps=25,
+        guidance_scale=4.0,
+    ),
+    Model(
+        "shuttle-3-diffusion",
+        "shuttleai/shuttle-3-diffusion",
+        "schnell",
+        "Apache-2.0",
+        download_gb=33.7,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        max_sequence_length=256,
+        qualities=FEW_STEPS,
+    ),
+    Model(
+        "OpenFLUX.1",
+        "ostris/OpenFLUX.1",
+        "de-distilled",
+        "Apache-2.0",
+        download_gb=33.7,
+        modes=DE_DISTILLED_MODES,
+        num_inference_steps=25,
+        guidance_scale=3.5,
+        true_cfg_scale=3.5,
+        qualities=GUIDED_STEPS,
+    ),
     Model("Chroma1-HD", "lodestones/Chroma1-HD", "chroma", "Apache-2.0", **_CHROMA),
     Model("Chroma1-Base", "lodestones/Chroma1-Base", "chroma", "Apache-2.0", **_CHROMA),
     Model(
@@ -371,15 +418,25 @@ class Family:
 
     model: str
     guided: bool  # whether guidance_scale has an effect, as the loaded model's configuration says
+    # Channels that the transformer reads: of so many pictures' latents, and of a mask's pixels.
+    latents: int = 1
+    mask: int = 0
+    dynamic_shift: bool | None = None  # its scheduler's, where that tells it from a family of the same pipeline
+
+    def in_channels(self, latent_channels: int) -> int:
+        """What its transformer reads where the VAE has so many `latent_channels`: a token is 2 x 2 of them."""
+        return 4 * latent_channels * self.latents + self.mask
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "dev": Family("FLUX.1-dev", guided=True),
-        "schnell": Family("FLUX.1-schnell", guided=False),
+        "schnell": Family("FLUX.1-schnell", guided=False, dynamic_shift=False),
+        # FLUX.1-dev's shift says that many steps are due, and nothing of guidance that it is steered from outside.
+        "de-distilled": Family("OpenFLUX.1", guided=False, dynamic_shift=True),
         "kontext": Family("FLUX.1-Kontext-dev", guided=True),
-        "fill": Family("FLUX.1-Fill-dev", guided=True),
-        "control": Family("FLUX.1-Canny-dev", guided=True),
+        "fill": Family("FLUX.1-Fill-dev", guided=True, latents=2, mask=4 * 8 * 8),
+        "control": Family("FLUX.1-Canny-dev", guided=True, latents=2),
         "chroma": Family("Chroma1-HD", guided=True),
         "flux.2-dev": Family("FLUX.2-dev", guided=True),
         "klein": Family("FLUX.2-klein-4B", guided=False),
@@ -636,13 +693,17 @@ def get_model(name: str) -> Model:
     raise KeyError(f"{name} is none of {', '.join(model.name for model in MODELS)}")
 
 
-def settle_model(name: str, *, class_name: str, guided: bool) -> Model:
-    """The row for a model that is loaded: its class and configuration count; where none is like it, its name."""
+def settle_model(name: str, *, class_name: str, guided: bool, dynamic_shift: bool | None = None) -> Model:
+    """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
+
+    `dynamic_shift` is its scheduler's, None where that is not known.
+    """
     model = find_model(name)
     if model and _fits(model, class_name, guided):
         return model
-    heads = ((family, get_model(row.model)) for family, row in FAMILIES.items())
-    family = next((family for family, head in heads if _fits(head, class_name, guided)), None)
+    alike = [family for family, row in FAMILIES.items() if _fits(get_model(row.model), class_name, guided)]
+    shifts = (family for family in alike if FAMILIES[family].dynamic_shift in (None, dynamic_shift))
+    family = next(shifts, alike[0] if alike else None)
     family = family or ("schnell" if "schnell" in name.lower() else "dev")
     return _fine_tune(name, family)
 

@@ -20,7 +20,6 @@ from src.weights.placement import GB, Machine, Placement, Weights, Work, placeme
 
 SHAPES = ROOT / "models" / "flux-shapes"
 LETTERS = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-IN_CHANNELS = {"fill": 384, "control": 128}  # what is read beside the 64 of the latents: a masked picture, an edge map
 _MARKS = (
     "<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 )  # fmt: skip
@@ -144,7 +143,7 @@ def _flux_1(class_name: str, family: str, folder: Path, changes: Mapping[str, An
             **shapes.transformer.config,
             "num_layers": 2,
             "num_single_layers": 2,
-            "in_channels": IN_CHANNELS.get(family, 64),
+            "in_channels": FAMILIES[family].in_channels(shapes.vae.config.latent_channels),
             "out_channels": 64,
             "guidance_embeds": FAMILIES[family].guided,
             **changes,
@@ -152,6 +151,8 @@ def _flux_1(class_name: str, family: str, folder: Path, changes: Mapping[str, An
     )
     parts = {name: getattr(shapes, name) for name in shapes.components if hasattr(shapes, name)}
     parts = {name: part for name, part in parts.items() if part is not None and name != "transformer"}
+    if (shift := FAMILIES[family].dynamic_shift) is not None:
+        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, use_dynamic_shifting=shift)
     getattr(diffusers, class_name)(transformer=transformer, **parts).save_pretrained(folder)
 
 

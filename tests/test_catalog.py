@@ -52,6 +52,7 @@ EXTRAS = {  # what a pipeline needs for a request's field
     "control_guidance_start": {"control_guidance_start"},
     "control_guidance_end": {"control_guidance_end"},
 }
+WITHOUT_USE = {("ChromaInpaintPipeline", "true_cfg_scale")}  # what a call takes and never reads
 WITH = {"image_prompt_scale": "image_prompt"}  # fields that go with others
 PIPELINES = {f"{model.name} {mode}": row for model in MODELS for mode, row in model.modes.items()}
 
@@ -62,9 +63,10 @@ def test_every_pipeline_is_diffusers_own_and_takes_what_its_row_says(pipeline: M
     arguments = set(inspect.signature(diffusers_own.__call__).parameters)
     assert arguments >= ARGUMENTS
     assert ("guidance_scale" in arguments) == pipeline.guidance
+    steered = pipeline not in KLEIN_MODES.values()  # the class could, a distilled model cannot
     for field, needs in EXTRAS.items():
-        if field == "negative_prompt" and pipeline in KLEIN_MODES.values():
-            continue  # the class could, a distilled model cannot
+        if (pipeline.class_name, field) in WITHOUT_USE or (field == "negative_prompt" and not steered):
+            continue
         assert (field in pipeline.takes) == (needs <= arguments), field
     assert ("preview" in pipeline.takes) == any(
         hasattr(diffusers_own, name) for name in ("_unpack_latents", "tokens_to_latents")
@@ -168,6 +170,23 @@ def test_a_loaded_fine_tune_goes_by_its_configuration_not_by_its_name() -> None:
     assert settled("someone/edits", "FluxKontextPipeline").family == "kontext"
     assert settled("someone/fills", "FluxFillPipeline").guidance_scale == 30
     assert settled("someone/strange-schnell", "OtherPipeline").num_inference_steps == 4
+    assert settled("someone/chroma", "ChromaPipeline").family == "chroma"
+    assert settled("someone/kv", "Flux2KleinKVPipeline", guidance=False).family == "klein-kv"
+
+
+@pytest.mark.parametrize(
+    ("dynamic_shift", "family", "steps", "scale"),
+    [(None, "schnell", 4, 1.0), (False, "schnell", 4, 1.0), (True, "de-distilled", 25, 3.5)],
+)
+def test_without_guidance_the_scheduler_tells_few_steps_from_a_model_that_is_steered_from_outside(
+    dynamic_shift: bool | None, family: str, steps: int, scale: float
+) -> None:
+    model = settle_model("someone/tune", class_name="FluxPipeline", guided=False, dynamic_shift=dynamic_shift)
+    assert (model.family, model.num_inference_steps, model.true_cfg_scale) == (family, steps, scale)
+    known = settle_model(
+        "shuttleai/shuttle-3-diffusion", class_name="FluxPipeline", guided=False, dynamic_shift=dynamic_shift
+    )
+    assert known.num_inference_steps == 4
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -60,7 +60,7 @@ def test_layers_are_as_large_as_the_models_of_full_size_and_as_the_catalog_says(
 def test_every_model_of_the_catalog_has_its_layers(model: Model) -> None:
     size = weights_of(model).size / GB
     assert size == pytest.approx(model.download_gb, abs=0.05)
-    assert (model.download_gb == 0) == (not model.repo.startswith("black-forest-labs/"))
+    assert (model.download_gb == 0) == (model.repo == "models/flux-shapes")
 
 
 def test_cards_are_those_of_runpod() -> None:

@@ -19,7 +19,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from src.catalog import MODELS, Model, controlnets_for, no_use_for_upsampler, repo_of, settle_model
+from src.catalog import FAMILIES, MODELS, Model, controlnets_for, no_use_for_upsampler, repo_of, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks, load_tokenizer
 from src.engine.controlnets import find_values
@@ -79,9 +79,13 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
 
         # 2. What it is, and where each of its weights is to live
         with START.stage("placement") as facts:
-            configurations = {part: _configuration(source.folder, part, index) for part in ("transformer", "vae")}
+            configurations = {
+                part: _configuration(source.folder, part, index) for part in ("transformer", "vae", "scheduler")
+            }
             guided = _is_guided(index, configurations["transformer"])
-            model = settle_model(name, class_name=index["_class_name"], guided=guided)
+            dynamic_shift = bool(configurations["scheduler"].get("use_dynamic_shifting"))
+            model = settle_model(name, class_name=index["_class_name"], guided=guided, dynamic_shift=dynamic_shift)
+            _check_channels(model, configurations["transformer"], configurations["vae"])
             upsampler = _find_upsampler(settings, files, model)
             if upsampler:
                 parameters |= {UPSAMPLER: check_upsampler(upsampler)}
@@ -240,7 +244,8 @@ def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[st
     """Of one part: what its file says, and what its class says where the file is silent."""
     of = getattr(diffusers, index[part][1])
     own = {name: each.default for name, each in inspect.signature(of.__init__).parameters.items()}
-    written: dict[str, Any] = json.loads((folder / part / "config.json").read_text())
+    file = next(file for name in ("config", "scheduler_config") if (file := folder / part / f"{name}.json").is_file())
+    written: dict[str, Any] = json.loads(file.read_text())
     return own | written
 
 
@@ -253,6 +258,16 @@ def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool
     if "is_distilled" in index:
         return not index["is_distilled"]
     return not transformer["flow_map"] if "flow_map" in transformer else bool(transformer.get("guidance_embeds", True))
+
+
+def _check_channels(model: Model, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Refused where the transformer is made for another pipeline: it reads more than this one has to say, or less."""
+    reads, given = transformer["in_channels"], FAMILIES[model.family].in_channels(vae["latent_channels"])
+    if reads != given:
+        raise Refused(
+            f"its transformer reads {reads} channels and {model.base.class_name} gives it {given}: it is made for "
+            "another pipeline"
+        )
 
 
 def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:

@@ -192,16 +192,24 @@ def decide_guidance(request: Request, model: Model) -> tuple[float, Faults]:
     return asked, [Fault("guidance_scale", message)]
 
 
+def decide_steering(request: Request, model: Model, spec: ModeSpec, guidance_scale: float) -> float:
+    """How strongly it is steered away from negative_prompt; not at all up to 1."""
+    if "negative_prompt" not in spec.takes:
+        return 1.0
+    if "true_cfg_scale" not in spec.takes:
+        return guidance_scale
+    return request.true_cfg_scale if "true_cfg_scale" in request.model_fields_set else model.true_cfg_scale
+
+
 def decide_negative_prompt(
-    request: Request, spec: ModeSpec, guidance_scale: float, wrong: Collection[str]
+    request: Request, spec: ModeSpec, scale: float, wrong: Collection[str]
 ) -> tuple[str | None, Faults]:
-    """What is steered away from, where anything is: the empty prompt unless the request says more."""
+    """What is steered away from, where that has a `scale` above 1: the empty prompt unless the request says more."""
     if "negative_prompt" not in spec.takes:
         return None, []
-    name = _steering_scale(spec)
-    scale = request.true_cfg_scale if name == "true_cfg_scale" else guidance_scale
     if scale > 1:
         return request.negative_prompt or "", []
+    name = _steering_scale(spec)
     if name in wrong or request.foreign or not (request.negative_prompt or "").strip():
         return None, []  # RunPod's own example sends one, among its words for other fields
     message = f"has no effect while {name} is {scale:g}; set {name} above 1 (4, say) or leave it out"
@@ -282,7 +290,8 @@ def without_effect(
             f"speed {request.speed} has no effect on {calls} steps: the first {cache.computed_first} are computed"
         )
     if request.guidance_scale is not None and not FAMILIES[model.family].guided:
-        warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance")
+        instead = "; true_cfg_scale has one" if model.true_cfg_scale > 1 else ""
+        warnings.append(f"guidance_scale has no effect on {model.name}: it was trained without guidance{instead}")
     if "output_quality" in request.said and not FORMATS[request.output_format].quality:
         warnings.append(f"output_quality has no effect on {request.output_format}")
     if any(map(is_black, pictures.get("mask_image", ()))):

@@ -31,6 +31,7 @@ from src.plan.decisions import (
     decide_prompts,
     decide_scheduler,
     decide_speed,
+    decide_steering,
     decide_steps,
     decide_upsampling,
     without_effect,
@@ -177,7 +178,8 @@ def make_plan(
     prompts = settle(decide_prompts(request, model))
     without_upsampler = settle(decide_upsampling(request, spec, upsampler=upsampler))
     guidance_scale = settle(decide_guidance(request, model))
-    negative_prompt = settle(decide_negative_prompt(request, spec, guidance_scale, wrong))
+    steering = decide_steering(request, model, spec, guidance_scale)
+    negative_prompt = settle(decide_negative_prompt(request, spec, steering, wrong))
 
     # 3. With what: controls, references, adapters
     controls: tuple[PlannedControl, ...] = ()
@@ -212,11 +214,11 @@ def make_plan(
         decided["strength"] = strength
     if negative_prompt is None:
         decided.pop("negative_prompt", None)
-        decided.pop("true_cfg_scale", None)
     else:
         decided["negative_prompt"] = negative_prompt
-        if "true_cfg_scale" in spec.takes:
-            decided["true_cfg_scale"] = request.true_cfg_scale
+    decided.pop("true_cfg_scale", None)
+    if "true_cfg_scale" in spec.takes and (steering > 1 or model.true_cfg_scale > 1):
+        decided["true_cfg_scale"] = steering
     if "mask_image" in pictures:
         decided["preserve_unmasked"] = request.preserve_unmasked
     if "image_prompt" in pictures:

@@ -41,6 +41,7 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
                 "height": model.height,
                 "num_inference_steps": model.num_inference_steps,
                 "guidance_scale": model.guidance_scale if FAMILIES[model.family].guided else None,
+                "true_cfg_scale": model.true_cfg_scale if "true_cfg_scale" in model.base.takes else None,
                 "max_sequence_length": model.max_sequence_length,
             },
             "limits": {
