@@ -180,7 +180,10 @@ OWN_STEPS: Mapping[str, Quality] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Model:
-    """One model. `repo` is its hub id, or the folder it ships in below the project's root."""
+    """One model. `repo` is its hub id, or the folder it ships in below the project's root.
+
+    An empty `licence` is one that no row knows.
+    """
 
     name: str
     repo: str
@@ -713,6 +716,6 @@ def _fits(model: Model, class_name: str, guided: bool) -> bool:
 
 
 def _fine_tune(name: str, family: str) -> Model:
-    return replace(
-        get_model(FAMILIES[family].model), name=name, repo=name, gated=False, control_type=None
-    )  # edges or depth: only its maker knows
+    """Its licence, and whether it reads edges or depth, only its maker knows."""
+    head = get_model(FAMILIES[family].model)
+    return replace(head, name=name, repo=name, licence="", gated=False, control_type=None)

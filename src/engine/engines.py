@@ -27,6 +27,7 @@ from src.plan.plan import Plan
 from src.request.adapters import Adapter
 from src.settings import Settings
 from src.stages import START
+from src.weights.licences import is_non_commercial
 
 log = logging.getLogger("worker")
 
@@ -37,7 +38,19 @@ def load_engines(
     settings: Settings, download: Callable[..., str] = snapshot_download, on: Sequence[torch.device] | None = None
 ) -> Engines:
     """The model of MODEL_NAME on each of `on`, every card that is visible by default; as load_engine."""
-    on = tuple(on or devices())
+    engines = _load_engines(settings, download, tuple(on or devices()))
+    model, revision = engines.model, engines.revision
+    bound = (
+        ", which bounds what the worker and its pictures may be used for" if is_non_commercial(model.licence) else ""
+    )
+    facts = {"model": model.name, "revision": revision, "licence": model.licence}
+    log.info(
+        "model %s (%s), licence: %s%s", model.name, revision or "a folder", model.licence, bound, extra={"facts": facts}
+    )
+    return engines
+
+
+def _load_engines(settings: Settings, download: Callable[..., str], on: Sequence[torch.device]) -> Engines:
     if settings.parallel == "picture":
         if len(on) > 1:
             return Engines([_load_together(settings.for_several_cards(), download, on)])

@@ -37,6 +37,7 @@ from src.weights.file_parts import FileReader
 from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole, read_index
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
+from src.weights.licences import licence_of
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
@@ -85,6 +86,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             guided = _is_guided(index, configurations["transformer"])
             dynamic_shift = bool(configurations["scheduler"].get("use_dynamic_shifting"))
             model = settle_model(name, class_name=index["_class_name"], guided=guided, dynamic_shift=dynamic_shift)
+            model = replace(model, licence=licence_of(model, source.folder))
             _check_channels(model, configurations["transformer"], configurations["vae"])
             upsampler = _find_upsampler(settings, files, model)
             if upsampler:

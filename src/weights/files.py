@@ -22,6 +22,7 @@ from src.catalog import MODELS
 from src.errors import Refused
 from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
+from src.weights.licences import CARD
 from src.weights.placement import DoesNotFit
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
@@ -87,7 +88,9 @@ class Files:
         if found := self.here(name, repo, revision, part=part):
             return found
         before_download()
-        return _source(Path(self._download(**_wanted(repo, revision, part), token=self._token())))
+        wanted = _wanted(repo, revision, part)
+        wanted["allow_patterns"] = [*wanted["allow_patterns"], CARD]  # not looked for here: it may do without one
+        return _source(Path(self._download(**wanted, token=self._token())))
 
     def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
         """What is on this machine, without asking the hub: a folder, HF_HOME, RunPod's cache or the image.
