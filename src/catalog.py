@@ -203,6 +203,7 @@ class Model:
     max_side: int = 2048  # pixels; at most as many as MAX_PIXELS allows
     side_multiple: int = 16  # the VAE's 8 pixels to a latent, and two latents to a token
     architecture: str = "FLUX.1"  # what ControlNets and Redux are made for
+    joint_attention_dim: int = 4096  # numbers that its transformer takes for each token of a prompt
     control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
     qualities: Mapping[str, Quality] = field(default_factory=lambda: MANY_STEPS)
     flow_map: bool = False  # learned where each step ends: its answers lead there, and are no direction at a point
@@ -227,7 +228,7 @@ _NON_COMMERCIAL = "FLUX Non-Commercial License"
 _KOMMUNITY = "FLUX Kommunity License"
 _FLUX_3: Mapping[str, Any] = {
     "gated": True, "download_gb": 20.1, "max_sequence_length": 8192, "usual_tokens": 1024, "architecture": "FLUX.3",
-    "max_side": 4096,
+    "max_side": 4096, "joint_attention_dim": 20480,
 }  # fmt: skip
 _LITE_GB = 26.3  # of FLUX.1-dev with 8 of its 19 double blocks
 _CHROMA: Mapping[str, Any] = {
@@ -315,9 +316,24 @@ MODELS: tuple[Model, ...] = (
         modes=FLUX_2_MODES,
         guidance_scale=4.0,
         architecture="FLUX.2-dev",
+        joint_attention_dim=15360,
     ),
-    _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", download_gb=16.0, **_KLEIN),
-    _flux("FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN),
+    _flux("FLUX.2-klein-4B", "klein", "Apache-2.0", download_gb=16.0, joint_attention_dim=7680, **_KLEIN),
+    _flux(
+        "FLUX.2-klein-9B", "klein", _NON_COMMERCIAL, gated=True, download_gb=34.7, joint_attention_dim=12288, **_KLEIN
+    ),
+    _flux(
+        "FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, joint_attention_dim=7680, **_KLEIN_BASE
+    ),
+    _flux(
+        "FLUX.2-klein-base-9B",
+        "klein-base",
+        _NON_COMMERCIAL,
+        gated=True,
+        download_gb=34.7,
+        joint_attention_dim=12288,
+        **_KLEIN_BASE,
+    ),
     Model(
         "FLUX.2-klein-9B-KV",
         "black-forest-labs/FLUX.2-klein-9b-kv",
@@ -325,10 +341,9 @@ MODELS: tuple[Model, ...] = (
         _NON_COMMERCIAL,
         gated=True,
         download_gb=34.7,
+        joint_attention_dim=12288,
         **{**_KLEIN, "modes": KLEIN_KV_MODES},
     ),
-    _flux("FLUX.2-klein-base-4B", "klein-base", "Apache-2.0", download_gb=16.0, **_KLEIN_BASE),
-    _flux("FLUX.2-klein-base-9B", "klein-base", _NON_COMMERCIAL, gated=True, download_gb=34.7, **_KLEIN_BASE),
     Model(
         "FLUX.1-lite-8B",
         "Freepik/flux.1-lite-8B",
@@ -410,6 +425,7 @@ MODELS: tuple[Model, ...] = (
         guidance_scale=3.5,
         max_sequence_length=32,
         architecture="flux-shapes",
+        joint_attention_dim=128,
         qualities=OWN_STEPS,
     ),
 )
@@ -425,28 +441,35 @@ class Family:
     latents: int = 1
     mask: int = 0
     dynamic_shift: bool | None = None  # its scheduler's, where that tells it from a family of the same pipeline
+    # What the tensors of its transformer show beside, in the words of diffusers' configuration.
+    transformer: Mapping[str, Any] = field(default_factory=dict)
 
     def in_channels(self, latent_channels: int) -> int:
         """What its transformer reads where the VAE has so many `latent_channels`: a token is 2 x 2 of them."""
         return 4 * latent_channels * self.latents + self.mask
 
 
+_GUIDED = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+_UNGUIDED = _GUIDED | {"guidance_embeds": False}
+_FLUX_2 = {"_class_name": "Flux2Transformer2DModel"}
+_FLOWS = {"_class_name": "Flux3Transformer2DModel"}
+# Of those whose transformers look the same, the first is the plain one.
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "dev": Family("FLUX.1-dev", guided=True),
-        "schnell": Family("FLUX.1-schnell", guided=False, dynamic_shift=False),
+        "dev": Family("FLUX.1-dev", guided=True, transformer=_GUIDED),
+        "schnell": Family("FLUX.1-schnell", guided=False, dynamic_shift=False, transformer=_UNGUIDED),
         # FLUX.1-dev's shift says that many steps are due, and nothing of guidance that it is steered from outside.
-        "de-distilled": Family("OpenFLUX.1", guided=False, dynamic_shift=True),
-        "kontext": Family("FLUX.1-Kontext-dev", guided=True),
-        "fill": Family("FLUX.1-Fill-dev", guided=True, latents=2, mask=4 * 8 * 8),
-        "control": Family("FLUX.1-Canny-dev", guided=True, latents=2),
-        "chroma": Family("Chroma1-HD", guided=True),
-        "flux.2-dev": Family("FLUX.2-dev", guided=True),
-        "klein": Family("FLUX.2-klein-4B", guided=False),
-        "klein-kv": Family("FLUX.2-klein-9B-KV", guided=False),
-        "klein-base": Family("FLUX.2-klein-base-4B", guided=True),
-        "flux.3": Family("FLUX.3-klein", guided=False),
-        "flux.3-base": Family("FLUX.3-klein-base", guided=True),
+        "de-distilled": Family("OpenFLUX.1", guided=False, dynamic_shift=True, transformer=_UNGUIDED),
+        "kontext": Family("FLUX.1-Kontext-dev", guided=True, transformer=_GUIDED),
+        "fill": Family("FLUX.1-Fill-dev", guided=True, latents=2, mask=4 * 8 * 8, transformer=_GUIDED),
+        "control": Family("FLUX.1-Canny-dev", guided=True, latents=2, transformer=_GUIDED),
+        "chroma": Family("Chroma1-HD", guided=True, transformer={"_class_name": "ChromaTransformer2DModel"}),
+        "flux.2-dev": Family("FLUX.2-dev", guided=True, transformer=_FLUX_2 | {"guidance_embeds": True}),
+        "klein": Family("FLUX.2-klein-4B", guided=False, transformer=_FLUX_2 | {"guidance_embeds": False}),
+        "klein-kv": Family("FLUX.2-klein-9B-KV", guided=False, transformer=_FLUX_2 | {"guidance_embeds": False}),
+        "klein-base": Family("FLUX.2-klein-base-4B", guided=True, transformer=_FLUX_2 | {"guidance_embeds": False}),
+        "flux.3": Family("FLUX.3-klein", guided=False, transformer=_FLOWS | {"flow_map": True}),
+        "flux.3-base": Family("FLUX.3-klein-base", guided=True, transformer=_FLOWS | {"flow_map": False}),
     }
 )
 
@@ -696,14 +719,33 @@ def get_model(name: str) -> Model:
     raise KeyError(f"{name} is none of {', '.join(model.name for model in MODELS)}")
 
 
-def settle_model(name: str, *, class_name: str, guided: bool, dynamic_shift: bool | None = None) -> Model:
+def families_like(transformer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The families whose transformers show what this one does, the plain one first."""
+    reads, draws = transformer["in_channels"], transformer["out_channels"]
+    return tuple(
+        family
+        for family, row in FAMILIES.items()
+        if row.transformer.items() <= transformer.items() and row.in_channels(draws // 4) == reads
+    )
+
+
+def base_of(family: str, transformer: Mapping[str, Any]) -> Model | None:
+    """The first row of `family` whose text encoders speak to this transformer."""
+    wide = transformer["joint_attention_dim"]
+    return next((model for model in MODELS if (model.family, model.joint_attention_dim) == (family, wide)), None)
+
+
+def settle_model(
+    name: str, *, class_name: str, guided: bool, dynamic_shift: bool | None = None, base: str | None = None
+) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
 
-    `dynamic_shift` is its scheduler's, None where that is not known.
+    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`, by another
+    name.
     """
-    model = find_model(name)
+    model = find_model(base or name)
     if model and _fits(model, class_name, guided):
-        return model
+        return replace(model, name=name, repo=name, gated=False) if base else model
     alike = [family for family, row in FAMILIES.items() if _fits(get_model(row.model), class_name, guided)]
     shifts = (family for family in alike if FAMILIES[family].dynamic_shift in (None, dynamic_shift))
     family = next(shifts, alike[0] if alike else None)

@@ -41,6 +41,7 @@ class OtherFormat:
 
 _UNPACK, _CONVERT = f"unpack it and give the {SUFFIX} file in it", f"convert it to {SUFFIX}: it can run code"
 _ITSELF = "give the address of the file itself"
+_AS_SAFETENSORS = f"give it as {SUFFIX}"
 OTHER_FORMATS = (
     OtherFormat("an empty file", (), rb"\Z", "send it again"),
     OtherFormat("a tar archive", (".tar", ".tar.gz", ".tgz"), rb".{257}ustar", _UNPACK),
@@ -53,11 +54,12 @@ OTHER_FORMATS = (
     OtherFormat("a zip archive", (".zip",), rb"PK[\x03\x05]", _UNPACK),
     OtherFormat("a 7z or RAR archive", (".7z", ".rar"), rb"7z\xbc\xaf|Rar!", _UNPACK),
     OtherFormat("compressed", (".gz", ".xz", ".bz2", ".zst"), rb"\x1f\x8b|\xfd7zXZ|BZh|\x28\xb5\x2f\xfd", _UNPACK),
-    OtherFormat("GGUF", (".gguf",), rb"GGUF", f"give the adapter as {SUFFIX}"),
-    OtherFormat("ONNX", (".onnx",), rb"\x08[\x01-\x0f]\x12", f"give the adapter as {SUFFIX}"),
     OtherFormat(
-        "a NumPy or HDF5 file", (".npz", ".npy", ".h5"), rb"\x93NUMPY|\x89HDF", f"give the adapter as {SUFFIX}"
+        "an encrypted file", (".age", ".gpg", ".enc"), rb"age-encryption\.org/|Salted__|-----BEGIN ", "decrypt it first"
     ),
+    OtherFormat("GGUF", (".gguf",), rb"GGUF", _AS_SAFETENSORS),
+    OtherFormat("ONNX", (".onnx",), rb"\x08[\x01-\x0f]\x12", _AS_SAFETENSORS),
+    OtherFormat("a NumPy or HDF5 file", (".npz", ".npy", ".h5"), rb"\x93NUMPY|\x89HDF", _AS_SAFETENSORS),
     OtherFormat("a Git LFS pointer", (), rb"version https?://git-lfs", f"{_ITSELF}, of which this is the pointer"),
     OtherFormat(
         "an HTML page", (".html", ".htm"), rb"(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)?<(?:!doctype|html|head)", _ITSELF
