@@ -740,7 +740,7 @@ def settle_model(
 ) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
 
-    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`, by another
+    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`, by its own
     name.
     """
     model = find_model(base or name)

@@ -21,7 +21,7 @@ from src.errors import Refused
 from src.settings import ROOT
 from src.weights.gguf_header import TYPES, GgufHeader
 from src.weights.single_file import GGUF_READ, explain_folder, read_single_file
-from tests.single_files import (
+from tests.headers import (
     CLIP,
     QWEN,
     T5,
@@ -80,7 +80,6 @@ def test_shapes_say_the_configuration_and_diffusers_own_converter_agrees(
         {"transformer": "BF16"},
     )
     assert not families or file.family == families[0]
-    assert not file.unread
     of = getattr(diffusers, file.configuration["_class_name"])
     with torch.device("meta"):
         there = {name: list(value.shape) for name, value in of.from_config(file.configuration).state_dict().items()}
@@ -104,7 +103,6 @@ def test_all_in_one_files_name_their_parts(tmp_path: Path) -> None:
         "text_encoders.t5xxl.logit_scale": [],
         "model.diffusion_model.scaled_fp8": [0],
         "model.diffusion_model.double_blocks.0.img_mod.lin.scale_weight": [],
-        "unheard_of": [4],
     }
     scales = {"model.diffusion_model.double_blocks.0.img_mod.lin.scale_weight": "F32"}
     file = read_single_file(safetensors(tmp_path / "flux1-dev-fp8.safetensors", shapes, "F8_E4M3", others=scales))
@@ -116,7 +114,6 @@ def test_all_in_one_files_name_their_parts(tmp_path: Path) -> None:
     }
     assert file.weights["transformer"] == "scaled F8_E4M3"
     assert file.weights["vae"] == "F8_E4M3"
-    assert file.unread == ("unheard_of",)
     assert set(file.of("vae")) == set(VAE)
     klein = {**prefixed("model.diffusion_model.", flux_2()), **prefixed("text_encoders.qwen3_4b.transformer.", QWEN)}
     parts = read_single_file(safetensors(tmp_path / "klein.safetensors", klein)).parts

@@ -19,7 +19,7 @@ from src.response.storage import Bucket
 from src.settings import Settings
 from src.stages import START
 from src.weights.disk import free_bytes, why_not_writable
-from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name
+from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name, select
 
 log = logging.getLogger("worker")
 
@@ -108,7 +108,7 @@ def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) ->
         try:
             if wanted.here(files) is None:
                 missing.append(0)
-                missing[-1] = files.ask_hub(wanted.repo, wanted.revision, part=wanted.part)
+                missing[-1] = files.ask_hub(wanted.repo, wanted.revision, select(part=wanted.part))
         except Exception as error:  # noqa: BLE001 - all faults at once
             why = files.explain(error, INSTEAD)
             if wanted.gated and settings.hf_token is None and "HF_TOKEN" not in why:

@@ -7,9 +7,9 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
 from src.weights.licences import CARD
 from src.weights.placement import DoesNotFit
+from src.weights.single_file import SingleFile
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]
@@ -33,6 +34,7 @@ _UPSAMPLER = ("prompt_upsampler", "prompt_upsampler_processor")  # a model of it
 _PART = ["*.json", "*.jinja", "*.safetensors"]  # of a network that is a repo by itself, with what it is read with
 # Models in one file, as other programs keep them.
 _SINGLE_FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_MANY = 8  # names of files, in a message
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json", "tekken.json")  # one of them is enough
 _HUB_SECONDS = 10  # for an answer of the hub's, before anything is downloaded
 _HUB_PAUSES = (1, 3)  # seconds, before it is asked again
@@ -41,10 +43,43 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})  # HTTP statuses that pas
 
 @dataclass(frozen=True)
 class Source:
-    """A folder in diffusers' layout, and the commit that it holds where that is known."""
+    """A folder in diffusers' layout, and the commit that it holds where that is known.
+
+    Of a model in one file, `folder` has what `single_file` lacks: it is that of the model `base`.
+    """
 
     folder: Path
     revision: str | None
+    single_file: SingleFile | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which files of a repo are wanted, in patterns of a shell; of a `part`, whose folder the repo is, all."""
+
+    allow: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
+    part: bool = False
+    but_for: tuple[str, ...] = ()  # networks of which no weights are wanted
+
+    def takes(self, name: str) -> bool:
+        """Whether the file of this name is wanted."""
+        return any(fnmatch(name, each) for each in self.allow) and not any(fnmatch(name, each) for each in self.ignore)
+
+
+def select(*, part: bool = False, but_for: Iterable[str] = ()) -> Selection:
+    """A whole model in diffusers' layout, or one network of it; without the weights of the networks `but_for`."""
+    without = tuple(but_for)
+    if part:
+        return Selection(tuple(_PART), part=True)
+    others = (*(f"{name}/*" for name in _UPSAMPLER), *(f"{name}/*.safetensors*" for name in without))
+    return Selection(tuple(_PATTERNS), others, but_for=without)
+
+
+def one_file(name: str) -> Selection:
+    """The file of this name alone."""
+    return Selection((re.sub(r"([*?[])", r"[\1]", name),))
 
 
 # What the hub may answer, by status.
@@ -77,22 +112,36 @@ class Files:
         revision: str | None = None,
         *,
         part: bool = False,
+        but_for: Iterable[str] = (),
         before_download: Callable[[], None] = lambda: None,
     ) -> Source:
         """The files of `repo`, which a client or an operator calls `name`: `here`, or else from the hub.
 
-        A `part` is one network, whose repo is its folder.
+        A `part` is one network, whose repo is its folder; of the networks `but_for` no weights are wanted.
 
         Raises Refused or what huggingface_hub raises; `explain` words both.
         """
-        if found := self.here(name, repo, revision, part=part):
+        if found := self.here(name, repo, revision, part=part, but_for=but_for):
             return found
         before_download()
-        wanted = _wanted(repo, revision, part)
-        wanted["allow_patterns"] = [*wanted["allow_patterns"], CARD]  # not looked for here: it may do without one
-        return _source(Path(self._download(**wanted, token=self._token())))
+        return _source(self._from_hub(repo, revision, select(part=part, but_for=but_for)))
 
-    def here(self, name: str, repo: str, revision: str | None = None, *, part: bool = False) -> Source | None:
+    def find_file(self, repo: str, name: str, revision: str | None = None) -> Source:
+        """The folder below which the file `name` of `repo` is, as `find`."""
+        return self.file_here(repo, name, revision) or _source(self._from_hub(repo, revision, one_file(name)))
+
+    def file_here(self, repo: str, name: str, revision: str | None = None) -> Source | None:
+        """The folder below which the file `name` of `repo` is, on this machine."""
+        folders = self._in_caches(repo, revision, one_file(name))
+        return next((_source(folder) for folder in folders if (folder / name).is_file()), None)
+
+    def _from_hub(self, repo: str, revision: str | None, wanted: Selection) -> Path:
+        with_card = replace(wanted, allow=(*wanted.allow, CARD))  # not looked for here: it may do without one
+        return Path(self._download(**_arguments(repo, revision, with_card), token=self._token()))
+
+    def here(
+        self, name: str, repo: str, revision: str | None = None, *, part: bool = False, but_for: Iterable[str] = ()
+    ) -> Source | None:
         """What is on this machine, without asking the hub: a folder, HF_HOME, RunPod's cache or the image.
 
         Without a `revision` that is the one which main was when it was downloaded. Raises Refused where `name` can be
@@ -105,42 +154,46 @@ class Files:
                 return _source(folder.resolve())
         if name.lower().endswith(_SINGLE_FILES):
             kind = name.rpartition(".")[2]
-            raise Refused(f"is a single .{kind} file, which is not read: give the folder or hub id of a whole model")
+            raise Refused(
+                f"is a single .{kind} file, which is not read here: give the folder or hub id of a whole model"
+            )
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
             raise Refused(f"is not a folder, not a hub id (owner/name) and not one of: {known}")
+        wanted = select(part=part, but_for=but_for)
+        folders = self._in_caches(repo, revision, wanted)
+        return next((_source(folder) for folder in folders if _is_whole(folder, wanted)), None)
+
+    def _in_caches(self, repo: str, revision: str | None, wanted: Selection) -> Iterator[Path]:
+        """Snapshots that may have what is `wanted`."""
         others = ({"cache_dir": folder} for folder in (self._settings.runpod_model_cache, self._baked))
         for cache in ({}, *others):  # HF_HOME comes first
             with suppress(errors.LocalEntryNotFoundError):
-                folder = Path(self._download(**_wanted(repo, revision, part), **cache, local_files_only=True))
-                if _is_whole(folder, part):
-                    return _source(folder)
-        return None
+                yield Path(self._download(**_arguments(repo, revision, wanted), **cache, local_files_only=True))
 
-    def ask_hub(self, repo: str, revision: str | None = None, *, part: bool = False) -> int:
+    def ask_hub(self, repo: str, revision: str | None = None, wanted: Selection | None = None) -> int:
         """The bytes that HF_HOME lacks of `repo`; nothing is downloaded, and it takes half a minute at most.
 
-        A hub that is busy or hangs up is asked again. Raises what huggingface_hub raises where they could not be
-        downloaded; `explain` words it.
+        By default a whole model is `wanted`. A hub that is busy or hangs up is asked again. Raises Refused where the
+        repo has nothing of the kind, and what huggingface_hub raises where they could not be downloaded; `explain`
+        words it.
         """
+        wanted = wanted or select()
         for pause in _HUB_PAUSES:
             try:
-                return self._ask_hub(repo, revision, part)
+                return self._ask_hub(repo, revision, wanted)
             except (HTTPError, errors.HfHubHTTPError) as error:
                 if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in _BUSY:
                     raise
                 time.sleep(pause)
-        return self._ask_hub(repo, revision, part)
+        return self._ask_hub(repo, revision, wanted)
 
-    def _ask_hub(self, repo: str, revision: str | None, part: bool) -> int:
+    def _ask_hub(self, repo: str, revision: str | None, selection: Selection) -> int:
         token = self._token()
         info = HfApi(token=token).model_info(repo, revision=revision, timeout=_HUB_SECONDS, files_metadata=True)
-        wanted = [
-            file
-            for file in info.siblings or ()
-            if any(fnmatch(file.rfilename, each) for each in _patterns(part))
-            and not file.rfilename.startswith(tuple(f"{name}/" for name in _UPSAMPLER))
-        ]
+        there = info.siblings or ()
+        wanted = [file for file in there if selection.takes(file.rfilename)]
+        _check_listed([file.rfilename for file in there], repo, selection)
         if wanted:  # a gated repo shows everybody what it holds, and its files to some
             url = hf_hub_url(repo, wanted[0].rfilename, revision=info.sha)
             get_hf_file_metadata(url, token=token, timeout=_HUB_SECONDS)
@@ -196,15 +249,17 @@ def values_of(networks: Mapping[str, Mapping[str, int]]) -> int:
     return sum(sum(tensors.values()) for tensors in networks.values())
 
 
-def check_whole(folder: Path) -> dict[str, dict[str, int]]:
+def check_whole(folder: Path, but_for: Collection[str] = ()) -> dict[str, dict[str, int]]:
     """The number of values in each tensor, by network: a folder each, "" where `folder` is a network itself.
 
-    Raises Refused where a file is not whole.
+    Networks `but_for` are not looked at. Raises Refused where a file is not whole.
     """
-    if missing := _missing_shards(folder):
+    if missing := _missing_shards(folder, but_for):
         raise Refused(f"the download is not complete, shards are missing: {', '.join(missing)}; download it again")
     networks: dict[str, dict[str, int]] = {}
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        if file.parent != folder and file.parent.name in but_for:
+            continue
         network = networks.setdefault("" if file.parent == folder else file.parent.name, {})
         try:
             with safe_open(file, "np") as tensors:  # reads the header and compares the length
@@ -271,16 +326,25 @@ def cache_name() -> str:
     return f"HF_HOME={home}" if home / "hub" == CACHE else f"HF_HUB_CACHE={CACHE}"
 
 
-def _wanted(repo: str, revision: str | None, part: bool) -> dict[str, Any]:
-    wanted = {"repo_id": repo, "revision": revision, "allow_patterns": _patterns(part)}
-    return wanted if part else {**wanted, "ignore_patterns": [f"{name}/*" for name in _UPSAMPLER]}
+def _arguments(repo: str, revision: str | None, wanted: Selection) -> dict[str, Any]:
+    ignored = {"ignore_patterns": list(wanted.ignore)} if wanted.ignore else {}
+    return {"repo_id": repo, "revision": revision, "allow_patterns": list(wanted.allow), **ignored}
 
 
-def _patterns(part: bool) -> list[str]:
-    return _PART if part else _PATTERNS
+def _check_listed(names: Collection[str], repo: str, wanted: Selection) -> None:
+    """Raise Refused where a repo of files with these `names` has nothing of what is wanted."""
+    found = any(wanted.takes(name) for name in names)
+    if wanted.part or (found and (len(wanted.allow) == 1 or not {_INDEX, _MODULAR_INDEX}.isdisjoint(names))):
+        return
+    files = sorted(name for name in names if name.lower().endswith(_SINGLE_FILES[:2]))
+    shown = ", ".join(f"{repo}/{name}" for name in files[:_MANY]) + (" ..." if len(files) > _MANY else "")
+    has = f"; for a model in one file give it, one of {shown}" if files else ""
+    if len(wanted.allow) == 1:
+        raise Refused(f"names a file that the repo {repo} has not{has}")
+    raise Refused(f"is a repo without {_INDEX}, and so no model in diffusers' layout{has}")
 
 
-def _is_whole(folder: Path, part: bool) -> bool:
+def _is_whole(folder: Path, wanted: Selection) -> bool:
     """Whether a snapshot has all that its own indexes name; a download that was cut off leaves the rest out.
 
     Where the hub's library keeps a list of what there is, it has compared that before.
@@ -289,21 +353,22 @@ def _is_whole(folder: Path, part: bool) -> bool:
         return True
     try:
         networks = [folder]
-        if not part:
+        if not wanted.part:
             if (index := read_index(folder)) is None:
                 return False
             check_folders(index, folder)
-            networks = [folder / name for name in components(index)]
+            networks = [folder / name for name in components(index) if name not in wanted.but_for]
         described = {network for network in networks if (network / "config.json").exists()}
         filled = {network for network in networks if any(network.glob("*.safetensors"))}
-        return bool(filled) and described == filled and not _missing_shards(folder)
+        return described == filled and bool(filled or wanted.but_for) and not _missing_shards(folder, wanted.but_for)
     except (OSError, ValueError, Refused):
         return False
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    """Files that an index of `folder` names, and that are not there."""
+def _missing_shards(folder: Path, but_for: Collection[str] = ()) -> list[str]:
+    """Files that an index of `folder` names, and that are not there, but for some networks'."""
     indexes = [*folder.glob("*.index.json"), *folder.glob("*/*.index.json")]
+    indexes = [index for index in indexes if index.parent.name not in but_for or index.parent == folder]
     shards = {
         index.parent / name for index in indexes for name in set(json.loads(index.read_text())["weight_map"].values())
     }

@@ -47,11 +47,6 @@ _NETWORKS = MappingProxyType(
         "llm": "model.layers.0.self_attn.q_proj.weight",
     }
 )
-# Markers and words of other programs', which no network has a place for.
-_HARMLESS = re.compile(
-    r"(?:^|\.)(?:scaled_fp8|spiece_model|tekken_model|logit_scale|text_projection(?:\.weight)?)$"
-    r"|^(?:model_ema|denoiser|cond_stage_model_logit)\."
-)
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,6 @@ class SingleFile:
             for name, tensor in self.tensors.items()
             if name.startswith(prefix) and not name.startswith(tuple(longer))
         }
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Names of tensors that belong to no part, but for markers."""
-        known = tuple(self.parts.values())
-        return tuple(name for name in self.tensors if not name.startswith(known) and not _HARMLESS.search(name))
 
     @property
     def weights(self) -> dict[str, str]:
@@ -342,6 +331,8 @@ def _configuration(shapes: _Shapes, own: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _length(own: Mapping[str, TensorInfo], name: str, axis: int) -> int:
+    if name not in own and name.endswith("_norm.scale"):
+        name = f"{name.removesuffix('scale')}weight"  # as newer programs call it
     if name not in own:
         raise Refused(f"is not whole: a FLUX has a tensor {name}, and this file has none")
     shape = own[name].shape
