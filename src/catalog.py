@@ -442,7 +442,7 @@ class Family:
     mask: int = 0
     dynamic_shift: bool | None = None  # its scheduler's, where that tells it from a family of the same pipeline
     # What the tensors of its transformer show beside, in the words of diffusers' configuration.
-    transformer: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = field(kw_only=True)
 
     def in_channels(self, latent_channels: int) -> int:
         """What its transformer reads where the VAE has so many `latent_channels`: a token is 2 x 2 of them."""
@@ -740,8 +740,7 @@ def settle_model(
 ) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
 
-    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`, by its own
-    name.
+    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`.
     """
     model = find_model(base or name)
     if model and _fits(model, class_name, guided):

@@ -131,14 +131,21 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     model_name: str = Field(
-        "FLUX.1-dev", description="a row of the catalog, a hub id or a local folder in diffusers' layout"
+        "FLUX.1-dev",
+        description="a row of the catalog, a hub id or a local folder in diffusers' layout; or a model in one "
+        ".safetensors or .gguf file: its path, owner/repo/file, or its https address",
+    )
+    base_model: str | None = Field(
+        None,
+        description="where a model in one file takes from what the file lacks: a row of the catalog, a hub id or a "
+        "folder; by default the model whose family and widths the file has",
     )
     model_revision: str | None = Field(
         None, description="branch, tag or commit on the hub; by default what is here, or else the newest"
     )
     hf_token: Secret | None = Field(None, description="Hugging Face access token; gated models need one")
     civitai_token: Secret | None = Field(
-        None, description="Civitai's API key; some of its adapters need one, and it is sent to Civitai alone"
+        None, description="Civitai's API key; some of its files need one, and it is sent to Civitai alone"
     )
     controlnets: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="ControlNets to load at the start and to prefer, by name; others load when first asked for"

@@ -300,6 +300,7 @@ def test_what_old_files_hold_too_many_is_harmless(tmp_path: Path) -> None:
     assert load_engine(Settings(model_name=str(folder))).model.family == "schnell"
 
 
-@pytest.mark.parametrize("name", ["/models/flux.safetensors", "someone/flux/flux-Q8_0.gguf", "flux.GGUF"])
-def test_a_model_in_one_file_is_named_as_such(name: str) -> None:
-    assert f"{name}: is a single .{name.rpartition('.')[2]} file, which is not read" in reason(name)
+@pytest.mark.parametrize("name", ["/models/flux.safetensors", "flux.GGUF"])
+def test_a_model_in_one_file_that_is_not_there(name: str) -> None:
+    assert f"{name}: is not there: no such file" in reason(name)
+    assert f"{name}.ckpt: is a .ckpt file: give the folder or hub id of a whole model" in reason(f"{name}.ckpt")

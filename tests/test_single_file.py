@@ -241,7 +241,9 @@ def test_one_part_of_several_is_named_as_such(name: str, tmp_path: Path) -> None
 
 def test_a_folder_without_an_index_is_explained(tmp_path: Path) -> None:
     assert explain_folder(tmp_path).endswith("not a model in diffusers' layout")
-    (tmp_path / "flux.safetensors").touch()
+    safetensors(tmp_path / "flux.safetensors", VAE)
+    assert "; the one file in it, flux.safetensors, is a VAE: give" in explain_folder(tmp_path)
+    safetensors(tmp_path / "flux.safetensors", flux_1())
     assert explain_folder(tmp_path).endswith(f"for the one file in it set MODEL_NAME={tmp_path}/flux.safetensors")
     (tmp_path / "other.gguf").touch()
     assert explain_folder(tmp_path).endswith("name it, one of flux.safetensors, other.gguf")

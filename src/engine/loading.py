@@ -19,7 +19,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from src.catalog import FAMILIES, MODELS, Model, controlnets_for, no_use_for_upsampler, repo_of, settle_model
+from src.catalog import FAMILIES, MODELS, Model, controlnets_for, no_use_for_upsampler, settle_model
 from src.engine.acceleration import accelerate
 from src.engine.components import check_vocabularies, load_networks, load_tokenizer
 from src.engine.controlnets import find_values
@@ -34,10 +34,11 @@ from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
-from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole, read_index
+from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole, is_guided, read_index
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.licences import licence_of
+from src.weights.model_files import ModelFiles
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
@@ -75,7 +76,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
     try:
         # 1. Where its files are, and whether they are whole
         with START.stage("inspect"):
-            source = files.find(name, repo_of(name), settings.model_revision)
+            source = ModelFiles(settings, download).find()
             index, parameters = _check(source.folder)
 
         # 2. What it is, and where each of its weights is to live
@@ -83,9 +84,13 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             configurations = {
                 part: _configuration(source.folder, part, index) for part in ("transformer", "vae", "scheduler")
             }
-            guided = _is_guided(index, configurations["transformer"])
-            dynamic_shift = bool(configurations["scheduler"].get("use_dynamic_shifting"))
-            model = settle_model(name, class_name=index["_class_name"], guided=guided, dynamic_shift=dynamic_shift)
+            model = settle_model(
+                name,
+                class_name=index["_class_name"],
+                guided=is_guided(index, configurations["transformer"]),
+                dynamic_shift=bool(configurations["scheduler"].get("use_dynamic_shifting")),
+                base=source.base,
+            )
             model = replace(model, licence=licence_of(model, source.folder))
             _check_channels(model, configurations["transformer"], configurations["vae"])
             upsampler = _find_upsampler(settings, files, model)
@@ -249,17 +254,6 @@ def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[st
     file = next(file for name in ("config", "scheduler_config") if (file := folder / part / f"{name}.json").is_file())
     written: dict[str, Any] = json.loads(file.read_text())
     return own | written
-
-
-def _is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
-    """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer.
-
-    FLUX.3 is guided by a second call of the transformer, unless it was distilled into a flow map; of those that could
-    not say otherwise it is the pipeline's own, classifier-free.
-    """
-    if "is_distilled" in index:
-        return not index["is_distilled"]
-    return not transformer["flow_map"] if "flow_map" in transformer else bool(transformer.get("guidance_embeds", True))
 
 
 def _check_channels(model: Model, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

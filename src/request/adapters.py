@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,6 @@ from src.request.adapter_cache import FULL, Cache, CachedFile, Get, Origin, Room
 from src.request.addresses import (
     COMMIT,
     SUFFIX,
-    Host,
     HubFile,
     NotSafetensors,
     WebFile,
@@ -33,7 +32,7 @@ from src.request.addresses import (
     only_for_the_hub,
     read_address,
 )
-from src.request.fetch import Headers, HttpError, NotModified, is_url, open_url
+from src.request.fetch import Headers, HttpError, NotModified, is_url, length_of, open_url
 from src.request.schema import Lora, Request, reference
 from src.request.tensor_file import TensorFile
 from src.settings import Settings
@@ -166,7 +165,7 @@ class AdapterStore:
                     if known.etag and headers.answer.get("ETag") == known.etag:
                         raise NotModified
                     if not beginning:
-                        target.announce(_length(headers.answer))
+                        target.announce(length_of(headers.answer))
                     if len(beginning) < _BEGINNING <= len(beginning := beginning + chunk[:_BEGINNING]):
                         check_beginning(beginning)  # before all of it has come
                     target.write(chunk)
@@ -174,11 +173,11 @@ class AdapterStore:
         except HttpError as error:
             if host is None or error.status not in (401, 403):
                 raise
-            raise Refused(f"{error}: {_login(host, address, bool(token))}") from None
+            raise Refused(f"{error}: {address.login(has_token=bool(token))}") from None
         except NotSafetensors as error:
             if host is None:
                 raise
-            raise Refused(f"{error}; if that is a page to log in, {_login(host, address, bool(token))}") from None
+            raise Refused(f"{error}; if that is a page to log in, {address.login(has_token=bool(token))}") from None
         return room.file, Origin(headers.answer.get("ETag", ""), headers.answer.get("Last-Modified", ""))
 
     def _download(self, address: HubFile, named: bool, room: Room, known: Origin) -> tuple[Path, Origin]:
@@ -276,12 +275,6 @@ def _only_file(address: HubFile, files: Sequence[str]) -> str:
     return found[0]
 
 
-def _length(headers: Mapping[str, str]) -> int | None:
-    """How many bytes a server says that it sends; None where it does not, or compresses them."""
-    length = headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() and len(length) < 20 and not headers.get("Content-Encoding") else None
-
-
 def _no_answer(error: Exception) -> Exception:
     """What `error` of huggingface_hub means: Refused, Unavailable, or the OSError of a disk."""
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
@@ -298,16 +291,6 @@ def _no_answer(error: Exception) -> Exception:
     return Unavailable(
         f"could not be downloaded: the hub ({constants.ENDPOINT}) cannot be reached ({type(cause).__name__})"
     )
-
-
-def _login(host: Host, address: WebFile, has_token: bool) -> str:
-    """Which token a service wants or refuses."""
-    name = host.setting.upper()
-    if address.has_token:
-        return f"{host.name} refuses the token in the address"
-    if has_token:
-        return f"{host.name} refuses the worker's {name}: it is wrong or old, or its account may not have this file"
-    return f"{host.name} wants to know who asks: set {name} on the worker"
 
 
 def _name_of(file: Path) -> str:

@@ -168,9 +168,21 @@ class WebFile:
         """Whether the client's own token stands in it."""
         return self.host is not None and self.host.parameter in parse_qs(urlsplit(self.url).query)
 
+    def login(self, *, has_token: bool) -> str:
+        """Which token its service wants or refuses; `has_token` is whether the worker has one for it."""
+        if self.host is None:
+            return "the server wants to know who asks, and no setting has a token for it"
+        name = self.host.setting.upper()
+        if self.has_token:
+            return f"{self.host.name} refuses the token in the address"
+        if has_token:
+            refused = f"{self.host.name} refuses the worker's {name}"
+            return f"{refused}: it is wrong or old, or its account may not have this file"
+        return f"{self.host.name} wants to know who asks: set {name} on the worker"
 
-def read_address(lora: Lora) -> HubFile | WebFile:
-    """What `lora` names, which is no file in LORA_DIR.
+
+def read_address(lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,)) -> HubFile | WebFile:
+    """What `lora` names, which is no file in LORA_DIR; files end in one of `suffixes`.
 
     Raises Refused with what to write instead.
     """
@@ -183,7 +195,7 @@ def read_address(lora: Lora) -> HubFile | WebFile:
     if scheme in ("", "http", "https", "hf"):
         hub = re.match(rf"{_hub()}(?=[/?#]|\Z)", bare, re.IGNORECASE)
         if hub or scheme == "hf":
-            return _on_the_hub(bare[hub.end() if hub else 0 :], lora)
+            return _on_the_hub(bare[hub.end() if hub else 0 :], lora, suffixes)
         for pattern, advice in _PAGES:
             if page := pattern.fullmatch(bare):
                 raise Refused(page.expand(advice))
@@ -191,12 +203,12 @@ def read_address(lora: Lora) -> HubFile | WebFile:
         host = next((row for row in HOSTS if row.hosts.match(bare)), None)
         if host or scheme == "https":
             url = f"https://{path.partition('://')[2] if scheme else path}"
-            return _on_the_web(url, host, lora)
+            return _on_the_web(url, host, lora, suffixes)
     if path.startswith("sha256:"):
         raise Refused("is the digest of an address that may hold a token: give the address again")
     if "://" in path:
         raise Refused(f"must be {ADAPTER}, got {show(path)}")
-    return _hub_id(path, lora)
+    return _hub_id(path, lora, suffixes)
 
 
 def _check_text(name: str, text: str) -> None:
@@ -207,11 +219,12 @@ def _check_text(name: str, text: str) -> None:
         raise Refused(f"has a {name} with half of a character in it (a lone surrogate), got {show(text)}")
 
 
-def no_other_format(name: str) -> None:
-    """Raise Refused where a file's `name` says that it is no safetensors file."""
+def no_other_format(name: str, suffixes: tuple[str, ...] = (SUFFIX,)) -> None:
+    """Raise Refused where a file's `name` says that it is none of those that end in `suffixes`."""
     for row in OTHER_FORMATS:
-        if name.lower().endswith(row.suffixes):
-            raise Refused(f"names the file {show(name)}, which must end in {SUFFIX} and is {row.name}: {row.advice}")
+        if name.lower().endswith(row.suffixes) and not name.lower().endswith(suffixes):
+            allowed = " or ".join(suffixes)
+            raise Refused(f"names the file {show(name)}, which must end in {allowed} and is {row.name}: {row.advice}")
 
 
 def check_beginning(begins: bytes) -> None:
@@ -240,21 +253,21 @@ def _hub() -> str:
     return rf"(?:{_HUB}(?::\d+)?|{re.escape(_split(constants.ENDPOINT)[1].strip('/'))})"
 
 
-def _on_the_web(url: str, host: Host | None, lora: Lora) -> WebFile:
+def _on_the_web(url: str, host: Host | None, lora: Lora, suffixes: tuple[str, ...]) -> WebFile:
     only_for_the_hub(lora)
     with suppress(ValueError):  # an address that cannot be read, which the fetching tells
-        no_other_format(unquote(urlsplit(url).path).rpartition("/")[2])
+        no_other_format(unquote(urlsplit(url).path).rpartition("/")[2], suffixes)
     return WebFile(url, host, lora if is_url(lora.path) else lora.model_copy(update={"path": url}))
 
 
-def _hub_id(path: str, lora: Lora) -> HubFile:
+def _hub_id(path: str, lora: Lora, suffixes: tuple[str, ...]) -> HubFile:
     """owner/name, owner/name/file.safetensors or owner/name/folder, each also with @revision."""
     if path.startswith((".", "~", "/")) or len(path.split("/")) < 2 or not all(path.split("/")):
         raise Refused(f"names no {SUFFIX} file in LORA_DIR and is no hub id (owner/name), got {show(path)}")
-    return _on_the_hub(path, lora)
+    return _on_the_hub(path, lora, suffixes)
 
 
-def _on_the_hub(path: str, lora: Lora) -> HubFile:
+def _on_the_hub(path: str, lora: Lora, suffixes: tuple[str, ...]) -> HubFile:
     """The file that a hub's address means, of which `path` is what follows the host."""
     path = re.split(r"[?#]", path, maxsplit=1)[0].strip("/")
     at = _REVISION.search(path)
@@ -275,22 +288,22 @@ def _on_the_hub(path: str, lora: Lora) -> HubFile:
     revision = _one("the revision", revision, lora.revision)
     if revision and (".." in revision or revision == "."):  # git has none such, and libraries leave them out of paths
         raise Refused(f"names the revision {show(revision)}, which no repo can have")
-    return _file(repo, revision, "/".join(rest), lora, is_file=is_file)
+    return _file((repo, revision, "/".join(rest)), lora, suffixes, is_file=is_file)
 
 
-def _file(repo: str, revision: str | None, rest: str, lora: Lora, *, is_file: bool) -> HubFile:
-    """`rest` is a file in the repo or a folder."""
-    weight_name = lora.weight_name
+def _file(named: tuple[str, str | None, str], lora: Lora, suffixes: tuple[str, ...], *, is_file: bool) -> HubFile:
+    """What is `named` is a repo, its revision, and a file in it or a folder."""
+    (repo, revision, rest), weight_name, allowed = named, lora.weight_name, " or ".join(suffixes)
     for name in filter(None, (rest, weight_name)):
-        no_other_format(name)
+        no_other_format(name, suffixes)
         if ".." in name.split("/"):
             raise Refused(f"names the file {show(name)}, which leads out of the repo")
-    if weight_name and not weight_name.endswith(SUFFIX):
-        raise Refused(f"names the file {show(weight_name)}, which must end in {SUFFIX}: other formats can run code")
+    if weight_name and not weight_name.endswith(suffixes):
+        raise Refused(f"names the file {show(weight_name)}, which must end in {allowed}: other formats can run code")
     folder = rest
-    if rest.endswith(SUFFIX) or (is_file and rest):
-        if not rest.endswith(SUFFIX):
-            raise Refused(f"names the file {show(rest)}, which must end in {SUFFIX}: other formats can run code")
+    if rest.endswith(suffixes) or (is_file and rest):
+        if not rest.endswith(suffixes):
+            raise Refused(f"names the file {show(rest)}, which must end in {allowed}: other formats can run code")
         folder = ""
         if weight_name and weight_name not in (rest, rest.rpartition("/")[2]):
             _one("the file", rest, weight_name)

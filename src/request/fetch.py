@@ -95,7 +95,8 @@ def open_url(
     """What lies at `url`, piece by piece and decompressed, by the SDK's protection against private addresses.
 
     A busy server, or one that hangs up before it sent anything, is asked once more, all within `seconds`. `check` is
-    called four times a second and more, and may raise to end it.
+    called four times a second and more, and may raise to end it. Where `headers` ask for a Range, the answer's
+    Content-Range says whether that is what comes.
 
     Raises Refused where it may not be asked, is too large or takes too long, Unreachable or HttpError where no good
     answer came, and NotModified where `headers` asked for no more than that.
@@ -110,7 +111,7 @@ def open_url(
             with _explained(), _get(url, headers.sent, clock) as (answer, connection):
                 if answer.status == 304:
                     raise NotModified
-                if answer.status != 200:
+                if answer.status != 200 and not (answer.status == 206 and "Range" in headers.sent):
                     raise _refused(answer)
                 answered = True
                 headers.answer = _headers(answer)
@@ -132,6 +133,12 @@ def open_url(
             if last or size or error.pause > min(_LONGEST_PAUSE, clock.left()):
                 raise
             pause = error.pause
+
+
+def length_of(headers: Mapping[str, str]) -> int | None:
+    """How many bytes a server says that it sends; None where it does not, or compresses them."""
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() and len(length) < 20 and not headers.get("Content-Encoding") else None
 
 
 def check_public(url: str) -> None:

@@ -11,15 +11,16 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from src.catalog import controlnets_for, find_model, no_use_for_upsampler, repo_of
+from src.catalog import controlnets_for, find_model, no_use_for_upsampler
 from src.errors import DeviceFailed, InvalidSettings, ModelUnavailable, WorkerFault, refusal
 from src.response.storage import Bucket
 from src.settings import Settings
 from src.stages import START
 from src.weights.disk import free_bytes, why_not_writable
-from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name, select
+from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name
+from src.weights.model_files import ModelFiles, Repo, Wanted
 
 log = logging.getLogger("worker")
 
@@ -57,61 +58,60 @@ def find_files(settings: Settings) -> int:
     """
     files, downloaded = Files(settings), 0
     with START.stage("files") as facts:
-        for wanted in _wanted(settings):
+        for wanted in _wanted(settings, files):
             try:
-                source = wanted.here(files)
+                source = wanted.here()
                 if source is None:
                     log.info("%s is being downloaded, below %s", wanted.name, cache_name())
-                    held = files.held_bytes(wanted.repo)
-                    source = files.find(wanted.name, wanted.repo, wanted.revision, part=wanted.part)
-                    downloaded += files.held_bytes(wanted.repo) - held
+                    held = wanted.held_bytes()
+                    source = wanted.find()
+                    downloaded += wanted.held_bytes() - held
                 elif source.revision not in (None, wanted.revision):
                     used = "%s is used as it is, at revision %s: for another name it in MODEL_REVISION, or remove %s"
                     log.info(used, wanted.name, source.revision, source.folder)
             except Exception as error:
                 raise ModelUnavailable(f"{wanted.name}: {files.explain(error, INSTEAD)}") from error
-            if not wanted.part:
-                facts |= {"folder": str(source.folder), "revision": source.revision}
+            facts.update(_found(wanted, source, settings))
         facts["downloaded_bytes"] = downloaded
     return downloaded
 
 
-class _Repo(NamedTuple):
-    """What a start wants: the model, or a ControlNet or a prompt upsampler that stays in memory."""
+def _found(wanted: Wanted, source: Source, settings: Settings) -> dict[str, Any]:
+    """What the line of the start says of what was found; a single file is said by itself, as soon as all is there."""
+    file = source.single_file
+    if file is None:
+        return {} if wanted.is_part else {"folder": str(source.folder), "revision": source.revision}
+    if source.base is None:
+        return {"file": str(file.path), "revision": source.revision}
+    why = "as BASE_MODEL says" if settings.base_model else "whose family and widths it has; BASE_MODEL names another"
+    held = ", ".join(f"{part} in {kind}" for part, kind in file.weights.items())
+    log.info("%s is %s, %s names, with %s", file.path.name, file.family, file.layout, held)
+    log.info("what %s lacks comes from %s, %s", file.path.name, source.base, why)
+    return {"base_model": source.base, "family": file.family}
 
-    name: str
-    repo: str
-    revision: str | None = None
-    part: bool = False
-    gated: bool = False
 
-    def here(self, files: Files) -> Source | None:
-        """Where it is on this machine."""
-        return files.here(self.name, self.repo, self.revision, part=self.part)
-
-
-def _wanted(settings: Settings) -> Iterator[_Repo]:
-    name, row = settings.model_name, find_model(settings.model_name)
-    yield _Repo(name, repo_of(name), settings.model_revision, gated=bool(row and row.gated))
+def _wanted(settings: Settings, files: Files) -> Iterator[Wanted]:
+    yield from ModelFiles(settings).wanted()
+    row = find_model(settings.base_model or settings.model_name)
     kept = {net.lower() for net in settings.controlnets}
     for net in controlnets_for(row) if row else ():
         if {net.name.lower(), net.repo.lower()} & kept:
-            yield _Repo(net.repo, net.repo, part=True)
+            yield Repo(files, net.repo, net.repo, part=True)
     if upsampler := settings.prompt_upsampler:
-        yield _Repo(upsampler, upsampler, part=True)
+        yield Repo(files, upsampler, upsampler, part=True)
 
 
 def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) -> Iterator[WorkerFault]:
     """Whether what is wanted is here or can be downloaded: by this token, to this disk."""
     files, code, missing = Files(settings), ModelUnavailable.code, list[int]()
-    for wanted in _wanted(settings):
+    for wanted in _wanted(settings, files):
         try:
-            if wanted.here(files) is None:
+            if wanted.here() is None:
                 missing.append(0)
-                missing[-1] = files.ask_hub(wanted.repo, wanted.revision, select(part=wanted.part))
+                missing[-1] = wanted.ask()
         except Exception as error:  # noqa: BLE001 - all faults at once
             why = files.explain(error, INSTEAD)
-            if wanted.gated and settings.hf_token is None and "HF_TOKEN" not in why:
+            if wanted.is_gated and settings.hf_token is None and "HF_TOKEN" not in why:
                 why += "; it is gated, so HF_TOKEN must be set too"
             yield WorkerFault(wanted.name, why, code)
     if (unwritable := why_not_writable(CACHE)) and missing:

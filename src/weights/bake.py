@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 
-from src.catalog import repo_of
 from src.errors import WorkerError
 from src.redaction import redact
 from src.settings import Settings
-from src.weights.files import BAKED, Files
+from src.weights.files import BAKED, Source
+from src.weights.model_files import FROM_THE_WEB, ModelFiles, Repo
 
 DOWNLOADS = Path("/var/cache/huggingface")  # a mount of the Dockerfile's
 _SPELLINGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -44,19 +45,29 @@ def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> 
         settings = Settings.from_environment()
     except WorkerError as error:
         return redact(str(error))
-    files, name, upsampler = Files(settings, download, folder), settings.model_name, settings.prompt_upsampler
-    baked = [("MODEL_NAME", name, repo_of(name), settings.model_revision, False)]
-    baked += [("PROMPT_UPSAMPLER", upsampler, upsampler, None, True)] if upsampler else []
-    for variable, name, repo, revision, part in baked:
+    models = ModelFiles(settings, download, folder, downloads)
+    upsampler = settings.prompt_upsampler
+    baked: list[tuple[str, str, Callable[[], Source]]] = [("MODEL_NAME", settings.model_name, models.find)]
+    if upsampler:
+        baked.append(("PROMPT_UPSAMPLER", upsampler, Repo(models.files, upsampler, upsampler, part=True).find))
+    for variable, name, find in baked:
         try:
-            source = files.find(name, repo, revision, part=part)
-            if source.folder.is_relative_to(downloads):
-                _copy(source.folder, folder)
+            source = find()
+            for folder_of_it in {source.folder, *([source.single_file.path.parent] if source.single_file else [])}:
+                if folder_of_it.is_relative_to(downloads / FROM_THE_WEB):
+                    shutil.copytree(folder_of_it, folder / folder_of_it.relative_to(downloads), dirs_exist_ok=True)
+                elif folder_of_it.is_relative_to(downloads):
+                    _copy(_snapshot(folder_of_it), folder)
         except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
-            why = files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
+            why = models.files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
             return redact(f"{variable}={name}: {why}")
-        print(f"{name} is in the image: {source.revision or source.folder}")
+        print(redact(f"{name} is in the image: {source.revision or source.folder}"))
     return None
+
+
+def _snapshot(folder: Path) -> Path:
+    """The folder of one commit, in a cache of the hub's, that `folder` is or lies in."""
+    return next(path for path in (folder, *folder.parents) if path.parent.name == "snapshots")
 
 
 def _copy(snapshot: Path, cache: Path) -> None:

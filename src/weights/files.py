@@ -18,7 +18,7 @@ from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from src.catalog import MODELS
+from src.catalog import FAMILIES, MODELS
 from src.errors import Refused
 from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
@@ -222,7 +222,8 @@ class Files:
                 seen = "that can be seen without HF_TOKEN" if settings.hf_token is None else "that HF_TOKEN can see"
                 return f"there is no such repo on the hub {seen}"
             case errors.RevisionNotFoundError():
-                return f"the repo has no revision {settings.model_revision!r} (MODEL_REVISION)"
+                asked = f"{settings.model_revision!r} (MODEL_REVISION)" if settings.model_revision else "of that name"
+                return f"the repo has no revision {asked}"
             case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as answered):
                 return self.explain(answered, instead)
             case errors.HfHubHTTPError(response=answer):
@@ -299,6 +300,21 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 def _without_upsampler(index: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in index.items() if name not in (*_UPSAMPLER, "image_processor")}
+
+
+def is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
+    """Whether guidance_scale has an effect: FLUX.2-klein's index says it, of others the transformer's configuration.
+
+    FLUX.3 is guided by a second call of the transformer, unless it was distilled into a flow map. Where a class has no
+    word for it, its families say it.
+    """
+    if "is_distilled" in index:
+        return not index["is_distilled"]
+    if "flow_map" in transformer:
+        return not transformer["flow_map"]
+    alike = (row for row in FAMILIES.values() if row.transformer["_class_name"] == transformer.get("_class_name"))
+    silent = any(row.guided for row in alike if "guidance_embeds" not in row.transformer)
+    return bool(transformer.get("guidance_embeds", silent))
 
 
 def check_folders(index: Mapping[str, Any], folder: Path) -> None:

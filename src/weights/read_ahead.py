@@ -11,12 +11,12 @@ from threading import Thread
 
 from huggingface_hub import snapshot_download
 
-from src.catalog import repo_of
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import drop
-from src.weights.files import Files
+from src.weights.files import Source
 from src.weights.host import HostMemory, host_memory
+from src.weights.model_files import ModelFiles
 
 _THREADS, _CHUNK = 4, 16 << 20
 SHARE = 0.7  # of the memory that is free: what takes more of it cannot be counted on to stay in the system's cache
@@ -33,6 +33,20 @@ def read(file: Path, opened: Callable[[Path], FileIO] = lambda file: file.open("
 def weight_files(folder: Path, *, part: bool = False) -> list[Path]:
     """Of a model in diffusers' layout, or of a network that is a folder by itself, the largest first."""
     return sorted(folder.glob("*.safetensors" if part else "*/*.safetensors"), key=lambda file: -file.stat().st_size)
+
+
+def files_of(source: Source) -> list[Path]:
+    """All files that weights of a model are read from: of a single file's base those of networks that it lacks."""
+    file, whole = source.single_file, weight_files(source.folder)
+    if file is None:
+        return whole
+    return [file.path, *(each for each in whole if each.parent.name not in file.parts)]
+
+
+def _holds_transformer(file: Path, source: Source) -> bool:
+    """And nothing else that would be missed."""
+    single = source.single_file
+    return file.parent.name == "transformer" or (single is not None and file == single.path and len(single.parts) == 1)
 
 
 def size_of(files: Iterable[Path]) -> int:
@@ -70,17 +84,18 @@ def _read_ahead(
     read: Callable[[Path], None],
     memory: Callable[[], HostMemory],
 ) -> None:
-    name, begun = settings.model_name, time.perf_counter()
+    begun = time.perf_counter()
     try:
-        files = Files(settings, download)
-        source = files.here(name, repo_of(name), settings.model_revision)
+        models = ModelFiles(settings, download)
+        source = models.here()
         if source is None:
             return
-        weights = weight_files(source.folder)
+        weights = files_of(source)
         if quantized := list(settings.quantized_dir.glob(f"*-{settings.placement_mode}-*.pt")):  # likely this model's
             newest = max(quantized, key=lambda file: file.stat().st_mtime_ns)
-            weights = [newest, *(file for file in weights if file.parent.name != "transformer")]
-        if (upsampler := settings.prompt_upsampler) and (found := files.here(upsampler, upsampler, part=True)):
+            weights = [newest, *(file for file in weights if not _holds_transformer(file, source))]
+        upsampler = settings.prompt_upsampler
+        if upsampler and (found := models.files.here(upsampler, upsampler, part=True)):
             weights += weight_files(found.folder, part=True)
         if not stays_in_memory(weights, memory):
             return

@@ -230,6 +230,10 @@ def explain_folder(folder: Path) -> str:
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES))
     whole = [name for name in files if not _SHARD.search(name)]
     if len(whole) == 1 == len(files):
+        try:
+            read_single_file(folder / whole[0])
+        except Refused as error:
+            return f"{why}; the one file in it, {whole[0]}, {error}"
         return f"{why}; for the one file in it set MODEL_NAME={folder / whole[0]}"
     if whole:
         return f"{why}; for a model in one file name it, one of {', '.join(whole[:8])}"
