@@ -155,7 +155,8 @@ class Files:
         if name.lower().endswith(_SINGLE_FILES):
             kind = name.rpartition(".")[2]
             raise Refused(
-                f"is a single .{kind} file, which is not read here: give the folder or hub id of a whole model"
+                f"is a .{kind} file: give the folder or hub id of a whole model, or in MODEL_NAME a model in one "
+                f"{' or '.join(SUFFIXES)} file"
             )
         if name.startswith(("/", ".", "~")) or not _is_hub_id(repo):
             known = ", ".join(model.name for model in MODELS)
