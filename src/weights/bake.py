@@ -47,17 +47,18 @@ def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> 
         return redact(str(error))
     models = ModelFiles(settings, download, folder, downloads)
     upsampler = settings.prompt_upsampler
-    baked: list[tuple[str, str, Callable[[], Source]]] = [("MODEL_NAME", settings.model_name, models.find)]
+    wanted_files: list[tuple[str, str, Callable[[], Source]]] = [("MODEL_NAME", settings.model_name, models.find)]
     if upsampler:
-        baked.append(("PROMPT_UPSAMPLER", upsampler, Repo(models.files, upsampler, upsampler, part=True).find))
-    for variable, name, find in baked:
+        wanted_files.append(("PROMPT_UPSAMPLER", upsampler, Repo(models.files, upsampler, upsampler, part=True).find))
+    for variable, name, find in wanted_files:
         try:
             source = find()
-            for folder_of_it in {source.folder, *([source.single_file.path.parent] if source.single_file else [])}:
-                if folder_of_it.is_relative_to(downloads / FROM_THE_WEB):
-                    shutil.copytree(folder_of_it, folder / folder_of_it.relative_to(downloads), dirs_exist_ok=True)
-                elif folder_of_it.is_relative_to(downloads):
-                    _copy(_snapshot(folder_of_it), folder)
+            found = [source.folder, *([source.single_file.path.parent] if source.single_file else [])]
+            for baked in {_kept_together(each) for each in found if each.is_relative_to(downloads)}:
+                if baked.parent.name == FROM_THE_WEB:
+                    shutil.copytree(baked, folder / baked.relative_to(downloads))
+                else:
+                    _copy(baked, folder)
         except Exception as error:  # noqa: BLE001 - whatever it is, the build ends with it
             why = models.files.explain(error, "--secret id=HF_TOKEN,env=HF_TOKEN hands a build the token")
             return redact(f"{variable}={name}: {why}")
@@ -65,9 +66,9 @@ def main(bake_model: str, folder: Path = BAKED, downloads: Path = DOWNLOADS) -> 
     return None
 
 
-def _snapshot(folder: Path) -> Path:
-    """The folder of one commit, in a cache of the hub's, that `folder` is or lies in."""
-    return next(path for path in (folder, *folder.parents) if path.parent.name == "snapshots")
+def _kept_together(folder: Path) -> Path:
+    """The snapshot of a repo that `folder` is or lies in, or what came from one address."""
+    return next(path for path in (folder, *folder.parents) if path.parent.name in ("snapshots", FROM_THE_WEB))
 
 
 def _copy(snapshot: Path, cache: Path) -> None:
