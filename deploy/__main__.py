@@ -146,6 +146,11 @@ def _read(given: argparse.Namespace) -> _Asked:
 def _model(name: str) -> Model:
     if found := find_model(name):
         return found
+    if name.lower().endswith((".safetensors", ".gguf")) or "://" in name:
+        raise Refused(
+            f"--model {name} is a model in one file, whose sizes are not known here: give the model that it was made "
+            "from, and once there is an endpoint set its MODEL_NAME to the file"
+        )
     raise Refused(f"--model {name} is none of {', '.join(model.name for model in MODELS)}")
 
 

@@ -207,6 +207,9 @@ class Model:
     control_type: str | None = None  # what its control_image is, where it takes one without a ControlNet
     qualities: Mapping[str, Quality] = field(default_factory=lambda: MANY_STEPS)
     flow_map: bool = False  # learned where each step ends: its answers lead there, and are no direction at a point
+    # Of a model in one file: what it is, and the model that the rest is from.
+    single_file: Mapping[str, Any] | None = None
+    base_model: str | None = None
 
     @property
     def base(self) -> ModeSpec:
@@ -736,20 +739,28 @@ def base_of(family: str, transformer: Mapping[str, Any]) -> Model | None:
 
 
 def settle_model(
-    name: str, *, class_name: str, guided: bool, dynamic_shift: bool | None = None, base: str | None = None
+    name: str,
+    *,
+    class_name: str,
+    guided: bool,
+    dynamic_shift: bool | None = None,
+    base: str | None = None,
+    single_file: Mapping[str, Any] | None = None,
 ) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
 
-    `dynamic_shift` is its scheduler's, None where that is not known. A single file has the row of its `base`.
+    `dynamic_shift` is its scheduler's, None where that is not known. A model in one file has the row of its `base` by its
+    own name, and tells what `single_file` says.
     """
     model = find_model(base or name)
     if model and _fits(model, class_name, guided):
-        return replace(model, name=name, repo=name, gated=False) if base else model
+        own = replace(model, name=name, repo=name, licence="", gated=False)
+        return replace(own, single_file=single_file, base_model=base) if base else model
     alike = [family for family, row in FAMILIES.items() if _fits(get_model(row.model), class_name, guided)]
     shifts = (family for family in alike if FAMILIES[family].dynamic_shift in (None, dynamic_shift))
     family = next(shifts, alike[0] if alike else None)
     family = family or ("schnell" if "schnell" in name.lower() else "dev")
-    return _fine_tune(name, family)
+    return replace(_fine_tune(name, family), single_file=single_file, base_model=base)
 
 
 def _fits(model: Model, class_name: str, guided: bool) -> bool:

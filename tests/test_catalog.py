@@ -20,7 +20,9 @@ from src.catalog import (
     Model,
     ModeSpec,
     Scheduler,
+    base_of,
     controlnets_for,
+    families_like,
     find_model,
     get_model,
     settle_model,
@@ -187,6 +189,30 @@ def test_without_guidance_the_scheduler_tells_few_steps_from_a_model_that_is_ste
         "shuttleai/shuttle-3-diffusion", class_name="FluxPipeline", guided=False, dynamic_shift=dynamic_shift
     )
     assert known.num_inference_steps == 4
+
+
+def test_a_model_in_one_file_has_the_row_of_its_base_by_its_own_name() -> None:
+    told = {"file": "flux.gguf"}
+    model = settle_model(
+        "a/b/flux.gguf", class_name="FluxPipeline", guided=True, base="FLUX.1-Krea-dev", single_file=told
+    )
+    assert (model.name, model.num_inference_steps, model.gated) == ("a/b/flux.gguf", 28, False)
+    assert (model.base_model, model.single_file) == ("FLUX.1-Krea-dev", told)
+    other = settle_model(
+        "a/b/flux.gguf", class_name="FluxPipeline", guided=False, base="someone/base", single_file=told
+    )
+    assert (other.family, other.base_model, other.single_file) == ("schnell", "someone/base", told)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_what_tells_families_apart_is_what_their_models_have(model: Model) -> None:
+    """The transformer of each row, by its published configuration's words."""
+    row = FAMILIES[model.family].transformer
+    channels = {"in_channels": 64 * row["input_ratio"], "out_channels": 64}
+    assert model.family in families_like({**row, **channels})
+    base = base_of(model.family, {"joint_attention_dim": model.joint_attention_dim})
+    assert base is not None
+    assert base.family == model.family
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -388,6 +388,10 @@ def fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "said"),
     [
         ("--model FLUX.9 --gpu H100", r"--model FLUX\.9 is none of FLUX\.1-dev, .*flux-shapes\."),
+        (
+            "--model a/b/flux.gguf --gpu H100",
+            r"--model a/b/flux\.gguf is a model in one file, .*: give the model",
+        ),
         ("--model FLUX.1-dev --gpu T4", r"--gpu T4 is none of RTX 4090, A40, L40S, A100, H100, H200\."),
         ("--model FLUX.1-dev --gpu H100 --set MAX_PIXEL=1", r"MAX_PIXEL is no setting .* nearest is MAX_PIXELS"),
         ("--model FLUX.1-dev --gpu H100 --set MAX_PIXELS=1", r"MAX_PIXELS='1': .*4096"),

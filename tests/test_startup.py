@@ -20,6 +20,7 @@ from src.serving import startup
 from src.settings import ROOT, Settings
 from src.stages import STAGES, Start
 from src.weights.disk import why_not_writable
+from tests.headers import safetensors
 from tests.hub import SIGNED, Hub, Repo
 from tests.runpod_stand_in import StandIn, worker
 
@@ -121,6 +122,15 @@ def test_a_missing_token(hub: Hub, tmp_path: Path) -> None:
     assert refused(tmp_path, hub, MODEL_NAME=GATED) == (
         f"model_unavailable: {GATED}: is gated: accept its licence on {hub.url}/{GATED} and set HF_TOKEN "
         "(MODEL_NAME=flux-shapes runs the small model that ships with this worker)"
+    )
+
+
+def test_a_file_that_is_no_flux_and_its_base(hub: Hub, tmp_path: Path) -> None:
+    file = safetensors(tmp_path / "style.safetensors", {"lora_unet_double_blocks_0.lora_down.weight": [4, 4]})
+    line = refused(tmp_path, hub, MODEL_NAME=str(file), BASE_MODEL="someone/nothing")
+    assert line == (
+        f"model_unavailable: {file}: is a LoRA: give it in a request as lora_path, and in MODEL_NAME the model; "
+        "BASE_MODEL=someone/nothing: there is no such repo on the hub that can be seen without HF_TOKEN"
     )
 
 

@@ -72,11 +72,12 @@ def load_engine(
 
 def _load_engine(settings: Settings, download: Callable[..., str], device: torch.device, sharing: int) -> Engine:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name, files = settings.model_name, Files(settings, download)
+    models = ModelFiles(settings, download)
+    name, files = models.shown_name, models.files
     try:
         # 1. Where its files are, and whether they are whole
         with START.stage("inspect"):
-            source = ModelFiles(settings, download).find()
+            source = models.find()
             index, parameters = _check(source.folder)
 
         # 2. What it is, and where each of its weights is to live
@@ -84,14 +85,16 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             configurations = {
                 part: _configuration(source.folder, part, index) for part in ("transformer", "vae", "scheduler")
             }
+            single_file = source.single_file
             model = settle_model(
                 name,
                 class_name=index["_class_name"],
                 guided=is_guided(index, configurations["transformer"]),
                 dynamic_shift=bool(configurations["scheduler"].get("use_dynamic_shifting")),
                 base=source.base,
+                single_file=single_file.summary() if single_file else None,
             )
-            model = replace(model, licence=licence_of(model, source.folder))
+            model = replace(model, licence=licence_of(model, single_file.path.parent if single_file else source.folder))
             _check_channels(model, configurations["transformer"], configurations["vae"])
             upsampler = _find_upsampler(settings, files, model)
             if upsampler:

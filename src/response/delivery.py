@@ -85,9 +85,8 @@ def deliver(
     ResponseTooLarge where nothing helps, WorkerUnavailable where the worker's bucket would have.
     """
     # 1. What the files and the metadata say
-    made_by = {"model": model.name, "model_revision": revision}
-    if generation.quantization:
-        made_by["quantization"] = generation.quantization
+    more = {"base_model": model.base_model, "quantization": generation.quantization}
+    made_by = {"model": model.name, "model_revision": revision, **{name: said for name, said in more.items() if said}}
     nets = {"controlnets": [control.network for control in plan.controls if control.net]} if plan.controls else {}
     timings = {"queued": job.seconds.get("queued", 0.0), **generation.timings}
     warnings = [*plan.warnings, *generation.warnings]

@@ -30,6 +30,8 @@ def describe(model: Model, revision: str | None, settings: Settings, loaded: Loa
             "worker_version": __version__,
             "model": model.name,
             "model_revision": revision,
+            "base_model": model.base_model,
+            "single_file": dict(model.single_file) if model.single_file else None,
             "licence": model.licence,
             "takes": sorted(EVERY_MODE_TAKES),
             "modes": {

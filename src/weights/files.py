@@ -24,7 +24,7 @@ from src.settings import ROOT, Settings
 from src.weights.disk import free_bytes, user
 from src.weights.licences import CARD
 from src.weights.placement import DoesNotFit
-from src.weights.single_file import SingleFile
+from src.weights.single_file import SUFFIXES, SingleFile
 
 # diffusers' own layout; a repo of FLUX also holds the same weights in one file at its root, which nobody needs.
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"]

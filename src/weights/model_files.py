@@ -14,6 +14,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from src.catalog import base_of, families_like, find_model, repo_of, settle_model
 from src.errors import Refused
+from src.redaction import redact
 from src.request.addresses import HubFile, WebFile, read_address
 from src.request.schema import Lora
 from src.settings import Settings
@@ -274,6 +275,12 @@ class ModelFiles:
         self.files = Files(settings, download, baked)
         self._settings = settings
         self._web = [cache / FROM_THE_WEB, baked / FROM_THE_WEB]
+
+    @property
+    def shown_name(self) -> str:
+        """MODEL_NAME as everybody may read it: an address may hold a token."""
+        name = self._settings.model_name
+        return redact(name) if "://" in name else name
 
     def wanted(self) -> Iterator[Wanted]:
         """What is to be found, in this order: each is looked at before the next is asked for."""

@@ -83,6 +83,10 @@ class SingleFile:
         """The type that most values of each part have."""
         return {part: _type_of(self.of(part)) for part in self.parts}
 
+    def summary(self) -> dict[str, Any]:
+        """For whoever asks what this worker draws with."""
+        return {"file": self.path.name, "family": self.family, "layout": self.layout, "weights": self.weights}
+
 
 @dataclass(frozen=True)
 class _Shapes:
