@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from src.engine import load_engine
 from src.request.images import READABLE
 from src.settings import ROOT, Settings
 from tests import test_adapter_layouts, test_images, test_request, test_services
+from tests.headers import chroma, flux_1, flux_2, flux_3, gguf, safetensors
 
-LARGEST = {"requests": 3_000, "pictures": 8_000, "adapters": 12_000}  # bytes
+LARGEST = {"requests": 3_000, "pictures": 8_000, "adapters": 12_000, "single-files": 12_000}  # bytes
 PHOTO = test_images.PHOTO.resize((24, 16))
 
 
@@ -92,6 +94,24 @@ def adapters() -> Iterator[bytes]:
             yield SAFETENSORS.put_together([json.dumps(json.loads(header), sort_keys=True).encode(), numbers])
 
 
+def single_files() -> Iterator[bytes]:
+    """Small files in each format, and the headers of models without what they announce."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        tensors = {"a.weight": (32, 32), "a.bias": (32,), "scaled_fp8": (0,)}
+        for kind in ("F32", "Q8_0", "Q4_0"):
+            yield gguf(path, tensors, kind, keys={"comfy.gguf.orig_shape.a.weight": [16, 64]}).read_bytes()
+        yield gguf(path, {"blk.0.attn_q.weight": (32, 32)}, architecture="llama").read_bytes()
+        for dtype in ("F32", "BF16", "F8_E4M3", "U8"):
+            yield safetensors(path, tensors, dtype).read_bytes()
+        for name in ("lora_unet_x.lora_down.weight", "controlnet_blocks.0.weight", "head.modulation", "encoder.mid.a"):
+            yield safetensors(path, {name: (2, 2)}).read_bytes()
+        for shapes in (flux_1(1, 1), flux_2(1, 1), flux_3(1, 1), chroma(1, 1)):
+            for write_one in (safetensors, gguf):
+                with write_one(path, shapes).open("rb") as opened:
+                    yield opened.read(11_000)
+
+
 def sources() -> Iterator[bytes]:
     """A picture in text, however it is written, and what is none."""
     text = base64.b64encode(test_images.file_of(PHOTO.quantize(4))).decode()
@@ -117,7 +137,14 @@ def wording() -> Iterator[bytes]:
     yield b"a\xed\xa0\x80 \xff\x00\x7f"
 
 
-MAKERS = {"requests": requests, "pictures": pictures, "adapters": adapters, "sources": sources, "wording": wording}
+MAKERS = {
+    "requests": requests,
+    "pictures": pictures,
+    "adapters": adapters,
+    "single-files": single_files,
+    "sources": sources,
+    "wording": wording,
+}
 
 
 def write(folder: Path, files: Iterator[bytes], largest: int) -> Mapping[str, int]:

@@ -32,6 +32,7 @@ from src.request.reading import read_request
 from src.request.schema import Request
 from src.response.describe import show_plan
 from src.settings import Settings
+from src.weights.single_file import read_single_file
 from src.wording import did_you_mean, show
 
 if TYPE_CHECKING:
@@ -150,6 +151,15 @@ def _source(data: bytes) -> None:
         assert len(str(error)) < 1_000
 
 
+def _single_file(data: bytes) -> None:
+    """A model in one file, by its header."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        path.write_bytes(data)
+        with suppress(Refused):
+            read_single_file(path)
+
+
 @cache
 def _networks() -> Networks:
     from src.engine import load_engine
@@ -204,6 +214,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
     "requests": Target(_request, (*_FIELDS, *_VALUES), formats.REQUEST),
     "pictures": Target(_picture, _CHUNKS, formats.PICTURE, longest=200_000),
     "adapters": Target(_adapter, _LAYERS, formats.SAFETENSORS, prepare=_networks),
+    "single-files": Target(_single_file, ("GGUF", "general.architecture", "double_blocks.0.", ".weight", "F8_E4M3")),
     "sources": Target(_source, ("data:", ";base64,", "image/png", "%", "https://", "\\n", '"', ",")),
     "wording": Target(_wording, ("?", "&", "sig=", "token=", "://", "@", "Bearer ", "X-Amz-", "hf_", ":")),
 })  # fmt: skip

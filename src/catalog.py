@@ -749,8 +749,8 @@ def settle_model(
 ) -> Model:
     """The row for a model that is loaded: its class and configuration count; where none is like it, its name.
 
-    `dynamic_shift` is its scheduler's, None where that is not known. A model in one file has the row of its `base` by its
-    own name, and tells what `single_file` says.
+    `dynamic_shift` is its scheduler's, None where that is not known. A model in one file has the row of its `base` by
+    its own name, and tells what `single_file` says.
     """
     model = find_model(base or name)
     if model and _fits(model, class_name, guided):
