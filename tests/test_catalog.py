@@ -192,16 +192,16 @@ def test_without_guidance_the_scheduler_tells_few_steps_from_a_model_that_is_ste
 
 
 def test_a_model_in_one_file_has_the_row_of_its_base_by_its_own_name() -> None:
-    told = {"file": "flux.gguf"}
+    summary = {"file": "flux.gguf"}
     model = settle_model(
-        "a/b/flux.gguf", class_name="FluxPipeline", guided=True, base="FLUX.1-Krea-dev", single_file=told
+        "a/b/flux.gguf", class_name="FluxPipeline", guided=True, base="FLUX.1-Krea-dev", single_file=summary
     )
     assert (model.name, model.num_inference_steps, model.gated) == ("a/b/flux.gguf", 28, False)
-    assert (model.base_model, model.single_file) == ("FLUX.1-Krea-dev", told)
+    assert (model.base_model, model.single_file) == ("FLUX.1-Krea-dev", summary)
     other = settle_model(
-        "a/b/flux.gguf", class_name="FluxPipeline", guided=False, base="someone/base", single_file=told
+        "a/b/flux.gguf", class_name="FluxPipeline", guided=False, base="someone/base", single_file=summary
     )
-    assert (other.family, other.base_model, other.single_file) == ("schnell", "someone/base", told)
+    assert (other.family, other.base_model, other.single_file) == ("schnell", "someone/base", summary)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,26 @@ def test_a_download_that_was_cut_off_goes_on_where_it_ended(continues: bool, web
     assert source.single_file.path.read_bytes() == WEIGHTS
     assert len(asked) == 2
     assert 0 < asked[1] <= half
+
+
+def test_workers_that_share_a_volume_download_a_file_once(web: Web, tmp_path: Path) -> None:
+    url = web.put("files.example/flux.safetensors", WEIGHTS)
+    with ThreadPoolExecutor() as threads:
+        found = list(threads.map(lambda _: finder(tmp_path, url).find().single_file, range(3)))
+    assert found[0] == found[1] == found[2]
+    assert len(web.asked) == 1
+
+
+def test_a_server_that_says_no_length(web: Web, tmp_path: Path) -> None:
+    def serve(line: socket.socket) -> None:
+        line.recv(65_536)
+        line.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + WEIGHTS)
+
+    files = finder(tmp_path, web.behave("files.example/flux.safetensors", serve))
+    assert faults(files) == []
+    file = files.find().single_file
+    assert file is not None
+    assert file.path.read_bytes() == WEIGHTS
 
 
 # Into an image

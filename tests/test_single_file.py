@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "SDXL's network": (other("add_embedding.linear_1.weight"), "is SDXL"),
     "Stable Diffusion 1.5": (other("model.diffusion_model.input_blocks.0.0.weight"), "is Stable Diffusion 1.5 or 2"),
     "Stable Diffusion 3": (other("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"), "Stable Diffusion 3"),
-    "SD3 of diffusers": (other(["pos_embed.proj.weight", "transformer_blocks.0.attn.to_q.weight"]), "Diffusion 3"),
+    "SD3 of diffusers": (other(["pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight"]), "ion 3"),
     "T5": (other("encoder.block.0.layer.0.SelfAttention.q.weight"), "is T5, a text encoder: give the model"),
     "CLIP": (other("text_model.encoder.layers.0.mlp.fc1.weight"), "is CLIP or SigLIP: give the model"),
     "CLIP of transformers 5": (other(["embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"]),

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from src.catalog import controlnets_for, find_model, no_use_for_upsampler
+from src.catalog import FAMILIES, controlnets_for, families_like, find_model, no_use_for_upsampler
 from src.errors import DeviceFailed, InvalidSettings, ModelUnavailable, WorkerFault, refusal
 from src.response.storage import Bucket
 from src.settings import Settings
@@ -87,6 +87,11 @@ def _found(wanted: Wanted, source: Source, settings: Settings) -> dict[str, Any]
     held = ", ".join(f"{part} in {kind}" for part, kind in file.weights.items())
     log.info("%s is %s, %s names, with %s", file.path.name, file.family, file.layout, held)
     log.info("what %s lacks comes from %s, %s", file.path.name, source.base, why)
+    alike = [FAMILIES[family].model for family in families_like(file.configuration) if family != file.family]
+    if alike and not settings.base_model:
+        log.info(
+            "it may as well be of the kind of %s, whose tensors look the same: BASE_MODEL says so", ", ".join(alike)
+        )
     return {"base_model": source.base, "family": file.family}
 
 

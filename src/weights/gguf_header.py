@@ -81,7 +81,7 @@ class GgufHeader:
                 )
             self.metadata: Mapping[str, Any] = {self._text(): self._value(self._number("<I")) for _ in range(keys)}
             listed = [self._listed() for _ in range(tensors)]
-            self.tensors: Mapping[str, TensorInfo] = self._placed(listed)
+            self.tensors: Mapping[str, TensorInfo] = self._laid_out(listed)
 
     # What stands in the file, piece by piece
 
@@ -142,7 +142,7 @@ class GgufHeader:
             raise _incomplete(f"{show(name)} is {TYPES[kind].name} of the shape {list(shape)}")
         return name, TYPES[kind], shape, offset
 
-    def _placed(self, listed: list[tuple[str, GgmlType, tuple[int, ...], int]]) -> dict[str, TensorInfo]:
+    def _laid_out(self, listed: list[tuple[str, GgmlType, tuple[int, ...], int]]) -> dict[str, TensorInfo]:
         """The tensors, none of which may lie over another or behind the file's end."""
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT:

@@ -17,7 +17,7 @@ from src.errors import Refused
 from src.redaction import redact
 from src.request.addresses import HubFile, WebFile, read_address
 from src.request.schema import Lora
-from src.settings import Settings
+from src.settings import ROOT, Settings
 from src.weights.files import BAKED, CACHE, Files, Source, is_guided, one_file, read_index, select
 from src.weights.single_file import SUFFIXES, SingleFile, explain_folder, read_single_file
 from src.weights.web_file import WebModel, beginning, read_beginning
@@ -111,7 +111,7 @@ class OneFile:
         """Read by its header where it is on this machine."""
         match self._place:
             case Path() as path:
-                return self._read(path.resolve() if path.exists() else path, None)
+                return self._read(path.absolute(), None)
             case HubFile(repo=repo, weight_name=str(name), revision=revision):
                 found = self._files.file_here(repo, name, revision)
                 return self._read(found.folder / name, found.revision) if found else None
@@ -321,8 +321,9 @@ def place_of(name: str, revision: str | None) -> Path | HubFile | WebFile | None
 
     Raises Refused with what to write instead.
     """
-    path = Path(name).expanduser()
     is_address = "://" in name or name.lower().startswith(_ADDRESSES)
+    places = () if is_address else (Path(name).expanduser(), ROOT / name)
+    path = next((place for place in places if place.is_symlink() or place.exists()), Path(name).expanduser())
     is_local = path.is_symlink() or path.exists()
     if path.is_dir() or not (is_address or is_local or name.lower().endswith(SUFFIXES)):
         return None

@@ -38,7 +38,12 @@ ADAPTED = (
     ),
     _row("an IP-Adapter", r"ip_adapter|^image_proj\.|^pulid_", "MODEL_NAME wants the model that it was made for"),
     _row("FLUX.1 Redux", r"^redux_(?:up|down)\.", "name its whole repo in REDUX_MODEL, and in MODEL_NAME the model"),
-    _row("HunyuanVideo or HunyuanImage", r"(?:^|\.)txt_in\.individual_token_refiner|(?:^|\.)byt5_in\."),
+    _row(
+        "HunyuanVideo or HunyuanImage",
+        r"(?:^|\.)(?:txt_in\.individual_token_refiner|byt5_in\.|context_embedder\.token_refiner)",
+    ),
+    _row("Hunyuan3D", r"(?:^|\.)latent_in\.weight$"),
+    _row("Step1X-Edit", r"(?:^|\.)connector\."),
     _row(
         "Chroma1-Radiance, which draws pixels without a VAE", r"(?:^|\.)nerf_(?:blocks|image_embedder)|img_in_patch\."
     ),

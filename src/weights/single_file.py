@@ -187,7 +187,7 @@ _TRANSFORMERS: tuple[_Shapes, ...] = (
         _BFL_BLOCKS, {"guidance_embeds": "guidance_in.in_layer.weight"},
     ),
     _Shapes(
-        "FluxTransformer2DModel", "diffusers", "time_text_embed.text_embedder.linear_1.weight",
+        "FluxTransformer2DModel", "diffusers", "single_transformer_blocks.0.norm.linear.weight",
         _same(_DIFFUSERS | {
             "mlp": "transformer_blocks.0.ff.net.0.proj.weight",
             "pooled_projection_dim": "time_text_embed.text_embedder.linear_1.weight",
@@ -254,7 +254,7 @@ def _check_kind(path: Path) -> None:
         raise Refused("is not there: no such file")
     if not path.is_file():
         raise Refused("is no plain file")
-    if shard := _SHARD.search(path.name):
+    if (shard := _SHARD.search(path.name)) and int(shard[2]) > 1:
         raise Refused(
             f"is part {int(shard[1])} of {int(shard[2])} of a network: give the folder of the whole model in "
             "diffusers' layout, or one file that holds all of it"

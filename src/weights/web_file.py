@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
+import socket
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -25,7 +28,7 @@ _SECONDS = 6 * 3600  # for a whole file; a server that says nothing is left long
 _PEEK_SECONDS = 60  # for the beginning of one
 _MOST = 1 << 42  # bytes of a file; the disk's room is less
 _TRIES, _PAUSE = 5, 2.0  # without a byte more; seconds between them
-_PART, _ORIGIN = "part", "origin.json"
+_PART = "part"  # of a file, beside it what says whether it may be continued
 _GGUF_BEGINNING = 16 << 20  # bytes: GGUF does not say how long its header is
 _BEGINNING = 512
 _LONGEST_NAME = 200  # characters
@@ -54,15 +57,17 @@ class WebModel:
         """What there is of it."""
         return sum(file.stat().st_size for file in self._folders[0].glob("*"))
 
-    def peek(self) -> tuple[int, SingleFile]:
-        """Its bytes that are still to come, and what it is by its header, of which alone so much was fetched.
+    def peek(self) -> tuple[int, SingleFile | None]:
+        """Its bytes that are still to come, and what it is by its header, which alone is fetched.
 
-        Raises Refused where it is no FLUX or cannot be had.
+        Neither is known where the server does not say its length. Raises Refused where it is no FLUX or cannot be had.
         """
         headers = Headers(self._authorization())
         with self._explained():
             begins = beginning(open_url(self._address.url, _MOST, _PEEK_SECONDS, _nothing, headers))
-        size = length_of(headers.answer) or len(begins)
+        size = length_of(headers.answer)
+        if size is None:
+            return 0, None
         name = _name(self._address.url, headers.answer, begins)
         return size - self.held_bytes(), read_beginning(begins, size, name)
 
@@ -70,35 +75,42 @@ class WebModel:
         """Download it, whole or not at all. Raises Refused where it cannot be had, OSError where it cannot be kept."""
         folder = self._folders[0]
         folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder) as locked:
+            if found := self.here():  # by now
+                return found
+            part = folder / (_PART if locked else f"{_PART}-{socket.gethostname()}-{os.getpid()}")
+            name = self._whole(part)
+            read_single_file(part)  # what is no FLUX is never kept
+            return part.rename(folder / name)
+
+    def _whole(self, part: Path) -> str:
+        """Fetch it into `part`, in as many pieces as it takes; the file's name."""
         tries = 0
         while True:
             before = self.held_bytes()
             try:
                 with self._explained():
-                    name = self._rest(folder)
-                break
+                    return self._rest(part)
             except Unreachable as error:
                 tries = 0 if self.held_bytes() > before else tries + 1
                 if tries >= _TRIES:
                     raise
                 time.sleep(max(_PAUSE, error.pause))
-        read_single_file(folder / _PART)  # what is no FLUX is never kept
-        return (folder / _PART).rename(folder / name)
 
-    def _rest(self, folder: Path) -> str:
+    def _rest(self, part: Path) -> str:
         """Put what is missing behind what is there; the file's name."""
-        part, origin = folder / _PART, folder / _ORIGIN
-        have, etag = (part.stat().st_size if part.exists() else 0), _read(origin).get("etag", "")
-        resumes = {"Range": f"bytes={have}-", "If-Range": etag} if have and etag else {}
+        origin = part.with_suffix(".json")
+        have, same = (part.stat().st_size if part.exists() else 0), _read(origin).get("same", "")
+        resumes = {"Range": f"bytes={have}-", "If-Range": same} if have and same else {}
         headers = Headers({**self._authorization(), **resumes})
         name = ""
         with part.open("r+b" if resumes else "wb") as opened:
             try:
                 for piece in open_url(self._address.url, _MOST, _SECONDS, _nothing, headers):
                     if not name:
-                        opened.seek(self._begin(headers.answer, have, folder))
+                        opened.seek(self._begin(headers.answer, have))
                         opened.truncate()
-                        origin.write_text(json.dumps({"etag": _strong(headers.answer.get("ETag", ""))}))
+                        origin.write_text(json.dumps({"same": _validator(headers.answer)}))
                         name = _name(self._address.url, headers.answer, piece if opened.tell() == 0 else _first(part))
                     opened.write(piece)
             except HttpError as error:
@@ -110,9 +122,10 @@ class WebModel:
             raise Refused("is an empty file")
         return name
 
-    def _begin(self, answer: Mapping[str, str], have: int, folder: Path) -> int:
+    def _begin(self, answer: Mapping[str, str], have: int) -> int:
         """Where what comes belongs. Raises Refused where it has no room."""
         begin = have if answer.get("Content-Range", "").startswith(f"bytes {have}-") else 0
+        folder = self._folders[0]
         size, room = length_of(answer), free_bytes(folder) + have - begin
         if size is not None and size > room:
             raise Refused(
@@ -190,9 +203,24 @@ def _name(url: str, answer: Mapping[str, str], begins: bytes) -> str:
     return f"{name or 'model'}{'.gguf' if begins.startswith(MAGIC) else '.safetensors'}"
 
 
-def _strong(etag: str) -> str:
-    """An ETag by which a file may be continued: https://www.rfc-editor.org/rfc/rfc9110#section-13.1.5."""
-    return "" if etag.startswith("W/") else etag
+def _validator(answer: Mapping[str, str]) -> str:
+    """What says that a file is the same when it is continued: https://www.rfc-editor.org/rfc/rfc9110#section-13.1.5."""
+    etag = answer.get("ETag", "")
+    return etag if etag and not etag.startswith("W/") else answer.get("Last-Modified", "")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Other workers that want the same file wait; False on a volume that knows no locks."""
+    descriptor, locked = os.open(folder, os.O_RDONLY), True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _read(origin: Path) -> dict[str, str]:
