@@ -47,7 +47,7 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "editing": Example(
         "FLUX.1-Kontext-dev",
-        "The prompt says what is to be different in `init_image`; FLUX.2 takes more pictures in `init_images`.",
+        "The prompt says what is to be different in `init_image`; from FLUX.2 on `init_images` takes several.",
         {"prompt": "make the triangle blue", "init_image": _SCENE, "seed": 1},
     ),
     "inpainting": Example(
