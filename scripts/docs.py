@@ -44,7 +44,7 @@ from src.weights.placement import GB, DoesNotFit
 
 # How a table names a family.
 FAMILY_NAMES: Mapping[str, str] = {
-    "kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev",
+    "kontext": "Kontext", "fill": "Fill", "control": "Canny, Depth", "flux.2-dev": "FLUX.2-dev", "chroma": "Chroma",
     "flux.3": "FLUX.3", "flux.3-base": "FLUX.3 base",
 }  # fmt: skip
 _ENTRIES: Mapping[str, type[BaseModel]] = {"loras": Lora, "controls": Control, "outpaint": Borders}
@@ -182,6 +182,7 @@ def models() -> str:
     for model in MODELS:
         name = f"`{model.name}`" + (" (gated)" if model.gated else " (shipped)" if model.name == SHIPPED else "")
         guidance = str(model.guidance_scale) + ("" if FAMILIES[model.family].guided else ", without effect")
+        guidance += f"; true_cfg_scale {model.true_cfg_scale}" if model.true_cfg_scale > 1 else ""
         size, steps = f"{model.width}x{model.height}", str(model.num_inference_steps)
         cells.append((name, model.licence, size, steps, guidance, str(model.max_sequence_length)))
     cells.append(("a fine-tune of one of them", "its own", "as its family, read from its configuration", "", "", ""))

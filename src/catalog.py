@@ -362,7 +362,7 @@ MODELS: tuple[Model, ...] = (
         "dev",
         "Apache-2.0",
         download_gb=_LITE_GB,
-        num_inference_steps=25,
+        num_inference_steps=28,
         guidance_scale=4.0,
     ),
     Model(
@@ -383,7 +383,7 @@ MODELS: tuple[Model, ...] = (
         "Apache-2.0",
         download_gb=33.7,
         modes=DE_DISTILLED_MODES,
-        num_inference_steps=25,
+        num_inference_steps=28,
         guidance_scale=3.5,
         true_cfg_scale=3.5,
         qualities=GUIDED_STEPS,

@@ -126,7 +126,8 @@ def test_an_adapter_draws_as_it_does_merged_into_the_weights(held: Engine, folde
     targets = [name for name in layers if "blocks.1." in name or name.startswith("distilled_guidance_layer.layers.1")]
     assert any(name.startswith("distilled") for name in targets)
     generator = torch.Generator().manual_seed(1)
-    halves, named = {}, dict(pipeline.transformer.named_modules())
+    halves: dict[str, torch.Tensor] = {}
+    named: dict[str, Any] = dict(pipeline.transformer.named_modules())
     for name in targets:
         down = torch.randn(2, named[name].in_features, generator=generator) * 0.3
         up = torch.randn(named[name].out_features, 2, generator=generator) * 0.3

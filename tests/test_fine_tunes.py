@@ -56,7 +56,7 @@ def de_distilled(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return load_engine(Settings(model_name=str(small("de-distilled", folder))))
 
 
-def test_a_model_without_guidance_is_steered_from_outside_unless_it_is_told_otherwise(de_distilled: Engine) -> None:
+def test_a_model_without_guidance_is_steered_from_outside_unless_a_request_says_otherwise(de_distilled: Engine) -> None:
     response = ask(de_distilled)
     sampling = response["metadata"]
     assert (sampling["true_cfg_scale"], sampling["negative_prompt"]) == (3.5, "")
@@ -80,9 +80,9 @@ def test_its_file_says_how_it_was_steered(de_distilled: Engine) -> None:
 
 
 def test_describe_says_the_default(de_distilled: Engine) -> None:
-    told = describe(de_distilled.model, None, Settings(), de_distilled.loaded())["describe"]
-    assert (told["defaults"]["true_cfg_scale"], told["defaults"]["guidance_scale"]) == (3.5, None)
-    assert {mode for mode, row in told["modes"].items() if "true_cfg_scale" not in row["takes"]} == set()
+    described = describe(de_distilled.model, None, Settings(), de_distilled.loaded())["describe"]
+    assert (described["defaults"]["true_cfg_scale"], described["defaults"]["guidance_scale"]) == (3.5, None)
+    assert {mode for mode, row in described["modes"].items() if "true_cfg_scale" not in row["takes"]} == set()
 
 
 @pytest.mark.parametrize(("family", "channels", "given"), [("dev", 196, 64), ("schnell", 128, 64), ("fill", 64, 384)])

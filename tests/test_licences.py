@@ -109,8 +109,8 @@ def test_the_start_and_describe_tell_what_the_card_on_the_hub_says(
     assert "someone/tune" in line.getMessage()
     assert line.getMessage().endswith("cc-by-nc-4.0, which bounds what the worker and its pictures may be used for")
     assert line.facts["licence"] == "cc-by-nc-4.0"  # type: ignore[attr-defined]
-    told = describe(engines.model, engines.revision, settings, engines.loaded())["describe"]
-    assert told["licence"] == "cc-by-nc-4.0"
+    described = describe(engines.model, engines.revision, settings, engines.loaded())["describe"]
+    assert described["licence"] == "cc-by-nc-4.0"
 
 
 def test_files_that_came_without_a_card_are_whole(hub: Hub, tmp_path: Path) -> None:

@@ -359,7 +359,9 @@ class Request(_Fields):
     output_quality: Annotated[Whole, Field(ge=1, le=100)] = Field(95, description="an integer from 1 to 100")
 
     negative_prompt: Text | None = Field(None, description=f"{_TEXT}, with true_cfg_scale above 1")
-    true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(1.0, description="a number from 1 to 20")
+    true_cfg_scale: Annotated[Number, Field(ge=1, le=20)] = Field(
+        1.0, description="a number from 1 to 20; OpenFLUX.1 and its like have a default of their own"
+    )
     prompt_2: Text | None = Field(None, description=f"{_TEXT} for T5, where prompt is for CLIP alone")
     prompt_upsampling: StrictBool = Field(
         False,

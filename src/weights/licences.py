@@ -47,7 +47,7 @@ def _of_card(folder: Path | None) -> str:
     try:
         with (folder / CARD).open("rb") as file:
             text = file.read(_MOST_READ).decode(errors="replace")
-        said = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        said = vars(ModelCard(text, ignore_metadata_errors=True).data)
     except Exception:  # noqa: BLE001 - whatever a reader of YAML raises, it ends no start
         return ""
     written = said.get("license")
