@@ -28,6 +28,7 @@ from src.job import Job
 from src.settings import ROOT, Settings
 from src.stages import START
 from src.weights.file_parts import FilePart, FileReader, MappedFiles
+from src.weights.files import Source
 from src.weights.host import HostMemory
 from src.weights.placement import GB, Machine, Weights, Work, block_of, choose_placement, in_order
 
@@ -330,7 +331,7 @@ def cached(file: Path) -> float:
 
 def test_weights_go_to_a_card_network_by_network_and_the_offloaded_ones_stay_in_their_files() -> None:
     index = json.loads((SHAPES / "model_index.json").read_text())
-    _, parameters = loading._check(SHAPES)
+    parameters = loading._check(Source(SHAPES, None)).sizes
     configurations = {part: json.loads((SHAPES / part / "config.json").read_text()) for part in ("transformer", "vae")}
     weights = Weights.of(parameters, configurations["transformer"], configurations["vae"], 2)
     work = Work(128, 128, 4, 32, 128 * 128)

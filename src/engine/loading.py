@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,25 +14,33 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 
-from src.catalog import FAMILIES, MODELS, Model, controlnets_for, no_use_for_upsampler, settle_model
+from src.catalog import (
+    FAMILIES,
+    MEMORY_MODES,
+    MODELS,
+    Model,
+    controlnets_for,
+    no_use_for_upsampler,
+    settle_model,
+)
 from src.engine.acceleration import accelerate
-from src.engine.components import check_vocabularies, load_networks, load_tokenizer
+from src.engine.components import FolderNetworks, check_vocabularies, load_tokenizer
 from src.engine.controlnets import find_values
 from src.engine.engine import Engine
 from src.engine.machine import devices, measure, on_device
 from src.engine.pipelines import pipeline_class
 from src.engine.placed_pipeline import PlacedPipeline, networks_of, place
 from src.engine.quantization import Quantizer
+from src.engine.single_file import SingleFileNetworks
 from src.engine.staging import Staging, mapped
 from src.engine.upsampling import UPSAMPLER, check_upsampler, load_upsampler
 from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
-from src.weights.files import INSTEAD, Files, Source, check_folders, check_whole, is_guided, read_index
+from src.weights.files import INSTEAD, Files, Source, check_folders, is_guided, read_index
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.licences import licence_of
@@ -78,30 +84,27 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         # 1. Where its files are, and whether they are whole
         with START.stage("inspect"):
             source = models.find()
-            index, parameters = _check(source.folder)
+            networks = _check(source)
+            _check_quantization(networks, settings)
 
         # 2. What it is, and where each of its weights is to live
         with START.stage("placement") as facts:
-            configurations = {
-                part: _configuration(source.folder, part, index) for part in ("transformer", "vae", "scheduler")
-            }
-            single_file = source.single_file
-            model = settle_model(
-                name,
-                class_name=index["_class_name"],
-                guided=is_guided(index, configurations["transformer"]),
-                dynamic_shift=bool(configurations["scheduler"].get("use_dynamic_shifting")),
-                base=source.base,
-                single_file=single_file.summary() if single_file else None,
-            )
-            model = replace(model, licence=licence_of(model, single_file.path.parent if single_file else source.folder))
-            _check_channels(model, configurations["transformer"], configurations["vae"])
+            model = _model_of(name, source, networks)
             upsampler = _find_upsampler(settings, files, model)
+            sizes, upsampler_files = networks.sizes, list[Path]()
             if upsampler:
-                parameters |= {UPSAMPLER: check_upsampler(upsampler)}
+                sizes[UPSAMPLER] = check_upsampler(upsampler)
+                upsampler_files = weight_files(upsampler, part=True)
             machine = measure(device, dtype, settings.memory_limit_gb)
             choice = PlacementChoice(
-                Weights.of(parameters, configurations["transformer"], configurations["vae"], dtype.itemsize),
+                Weights.of(
+                    sizes,
+                    networks.configuration("transformer"),
+                    networks.configuration("vae"),
+                    dtype.itemsize,
+                    packed=networks.packed,
+                    stored=networks.stored,
+                ),
                 replace(machine, host_memory=machine.host_memory // sharing),
                 _work(model, settings, files, dtype.itemsize),
                 settings.placement_mode,
@@ -111,18 +114,18 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
 
         # 3. Its weights, read and put there
         with START.stage("read") as facts:
-            short = not stays_in_memory(_all_files(source, upsampler), host_memory)
+            short = not stays_in_memory([*networks.files(), *upsampler_files], host_memory)
             staging = Staging(device, FileReader(drop_behind=short))
             kind = placement.quantization
             quantizer = Quantizer(kind, device, settings.quantized_dir, staging) if kind else None
             settle = partial(place, placement=placement, staging=staging)
-            pipeline, read = _load(index, source, dtype, quantizer, settle, short=short)
+            pipeline, read = _load(networks, dtype, staging, quantizer, settle, short=short)
             if upsampler:
                 with _upsampler_named(settings, files):
                     parts = load_upsampler(upsampler, dtype)
                     settle(UPSAMPLER, parts[UPSAMPLER])
                 pipeline.register_modules(**parts)
-                read += weight_files(upsampler, part=True)
+                read += upsampler_files
             left = mapped(weight for network in networks_of(pipeline).values() for weight in network.parameters())
             facts |= {"bytes": size_of(read) - sum(weight.nbytes for weight in left), "streamed": short}
         with START.stage("load") as facts:
@@ -150,10 +153,6 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
     return engine
 
 
-def _all_files(source: Source, upsampler: Path | None) -> list[Path]:
-    return weight_files(source.folder) + (weight_files(upsampler, part=True) if upsampler else [])
-
-
 def _find_upsampler(settings: Settings, files: Files, model: Model) -> Path | None:
     """The folder of PROMPT_UPSAMPLER; raises InvalidSettings where `model` has no use for it, or ModelUnavailable."""
     if (name := settings.prompt_upsampler) is None:
@@ -175,6 +174,16 @@ def _upsampler_named(settings: Settings, files: Files) -> Iterator[None]:
         raise ModelUnavailable(f"PROMPT_UPSAMPLER={settings.prompt_upsampler}: {files.explain(error)}") from error
 
 
+def _check_quantization(networks: FolderNetworks, settings: Settings) -> None:
+    """Raise InvalidSettings where weights that stay packed are to be made small in another way."""
+    asked = MEMORY_MODES[settings.placement_mode].quantization
+    if asked and networks.packed:
+        raise InvalidSettings(
+            f"{asked} is asked for, and the weights of {settings.model_name} are {networks.stored} and stay so: set "
+            f"QUANTIZATION=none, and MEMORY_MODE=auto where it is {asked}; or take a file of 16 bits"
+        )
+
+
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:
     """The picture that must fit, and the ControlNets that are to stay in memory."""
     wanted = {name.lower() for name in settings.controlnets}
@@ -192,9 +201,9 @@ def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work
 
 
 def _load(
-    index: Mapping[str, Any],
-    source: Source,
+    networks: FolderNetworks,
     dtype: torch.dtype,
+    staging: Staging,
     quantizer: Quantizer | None,
     settle: Callable[[str, Any], None],
     *,
@@ -207,19 +216,19 @@ def _load(
     FLUX.2-dev and FLUX.3 name a processor of words and pictures, which wants torchvision; its tokenizer is all that is
     needed.
     """
-    folder, files = source.folder, weight_files(source.folder)
+    index, folder, files = networks.index, networks.folder, networks.files()
     processors = [
         name for name, value in index.items() if isinstance(value, list) and str(value[1]).endswith("Processor")
     ]
     parts: dict[str, Any] = dict.fromkeys(processors)
-    kept = quantizer.file(_fingerprint(source)) if quantizer else None
+    kept = quantizer.file(_fingerprint(networks)) if quantizer else None
     if quantizer and kept and kept.is_file():
         for _ in one_ahead([[kept] if short else []]):
-            if (restored := _restored(index, source, dtype, quantizer, kept)) is not None:
+            if (restored := _restored(networks, dtype, quantizer, kept)) is not None:
                 parts["transformer"] = restored
                 settle("transformer", restored)
-                files = [kept, *(file for file in files if file.parent.name != "transformer")]
-    for name, network in load_networks(index, folder, dtype, but_for=tuple(parts), short=short):
+                files = [kept, *networks.files(but_for={"transformer"})]
+    for name, network in networks.load(dtype, staging, but_for=tuple(parts), short=short):
         if name == "transformer" and quantizer and kept:
             quantizer.keep(network, quantizer.quantize(network), kept)
         settle(name, network)
@@ -235,42 +244,44 @@ def _load(
     return pipeline, files
 
 
-def _restored(index: Mapping[str, Any], source: Source, dtype: torch.dtype, quantizer: Quantizer, kept: Path) -> Any:
+def _restored(networks: FolderNetworks, dtype: torch.dtype, quantizer: Quantizer, kept: Path) -> Any:
     """The transformer with the weights that an earlier worker `kept`; None where there are none that are right."""
-    of = getattr(diffusers, index["transformer"][1])
-    with init_empty_weights():
-        transformer = of.from_config(of.load_config(source.folder / "transformer")).to(dtype).eval()
+    transformer = networks.empty("transformer", dtype)
     return transformer if quantizer.restore(transformer, kept) else None
 
 
-def _fingerprint(source: Source) -> str:
-    """Tells models apart by their commit, or by where their files are and when they were written."""
-    files = sorted((source.folder / "transformer").glob("*.safetensors"))
-    seen = [source.revision] if source.revision else [f"{file} {file.stat().st_mtime_ns}" for file in files]
-    return hashlib.sha256(str(seen).encode()).hexdigest()[:16]
+def _fingerprint(networks: FolderNetworks) -> str:
+    """Of the transformer's weights."""
+    return hashlib.sha256(str(networks.fingerprint).encode()).hexdigest()[:16]
 
 
-def _configuration(folder: Path, part: str, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one part: what its file says, and what its class says where the file is silent."""
-    of = getattr(diffusers, index[part][1])
-    own = {name: each.default for name, each in inspect.signature(of.__init__).parameters.items()}
-    file = next(file for name in ("config", "scheduler_config") if (file := folder / part / f"{name}.json").is_file())
-    written: dict[str, Any] = json.loads(file.read_text())
-    return own | written
+def _model_of(name: str, source: Source, networks: FolderNetworks) -> Model:
+    """The row of what is called `name`, with its licence.
 
-
-def _check_channels(model: Model, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Refused where the transformer is made for another pipeline: it reads more than this one has to say, or less."""
+    Raises Refused where its transformer is made for another pipeline: it reads more than this one has to say, or less.
+    """
+    index, file = networks.index, source.single_file
+    transformer, vae, scheduler = (networks.configuration(part) for part in ("transformer", "vae", "scheduler"))
+    model = settle_model(
+        name,
+        class_name=index["_class_name"],
+        guided=is_guided(index, transformer),
+        dynamic_shift=bool(scheduler.get("use_dynamic_shifting")),
+        base=source.base,
+        single_file=file.summary() if file else None,
+    )
     reads, given = transformer["in_channels"], FAMILIES[model.family].in_channels(vae["latent_channels"])
     if reads != given:
         raise Refused(
             f"its transformer reads {reads} channels and {model.base.class_name} gives it {given}: it is made for "
             "another pipeline"
         )
+    return replace(model, licence=licence_of(model, file.path.parent if file else source.folder))
 
 
-def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """Its index and the sizes of its tensors; Refused unless `folder` holds a whole FLUX pipeline."""
+def _check(source: Source) -> FolderNetworks:
+    """Its networks; Refused unless `source` holds a whole FLUX pipeline."""
+    folder = source.folder
     index = read_index(folder)
     if index is None:
         raise Refused(f"{folder} holds no model_index.json, so it is not a model in diffusers' layout")
@@ -278,8 +289,8 @@ def _check(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     if index.get("_class_name") not in known:
         raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
     check_folders(index, folder)
-    sizes = check_whole(folder)
-    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
-    if missing := {"transformer", "vae"} - sizes.keys():
+    of_file = source.single_file
+    networks = SingleFileNetworks(index, source, of_file) if of_file else FolderNetworks(index, source)
+    if missing := {"transformer", "vae"} - networks.sizes.keys():
         raise Refused(f"has no weights in {' and '.join(sorted(missing))}: no *.safetensors; download it again")
-    return index, {name: tensors for name, tensors in sizes.items() if name in parts}
+    return networks

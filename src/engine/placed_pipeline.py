@@ -115,8 +115,8 @@ class PlacedPipeline:
 
     @property
     def quantization(self) -> str | None:
-        """Of the weights; None is exact."""
-        return self.placement.quantization if self.placement else None
+        """Of the transformer's weights, here or in their file; None is exact."""
+        return (self.placement.quantization or self.placement.stored) if self.placement else None
 
     @property
     def text_encoders_stay(self) -> bool:

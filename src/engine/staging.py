@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from src.engine.gguf_linear import GGUFParameter
 from src.weights.file_parts import FilePart, FileReader, MappedFiles
 
 THREADS = 4  # network volumes are fast at several requests side by side
@@ -160,8 +161,9 @@ def mapped(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _plain(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Each once, without those that are of a subclass or wrap one."""
-    return [w for w in dict.fromkeys(weights) if type(w) is nn.Parameter and type(w.data) is torch.Tensor]
+    """Each once, without those that know themselves how to move: all but GGUF's that are of a subclass or wrap one."""
+    own = (w for w in dict.fromkeys(weights) if type(w) is nn.Parameter or isinstance(w, GGUFParameter))
+    return [w for w in own if type(w.data) is torch.Tensor]
 
 
 class _Piece(NamedTuple):

@@ -135,6 +135,13 @@ def decide_pixels(
     return (width, height), faults
 
 
+def decide_strength(request: Request, spec: ModeSpec) -> float | None:
+    """How much of a picture is drawn anew; None where none is started from."""
+    if "strength" not in spec.takes:
+        return None
+    return spec.strength if request.strength is None else request.strength
+
+
 def decide_scheduler(request: Request, model: Model, *, midway: bool) -> tuple[str | None, Faults]:
     """The row that the request names; `midway` is whether it has to start from a picture with noise."""
     name = request.scheduler

@@ -33,6 +33,7 @@ from src.plan.decisions import (
     decide_speed,
     decide_steering,
     decide_steps,
+    decide_strength,
     decide_upsampling,
     without_effect,
 )
@@ -169,9 +170,7 @@ def make_plan(
     )
 
     # 2. How: steps, scheduler, prompts, guidance
-    strength = None
-    if "strength" in spec.takes:
-        strength = spec.strength if request.strength is None else request.strength
+    strength = decide_strength(request, spec)
     num_inference_steps = settle(decide_steps(request, model))
     scheduler = settle(decide_scheduler(request, model, midway=strength is not None))
     steps = settle(decide_calls(num_inference_steps, strength, scheduler))

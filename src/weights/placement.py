@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from src.catalog import MEMORY_MODES, QUANTIZATIONS
@@ -29,6 +30,9 @@ _MODULATED = 8
 # Values that one pixel has in flight in the decoder, in channels of its last block: FLUX.1 takes 2.5 GB above its
 # weights for 1024x1024 in bfloat16 (33.9 GB at the peak, 31.4 GB of weights), and has 128 channels there.
 _DECODING = 9.3
+# Bytes that a value of a packed layer takes while it is at work: in float32, its parts on the way there, in 16 bits.
+# Counted on the CPU at the peak: 8.1 of Q8_0, 9.3 of Q4_K, 11.5 of Q6_K, 12.3 of IQ4_XS.
+_UNPACKING = 12.5
 TABLES = 2  # of adaptive norms computed ahead: of a prompt and of what it steers away from
 # Of the time that moving and computing share, what is lost: layers streamed on an L20 took 1.05 times the time of
 # everything resident.
@@ -80,23 +84,27 @@ class Network:
     modulation: Mapping[str, int]  # of each block; "" is what stands outside of them
     outside: int  # of all blocks
     kinds: Mapping[str, int] = field(default_factory=dict)  # of tokens, where each meets the weights of its own alone
+    packing: float = 1.0  # bytes of the blocks, of one that they would have with all values apart
 
     @classmethod
-    def of(cls, parameters: Mapping[str, int], itemsize: float) -> Network:
-        """`parameters` is the number of values in each tensor, `itemsize` the bytes of one."""
+    def of(
+        cls, parameters: Mapping[str, int], itemsize: float, packed: Mapping[str, int] = MappingProxyType({})
+    ) -> Network:
+        """`parameters` is the number of values in each tensor, `itemsize` the bytes of one; of `packed` ones of all."""
         blocks = dict.fromkeys(in_order(block for name in parameters if (block := block_of(name))), 0)
         modulation: dict[str, int] = {}
-        outside = 0
+        outside = apart = 0
         for name, values in parameters.items():
-            size, block = int(values * itemsize), block_of(name)
+            size, block = packed.get(name, int(values * itemsize)), block_of(name)
             if is_modulation(name.rpartition(".")[0]):
                 modulation[block or ""] = modulation.get(block or "", 0) + size
             elif block:
                 blocks[block] += size
+                apart += int(values * itemsize)
             else:
                 outside += size
         kinds = {name: count for name in blocks for start, count in _KINDS.items() if name.startswith(start)}
-        return cls(blocks, modulation, outside, kinds)
+        return cls(blocks, modulation, outside, kinds, sum(blocks.values()) / apart if apart else 1.0)
 
     @property
     def modulates_tokens(self) -> bool:
@@ -117,6 +125,8 @@ class Weights:
     itemsize: int  # bytes of one value: 2 in bfloat16
     width: int  # of the transformer: heads times their size
     channels: int  # of the decoder's last block
+    stored: str | None = None  # what the transformer's weights are in their file, where that has less than 16 bits
+    unpacking: int = 0  # bytes that its largest packed layer takes while it is at work
 
     @classmethod
     def of(
@@ -125,13 +135,24 @@ class Weights:
         transformer: Mapping[str, Any],
         vae: Mapping[str, Any],
         itemsize: int,
+        *,
+        packed: Mapping[str, int] = MappingProxyType({}),
+        stored: str | None = None,
     ) -> Weights:
-        """`parameters` is the number of values in each tensor of each network; the others are configurations."""
+        """`parameters` is the number of values in each tensor of each network; the two after it are configurations.
+
+        `packed` has the bytes of those tensors of the transformer that stay packed, `stored` says in what.
+        """
         return cls(
-            {name: Network.of(values, itemsize) for name, values in parameters.items()},
+            {
+                name: Network.of(values, itemsize, packed if name == "transformer" else {})
+                for name, values in parameters.items()
+            },
             itemsize,
             transformer["num_attention_heads"] * transformer["attention_head_dim"],
             vae["block_out_channels"][0],
+            stored,
+            int(_UNPACKING * max((parameters["transformer"][name] for name in packed), default=0)),
         )
 
     @property
@@ -201,6 +222,7 @@ class Placement:
     extra: int  # of them, what is not the model's: ControlNets, Redux, adapters
     prompt_seconds: float  # of a new prompt: waiting for weights
     step_seconds: float
+    stored: str | None = None  # what the transformer's weights are in their file, where that has less than 16 bits
 
     @property
     def needs(self) -> float:
@@ -237,7 +259,7 @@ class Placement:
             "in_host_memory_gb": _gb(self.offloaded),
             "modulation_cache": self.modulation_cache,
             "streamed_blocks": {name: len(blocks) for name, blocks in self.streamed.items() if blocks},
-            "quantization": self.quantization,
+            "quantization": self.quantization or self.stored,
         }
 
 
@@ -293,6 +315,7 @@ def placements(
                     extra=work.extra,
                     prompt_seconds=(encoder_bytes + apart) / machine.bandwidth,
                     step_seconds=max(compute, moving) + _STREAMING * min(compute, moving),
+                    stored=weights.stored,
                 )
 
 
@@ -335,6 +358,7 @@ def _offloaded(weights: Weights, machine: Machine, work: Work, offload: str) -> 
         extra=work.extra,
         prompt_seconds=(weights.size if whole else text_encoders) / machine.bandwidth,
         step_seconds=compute + (0 if whole else transformer),
+        stored=weights.stored,
     )
 
 
@@ -346,14 +370,14 @@ def _working(weights: Weights, work: Work) -> int:
     in_flight = _IN_FLIGHT + (_MODULATED if weights.transformer.modulates_tokens else 0)
     denoising = work.tokens(work.max_pixels) * weights.width * weights.itemsize * in_flight
     pixels = work.batch_size * min(work.max_pixels, work.width * work.height)
-    return int(max(denoising, pixels * weights.channels * weights.itemsize * _DECODING))
+    return int(max(denoising + weights.unpacking, pixels * weights.channels * weights.itemsize * _DECODING))
 
 
 def flops(weights: Weights, work: Work) -> float:
     """Operations of one step at the model's own size: two for each weight and token, and attention of all with all."""
     transformer, tokens = weights.transformer, work.own_tokens
     met = sum(size / transformer.kinds.get(name, 1) for name, size in transformer.blocks.items())
-    products = 2 * tokens * met / weights.itemsize
+    products = 2 * tokens * met / transformer.packing / weights.itemsize
     return products + 4 * tokens * tokens / work.batch_size * weights.width * len(transformer.blocks)
 
 
