@@ -24,7 +24,8 @@ _MARKS = (
     "<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 )  # fmt: skip
 _UPSAMPLERS_CHAT = (  # as Qwen3.5's own says it, without the system's pages, in which few words would be lost
-    "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"

@@ -207,9 +207,9 @@ def test_a_model_in_one_file_has_the_row_of_its_base_by_its_own_name() -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_what_tells_families_apart_is_what_their_models_have(model: Model) -> None:
     """The transformer of each row, by its published configuration's words."""
-    row = FAMILIES[model.family].transformer
-    channels = {"in_channels": 64 * row["input_ratio"], "out_channels": 64}
-    assert model.family in families_like({**row, **channels})
+    row = FAMILIES[model.family]
+    channels = {"in_channels": row.in_channels(16), "out_channels": 4 * 16}
+    assert model.family in families_like({**row.transformer, **channels})
     base = base_of(model.family, {"joint_attention_dim": model.joint_attention_dim})
     assert base is not None
     assert base.family == model.family
