@@ -214,6 +214,7 @@ def test_either_index_is_read_and_what_is_elsewhere_is_named(tmp_path: Path) -> 
     assert index["tokenizer"] == ["transformers", "Qwen3VLProcessor"]
     assert "prompt_upsampler" not in index, "a setting asks for it"
     (folder / "modular_model_index.json").rename(folder / "gone.json")
+    index["tokenizer"] = ["transformers", "Qwen2TokenizerFast"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert load_engine(Settings(model_name=str(folder))).model.family == "flux.3"
     (folder / "model_index.json").rename(folder / "modular_model_index.json")

@@ -21,6 +21,7 @@ from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcesso
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, PipelineState
 from PIL import Image
 
+from src.engine.components import load_tokenizer
 from src.errors import Refused
 
 _READ_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)  # of Qwen3-VL's hidden states, diffusers' Flux3TextEncoderStep
@@ -98,6 +99,8 @@ class _Flux3Pipeline(diffusers.DiffusionPipeline, Flux3LoraLoaderMixin):  # type
         for spec in specs:
             if spec.default_creation_method == "from_config":
                 parts[spec.name] = _without_weights(folder / spec.name, spec)
+        if "tokenizer" not in parts:  # a tokenizer by its class; of a processor the loader takes it
+            parts["tokenizer"] = load_tokenizer(folder / "tokenizer")
         wanted = inspect.signature(cls.__init__).parameters
         return cls(**{name: part for name, part in parts.items() if name in wanted})
 
