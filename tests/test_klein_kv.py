@@ -13,14 +13,18 @@ from PIL import Image
 
 from handler import respond
 from src.engine import Engine, load_engine, load_engines
+from src.engine.acceleration import COMPILED, Compiled
+from src.engine.lora_slots import LoraSlots
 from src.engine.placed_pipeline import PlacedPipeline
 from src.errors import Cancelled, InvalidSettings
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
 from src.request.reading import read_request
+from src.serving.warm_up import warm_up
 from src.settings import Settings
 from tests.conftest import base64_of, opened
 from tests.small_models import all_placements, small, weights_of
+from tests.test_compiled import fresh_compiler  # noqa: F401 - a fixture
 from tests.test_together import CPU
 
 SIZE = 96
@@ -114,6 +118,38 @@ def test_guidance_is_warned_of_and_never_handed_to_the_pipeline(held: Engine) ->
     assert len(opened(response)) == 1
     (warning,) = [said for said in response["metadata"]["warnings"] if "guidance_scale" in said]
     assert warning.startswith("guidance_scale has no effect on")
+
+
+def test_the_warm_up_edits_too(held: Engine) -> None:
+    """What reads references, and what has them kept, are graphs of their own."""
+    drawn = list[str]()
+
+    def on_device(work: Any) -> float:
+        drawn.append(work.args[0].mode)
+        return 1.0
+
+    assert len(list(warm_up(held, Settings(warmup_sizes=((SIZE, SIZE),)), on_device))) == 1
+    assert drawn == ["editing", "text-to-image"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_edits_run_the_graphs_of_the_warm_up_whatever_they_refer_to(folder: Path, held: Engine, tmp_path: Path) -> None:
+    run = list[Any]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *inputs: (run.append(graph), graph.forward(*inputs))[1]
+
+    fast = load_engine(Settings(model_name=str(folder)))
+    slots = LoraSlots(fast._pipeline.transformer, (), CPU, modulation=True)
+    compiled = Compiled(fast._pipeline, tmp_path / "kept", slots, backend)
+    for references in ([], PICTURES[:1]):
+        compiled.warm_up(lambda references=references: fast.run(plan(fast, references)))  # type: ignore[misc]
+    assert compiled.state == COMPILED
+    for references in ([], PICTURES[:1], PICTURES):
+        del run[:]
+        assert pixels(fast, references) == pixels(held, references)
+        assert len(run) == 2 * 4 + 1, "two blocks in each of four steps, and the decoder"
 
 
 def test_cards_that_share_a_picture_are_refused(folder: Path) -> None:

@@ -51,10 +51,15 @@ def warm_up(
 
 
 def _others(plan: Plan, engine: AnyEngine, settings: Settings) -> Iterator[Plan]:
-    """What else of the size of `plan` runs graphs of its own: a batch, and blocks of ControlNets that are loaded."""
+    """What else of the size of `plan` runs graphs of its own: a batch, references that are read once and kept, and
+    blocks of ControlNets that are loaded.
+    """
     if (several := settings.batch_size) > 1 and not plan.pictures:
         seeds = tuple(range(several))
         yield replace(plan, prompts=plan.prompts * several, seeds=seeds, batch_size=several)
+    for mode in engine.model.modes.values():
+        if mode.reads_once:
+            yield _plan(engine, settings, plan.sampling.width, plan.sampling.height, mode)
     if engine.loaded().controlnets:
         with_network = next(mode for mode in engine.model.modes.values() if mode.controlnet)
         yield _plan(engine, settings, plan.sampling.width, plan.sampling.height, with_network)
