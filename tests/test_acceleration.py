@@ -356,6 +356,9 @@ class Transformer:
             raise RuntimeError(f"{name}: pip install kernels")
         self.backend = name
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
 
 @pytest.mark.parametrize(
     ("capability", "profile", "installed", "chosen"),
