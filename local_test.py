@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace, lines: logging.Handler) -> int:
         if draws:
             _check_output(options.output)
         started = time.perf_counter()
-        print(f"model    {get_settings().model_name}", flush=True)
+        print(redact(f"model    {get_settings().model_name}"), flush=True)
         engine = get_engine()
         load = time.perf_counter() - started
         if draws:
