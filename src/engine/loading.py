@@ -36,7 +36,7 @@ from src.engine.quantization import Quantizer
 from src.engine.single_file import SingleFileNetworks
 from src.engine.staging import Staging, mapped
 from src.engine.upsampling import UPSAMPLER, check_upsampler, load_upsampler
-from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError
+from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError, WorkerFault, refusal
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
@@ -158,7 +158,8 @@ def _find_upsampler(settings: Settings, files: Files, model: Model) -> Path | No
     if (name := settings.prompt_upsampler) is None:
         return None
     if not model.upsamples:
-        raise InvalidSettings(f"PROMPT_UPSAMPLER: {no_use_for_upsampler(name, model)}")
+        fault = WorkerFault("PROMPT_UPSAMPLER", no_use_for_upsampler(name, model), InvalidSettings.code)
+        raise refusal([fault])
     with _upsampler_named(settings, files):
         folder = files.find(name, name, part=True).folder
         check_upsampler(folder)
