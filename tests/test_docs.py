@@ -174,7 +174,9 @@ START = (
     "src/settings.py", "src/serving/*.py", "src/weights/*.py", "src/response/storage.py", "src/response/endpoints.py",
     *(
         f"src/engine/{name}.py"
-        for name in ("acceleration", "components", "controlnets", "loading", "machine", "quantization", "redux", "upsampling")
+        for name in (
+            "acceleration", "components", "controlnets", "loading", "machine", "quantization", "redux", "upsampling"
+        )
     ),
 )  # fmt: skip
 WORD_OTHERS = {"explain", "_too_little"}  # functions that word what was raised elsewhere
