@@ -406,6 +406,7 @@ MODELS: tuple[Model, ...] = (
         num_inference_steps=16,
         guidance_scale=1.0,
         flow_map=True,
+        qualities=OWN_STEPS,
         **_FLUX_3,
     ),
     Model(
