@@ -393,7 +393,7 @@ def test_a_file_that_is_not_what_it_seems_is_refused_by_the_tensor(fault: str, w
         engine_of(wide, file)
 
 
-def test_single_files_have_fingerprints_of_their_own(wide: Path, tmp_path: Path) -> None:
+def test_quantized_weights_of_single_files_are_kept_apart(wide: Path, tmp_path: Path) -> None:
     """By what is kept of their quantized weights, also once a file was written anew."""
     index = read_index(wide) or {}
     files = [single_file(wide, tmp_path / f"{name}.safetensors") for name in ("one", "other")]
