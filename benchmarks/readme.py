@@ -161,6 +161,21 @@ def adapters(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def single_files(results: dict[str, Any]) -> str:
+    """What each type of weights loses, on the shipped transformer."""
+    lines = ["| weights | bytes of the file | matrices are off by | pictures |", "| --- | --- | --- | --- |"]
+    for row in results["types"]:
+        decibels = f"{row['decibels']} dB" if row["decibels"] else "the same bytes"
+        lines.append(f"| {row['type']} | {row['file_bytes']:,} | {100 * row['matrices']:.2f} % | {decibels} |")
+    lines += [
+        "",
+        "The shipped model's transformer as one file of each type; the norm of what its matrices lost in their norms, and",
+        f"{results['pictures']} pictures held against those of its folder (`python -m benchmarks.single_files`). Q2_K to",
+        "Q6_K: not measured yet.",
+    ]
+    return "\n".join(lines)
+
+
 _NEVER = "not measured yet"
 _FEW = 2  # steps, of a way whose whole picture would take minutes
 
@@ -399,6 +414,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_profile": gpu_profile,
     "ledger": ledger,
     "adapters": adapters,
+    "single_files": single_files,
     "cpu": cpu,
     "cold_start": cold_start,
     "soak": soak,

@@ -190,6 +190,7 @@ def single_file(
             own = vae_of_bfl(own) if part == "vae" else own
             level = "text_model." if index[part][1] == "CLIPTextModel" else ""  # as CLIP was before transformers 5
             tensors |= {parts[part] + level + name: tensor for name, tensor in own.items()}
+        tensors |= {name: tensor for name, tensor in _BESIDE.items() if name.startswith(tuple(parts.values()))}
     if path.suffix == ".gguf":
         write_gguf(path, tensors)
     else:
@@ -197,6 +198,12 @@ def single_file(
     return read_single_file(path)
 
 
+# What ComfyUI writes with FLUX.1's text encoders, and nothing of FLUX asks for.
+_BESIDE = {
+    "text_encoders.clip_l.transformer.text_projection.weight": torch.eye(4),
+    "text_encoders.clip_l.transformer.logit_scale": torch.ones(()),
+    "text_encoders.clip_l.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+}
 _TEXT_ENCODERS = {
     "CLIPTextModel": {
         "text_encoder": "text_encoders.clip_l.transformer.",
@@ -238,7 +245,9 @@ _KINDS = {
     torch.bfloat16: GGMLQuantizationType.BF16,
 }
 # Where a block has its scales, float16: the gguf package takes these kinds apart, and puts none together.
-_SCALES_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_SCALES_AT = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 
 
 def blocks_of(values: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:

@@ -33,7 +33,7 @@ _SCALE = re.compile(r"(?:^|(?<=\.))(?:scale_weight|weight_scale)$")  # of fp8 we
 # Scales of activations, marks of formats, what training alone needs, and what every library makes by itself.
 _HARMLESS = re.compile(
     r"(?:^|\.)(?:scaled_fp8|scale_input|input_scale|comfy_quant|position_ids|inv_freq|logit_scale|spiece_model"
-    r"|num_batches_tracked)$|^repa_projectors\.|^text_projection(?:\.weight)?$"
+    r"|num_batches_tracked|text_projection(?:\.weight)?)$|^repa_projectors\."
 )
 _WORDS = "lm_head.weight"
 _NORM = re.compile(r"(?<=y_norm\.)weight$")  # query_norm, key_norm: newer programs' word for BFL's scale
