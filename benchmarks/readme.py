@@ -169,9 +169,9 @@ def single_files(results: dict[str, Any]) -> str:
         lines.append(f"| {row['type']} | {row['file_bytes']:,} | {100 * row['matrices']:.2f} % | {decibels} |")
     lines += [
         "",
-        "The shipped model's transformer as one file of each type; the norm of what its matrices lost in their norms, and",
-        f"{results['pictures']} pictures held against those of its folder (`python -m benchmarks.single_files`). Q2_K to",
-        "Q6_K: not measured yet.",
+        "The shipped transformer as one file of each type: the norm of what its matrices lost, in their norms, and",
+        f"{results['pictures']} pictures held against those of its folder (`python -m benchmarks.single_files`).",
+        "Q2_K to Q6_K: not measured yet.",
     ]
     return "\n".join(lines)
 

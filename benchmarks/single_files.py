@@ -1,7 +1,7 @@
-"""`python -m benchmarks.single_files`: what smaller types of weights lose, on the shipped model's transformer as one file.
+"""`python -m benchmarks.single_files`: what smaller types of weights lose, on the shipped transformer as one file.
 
-Each type as a file of its own, loaded as MODEL_NAME with BASE_MODEL=flux-shapes: the bytes of the transformer in memory,
-how far its matrices are from the model's own (the norm of the difference in their norms), and its pictures in decibels.
+Each type as a file of its own, loaded as MODEL_NAME with BASE_MODEL=flux-shapes: its bytes, how far its matrices are
+from the model's own (the norm of the difference in their norms), and its pictures in decibels.
 The types whose blocks are of 256 values (Q2_K to Q6_K) do not fit its rows of 160. Writes results/single_files.json.
 """
 

@@ -78,6 +78,20 @@ _FLUX_2 = {
     "single_blocks.N.linear2": ["single_transformer_blocks.N.attn.to_out"],
     "final_layer.linear": ["proj_out"],
 }
+_CHROMA = {
+    **{name: parts for name, parts in _FLUX_1.items() if "linear_" not in parts[0] and ".norm" not in parts[0]},
+    **_NORMS,
+    "distilled_guidance_layer.in_proj": ["distilled_guidance_layer.in_proj"],
+    "distilled_guidance_layer.out_proj": ["distilled_guidance_layer.out_proj"],
+    "distilled_guidance_layer.layers.N.in_layer": ["distilled_guidance_layer.layers.N.linear_1"],
+    "distilled_guidance_layer.layers.N.out_layer": ["distilled_guidance_layer.layers.N.linear_2"],
+    "distilled_guidance_layer.norms.N": ["distilled_guidance_layer.norms.N"],
+}
+_TABLES = {
+    "FluxTransformer2DModel": _FLUX_1,
+    "Flux2Transformer2DModel": _FLUX_2,
+    "ChromaTransformer2DModel": _CHROMA,
+}
 _FLUX_3 = [
     (r"^x_embedders\.", "emb_in."),
     (r"^context_embedder\.", "txt_in."),
@@ -135,11 +149,11 @@ def transformer_of_bfl(class_name: str, tensors: Tensors) -> Tensors:
     for kind in ("weight", "bias"):
         if f"norm_out.linear.{kind}" in left:
             of_bfl[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(left.pop(f"norm_out.linear.{kind}"))
-        for name, parts in (_FLUX_2 if class_name.startswith("Flux2") else _FLUX_1).items():
+        for name, parts in _TABLES[class_name].items():
             for number in range(100) if ".N." in name else [0]:
                 own = [f"{part}.{kind}".replace("N", str(number)) for part in parts]
                 if own[0] in left:
-                    suffix = "scale" if name in _NORMS else kind
+                    suffix = "scale" if "norm" in name else kind
                     of_bfl[f"{name}.{suffix}".replace("N", str(number))] = torch.cat([left.pop(each) for each in own])
     assert not left, f"{list(left)} are of no table"
     return of_bfl

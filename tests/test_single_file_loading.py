@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import gguf
 import numpy as np
 import pytest
@@ -27,11 +28,12 @@ from src.engine.single_file import SingleFileNetworks
 from src.engine.staging import Staging, mapped
 from src.errors import InvalidSettings, ModelUnavailable
 from src.job import Job
+from src.request.tensor_file import TensorFile
 from src.settings import Settings
 from src.weights.files import Source, read_index
 from src.weights.single_file import SingleFile
 from tests.conftest import opened
-from tests.made_files import Tensors, packed, single_file, tensors_of
+from tests.made_files import Tensors, packed, single_file, tensors_of, transformer_of_bfl
 from tests.small_models import SHAPES, all_placements, small
 from tests.test_acceleration import plan
 from tests.test_compiled import Backend, compiling, fresh_compiler  # noqa: F401 - a fixture
@@ -129,6 +131,24 @@ def test_each_layout_has_the_weights_of_the_folder(family: tuple[str, Path], lay
     _, folder = family
     file = single_file(folder, tmp_path / "tune.safetensors", **LAYOUTS[layout])
     assert same_weights(loaded(folder, file), loaded(folder))
+
+
+def test_chromas_names_are_known(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = diffusers.ChromaTransformer2DModel(
+        num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6), approximator_num_channels=8, approximator_hidden_dim=32, approximator_layers=2,
+    )  # fmt: skip
+    for weight in transformer.parameters():
+        nn.init.normal_(weight)
+    transformer.save_pretrained(tmp_path / "transformer")
+    path = tmp_path / "chroma.safetensors"
+    save_file(transformer_of_bfl("ChromaTransformer2DModel", tensors_of(tmp_path / "transformer")), path)
+    parts = {"transformer": ""}
+    file = SingleFile(path, "chroma", "original", parts, TensorFile(path).tensors, dict(transformer.config))
+    index = {"transformer": ["diffusers", "ChromaTransformer2DModel"]}
+    (found,) = SingleFileNetworks(index, Source(tmp_path, None, file), file).load(torch.float32, Staging(CPU))
+    assert same_weights(dict([found]), {"transformer": transformer.eval()})
 
 
 def test_a_file_draws_the_pictures_of_the_folder(family: tuple[str, Path], tmp_path: Path) -> None:
@@ -291,7 +311,7 @@ def test_gguf_draws_what_its_values_draw_wherever_they_live(
 ) -> None:
     file, apart = small_card
     plain = engine_of(apart)
-    wishes = ({}, ADAPTED, {**ADAPTED, "lora_scale": 0})
+    wishes: tuple[dict[str, Any], ...] = ({}, ADAPTED, {**ADAPTED, "lora_scale": 0})
     wanted = [pixels(ask(plain, adapter, **wish)) for wish in wishes]
     assert wanted[0] != wanted[1]
     assert wanted[0] == wanted[2]
@@ -308,7 +328,8 @@ def test_everything_away_that_can_be(small_card: tuple[SingleFile, Path], adapte
     """Adaptive norms ahead and every block streamed, as small as they are in the file."""
     file, _ = small_card
     plain, thrifty = engine_of(wide, file), engine_of(wide, file)
-    weights = plain._ledger._choice.weights
+    assert (choice := plain._ledger._choice)
+    weights = choice.weights
     least = min(all_placements(weights), key=lambda found: found.resident)
     thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, CPU)
     for wish in (ADAPTED, {"num_images": 2, "scheduler": "heun"}):
