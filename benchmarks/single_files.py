@@ -28,7 +28,7 @@ from src.settings import ROOT, Settings
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPES = ROOT / "models" / "flux-shapes"
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-PICTURES = 8
+PICTURES = 2
 
 
 def main() -> None:

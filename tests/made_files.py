@@ -150,7 +150,7 @@ def transformer_of_bfl(class_name: str, tensors: Tensors) -> Tensors:
         if f"norm_out.linear.{kind}" in left:
             of_bfl[f"final_layer.adaLN_modulation.1.{kind}"] = _swapped(left.pop(f"norm_out.linear.{kind}"))
         for name, parts in _TABLES[class_name].items():
-            for number in range(100) if ".N." in name else [0]:
+            for number in range(100) if "N" in name.split(".") else [0]:
                 own = [f"{part}.{kind}".replace("N", str(number)) for part in parts]
                 if own[0] in left:
                     suffix = "scale" if "norm" in name else kind
