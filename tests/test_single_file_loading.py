@@ -328,7 +328,8 @@ def test_everything_away_that_can_be(small_card: tuple[SingleFile, Path], adapte
     """Adaptive norms ahead and every block streamed, as small as they are in the file."""
     file, _ = small_card
     plain, thrifty = engine_of(wide, file), engine_of(wide, file)
-    assert (choice := plain._ledger._choice)
+    choice = plain._ledger._choice
+    assert choice
     weights = choice.weights
     least = min(all_placements(weights), key=lambda found: found.resident)
     thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, CPU)
