@@ -113,8 +113,9 @@ class Engine:
         self._upsampler = PromptUpsampler(pipeline, device)
         self._attention = attention_of(pipeline.transformer)  # now: others ask while the transformer's layers change
         self._own_scheduler = pipeline.scheduler
-        own = Scheduler(type(pipeline.scheduler).__name__)
-        self._own_scheduler_name = next((name for name, row in SCHEDULERS.items() if row == own), own.class_name)
+        own = type(pipeline.scheduler).__name__
+        rows = (name for name, row in SCHEDULERS.items() if row.class_name == own and not row.config)
+        self._own_scheduler_name = next(rows, own)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_attention_slicing()  # the specification's; nothing of FLUX can be sliced (diffusers 0.42)
 
