@@ -293,8 +293,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
             plain[name] = [library, class_name] if library else list(place.get("type_hint") or (None, None))
         if not is_here and name not in _WITHOUT_FILES and elsewhere:
             raise Refused(
-                f"has no folder {name}: modular_model_index.json takes it from {elsewhere}, and this worker reads models whose "
-                "parts are all in one repo or folder; put it there, or take the model as it was published"
+                f"has no folder {name}: modular_model_index.json takes it from {elsewhere}, and this worker reads models "
+                "whose parts are all in one repo or folder; put it there, or take the model as it was published"
             )
     return plain
 
