@@ -253,6 +253,5 @@ def test_cards_that_would_share_a_picture_are_refused_in_one_sentence(held: tupl
     with pytest.raises(InvalidSettings) as refused:
         load_engines(Settings(model_name=str(folder), parallel="picture"), on=(torch.device("cpu"),) * 2)
     assert str(refused.value) == (
-        f"PARALLEL=picture: diffusers does not say how cards share the tokens of {engine.model.name}; allowed: "
-        "PARALLEL=jobs"
+        f"PARALLEL=picture: cards cannot share the transformer of {engine.model.name}; allowed: PARALLEL=jobs"
     )

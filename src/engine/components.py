@@ -66,9 +66,7 @@ class FolderNetworks:
         """Of one part: what its file says, and what its class says where the file is silent."""
         signature = inspect.signature(self.class_of(part).__init__)
         own = {name: each.default for name, each in signature.parameters.items() if name != "self"}
-        names = (f"{kind}.json" for kind in ("config", "scheduler_config"))
-        file = next((file for name in names if (file := self.folder / part / name).is_file()), None)
-        written: dict[str, Any] = json.loads(file.read_text()) if file else {}
+        written: dict[str, Any] = json.loads((self.folder / part / "config.json").read_text())
         return own | written
 
     def class_of(self, part: str) -> Any:

@@ -40,7 +40,7 @@ from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError, 
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
-from src.weights.files import INSTEAD, Files, Source, check_folders, is_guided, read_index
+from src.weights.files import INSTEAD, Files, Source, check_folders, is_guided, read_index, shifts_dynamically
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.licences import licence_of
@@ -262,12 +262,12 @@ def _model_of(name: str, source: Source, networks: FolderNetworks) -> Model:
     Raises Refused where its transformer is made for another pipeline: it reads more than this one has to say, or less.
     """
     index, file = networks.index, source.single_file
-    transformer, vae, scheduler = (networks.configuration(part) for part in ("transformer", "vae", "scheduler"))
+    transformer, vae = (networks.configuration(part) for part in ("transformer", "vae"))
     model = settle_model(
         name,
         class_name=index["_class_name"],
         guided=is_guided(index, transformer),
-        dynamic_shift=bool(scheduler.get("use_dynamic_shifting")),
+        dynamic_shift=shifts_dynamically(source.folder),
         base=source.base,
         single_file=file.summary() if file else None,
     )
@@ -277,7 +277,8 @@ def _model_of(name: str, source: Source, networks: FolderNetworks) -> Model:
             f"its transformer reads {reads} channels and {model.base.class_name} gives it {given}: it is made for "
             "another pipeline"
         )
-    return replace(model, licence=licence_of(model, file.path.parent if file else source.folder))
+    licence = licence_of(model, file.path.parent, file.metadata) if file else licence_of(model, source.folder)
+    return replace(model, licence=licence)
 
 
 def _check(source: Source) -> FolderNetworks:

@@ -293,8 +293,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
             plain[name] = [library, class_name] if library else list(place.get("type_hint") or (None, None))
         if not is_here and name not in _WITHOUT_FILES and elsewhere:
             raise Refused(
-                f"has no folder {name}: modular_model_index.json takes it from {elsewhere}, and this worker reads models "
-                "whose parts are all in one repo or folder; put it there, or take the model as it was published"
+                f"has no folder {name}: modular_model_index.json takes it from {elsewhere}, and this worker reads "
+                "models whose parts are all in one repo or folder; put it there, or take the model as it was published"
             )
     return plain
 
@@ -316,6 +316,12 @@ def is_guided(index: Mapping[str, Any], transformer: Mapping[str, Any]) -> bool:
     alike = (row for row in FAMILIES.values() if row.transformer["_class_name"] == transformer.get("_class_name"))
     silent = any(row.guided for row in alike if "guidance_embeds" not in row.transformer)
     return bool(transformer.get("guidance_embeds", silent))
+
+
+def shifts_dynamically(folder: Path) -> bool | None:
+    """Whether the scheduler of the model in `folder` shifts by the picture's size; None where nothing says it."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return bool(json.loads(file.read_text()).get("use_dynamic_shifting")) if file.is_file() else None
 
 
 def check_folders(index: Mapping[str, Any], folder: Path) -> None:

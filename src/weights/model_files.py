@@ -18,7 +18,7 @@ from src.redaction import redact
 from src.request.addresses import HubFile, WebFile, read_address
 from src.request.schema import Lora
 from src.settings import ROOT, Settings
-from src.weights.files import BAKED, CACHE, Files, Source, is_guided, one_file, read_index, select
+from src.weights.files import BAKED, CACHE, Files, Source, is_guided, one_file, read_index, select, shifts_dynamically
 from src.weights.single_file import SUFFIXES, SingleFile, explain_folder, read_single_file
 from src.weights.web_file import WebModel, beginning, read_beginning
 
@@ -226,7 +226,12 @@ class Base:
             raise Refused(explain_folder(source.folder))
         file, name = self._single_file, self.model
         transformer = json.loads((source.folder / "transformer" / "config.json").read_text())
-        family = settle_model(name, class_name=str(index["_class_name"]), guided=is_guided(index, transformer)).family
+        family = settle_model(
+            name,
+            class_name=str(index["_class_name"]),
+            guided=is_guided(index, transformer),
+            dynamic_shift=shifts_dynamically(source.folder),
+        ).family
         like = families_like(file.configuration)
         if family not in like:
             raise Refused(
