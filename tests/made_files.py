@@ -204,7 +204,7 @@ def single_file(
             own = vae_of_bfl(own) if part == "vae" else own
             level = "text_model." if index[part][1] == "CLIPTextModel" else ""  # as CLIP was before transformers 5
             tensors |= {parts[part] + level + name: tensor for name, tensor in own.items()}
-        tensors |= {name: tensor for name, tensor in _EXTRAS.items() if name.startswith(tuple(parts.values()))}
+        tensors |= {name: tensor for name, tensor in _UNASKED.items() if name.startswith(tuple(parts.values()))}
     if path.suffix == ".gguf":
         write_gguf(path, tensors)
     else:
@@ -213,7 +213,7 @@ def single_file(
 
 
 # What ComfyUI writes with FLUX.1's text encoders, and nothing of FLUX asks for.
-_EXTRAS = {
+_UNASKED = {
     "text_encoders.clip_l.transformer.text_projection.weight": torch.eye(4),
     "text_encoders.clip_l.transformer.logit_scale": torch.ones(()),
     "text_encoders.clip_l.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
