@@ -71,7 +71,10 @@ class FakePipeline:
         self.read.append(prompt)
         return torch.zeros(1, max_sequence_length, 4), torch.zeros(1, 4), torch.zeros(max_sequence_length, 3)
 
-    def __call__(self, **arguments: Any) -> SimpleNamespace:
+    def __call__(
+        self, *, prompt_embeds: torch.Tensor, pooled_prompt_embeds: torch.Tensor, **others: Any
+    ) -> SimpleNamespace:
+        arguments = {**others, "prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
         self.calls.append(arguments)
         if self.failures:
             raise self.failures.pop(0)

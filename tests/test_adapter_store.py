@@ -379,7 +379,7 @@ def test_many_downloads_at_once_stay_within_the_cache_and_wait_for_each_other(
 ) -> None:
     limit, size = 2_500_000, len(adapter(0, 250_000))
     if not announced:
-        monkeypatch.setattr(adapters, "_length", lambda _: None)
+        monkeypatch.setattr(adapters, "length_of", lambda _: None)
         monkeypatch.setattr(adapter_cache, "_PIECE", 100_000)
         monkeypatch.setattr(adapter_cache, "_PATIENCE", 1)  # they may be in each other's way
     urls = [web.put(f"files.test/{i}.safetensors", adapter(i, 250_000)) for i in range(8)]
