@@ -56,23 +56,27 @@ RUN --mount=type=bind,from=installer,source=/opt/uv/bin,target=/opt/uv/bin \
         -r locked/quantization.txt --target /opt/quantization \
     && /opt/uv/bin/uv pip check
 
-# BAKE_MODEL=true puts the files of MODEL_NAME, and of PROMPT_UPSAMPLER, into the image, and the worker then asks no hub
-# for them:
+# BAKE_MODEL=true puts the files of MODEL_NAME, BASE_MODEL and PROMPT_UPSAMPLER into the image, and the worker then asks
+# nobody for them:
 #   docker build --build-arg BAKE_MODEL=true --secret id=HF_TOKEN,env=HF_TOKEN -t flux2-endpoint .
 # A stage of its own: what is copied out of it stays the same layer while the files do. What was downloaded is kept by the
 # builder (`docker builder prune` frees it), so that a build after a change downloads what the hub has anew alone.
 FROM packages AS weights
 ARG MODEL_NAME=FLUX.1-dev
 ARG MODEL_REVISION
+ARG BASE_MODEL
 ARG PROMPT_UPSAMPLER
 ARG BAKE_MODEL=false
 ARG HF_ENDPOINT
 COPY models models
 COPY src/*.py src/
+COPY src/request src/request
 COPY src/weights src/weights
 RUN --mount=type=secret,id=HF_TOKEN \
+    --mount=type=secret,id=CIVITAI_TOKEN \
     --mount=type=cache,target=/var/cache/huggingface \
     if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; export HF_TOKEN; fi; \
+    if [ -f /run/secrets/CIVITAI_TOKEN ]; then CIVITAI_TOKEN="$(cat /run/secrets/CIVITAI_TOKEN)"; export CIVITAI_TOKEN; fi; \
     python -m src.weights.bake "${BAKE_MODEL}"
 
 FROM packages
@@ -83,9 +87,11 @@ COPY client client
 COPY src src
 ARG MODEL_NAME=FLUX.1-dev
 ARG MODEL_REVISION
+ARG BASE_MODEL
 ARG PROMPT_UPSAMPLER
 ENV MODEL_NAME=${MODEL_NAME} \
     MODEL_REVISION=${MODEL_REVISION} \
+    BASE_MODEL=${BASE_MODEL} \
     PROMPT_UPSAMPLER=${PROMPT_UPSAMPLER}
 ARG VERSION=1.0.0
 ARG REVISION=unknown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_what_the_container_starts_is_what_the_place_wants(
         assert started == "local_test.py"
         assert '-e MODEL_NAME=flux-shapes -v "$PWD/outputs:/app/outputs"' in said.stdout
         assert "..." not in said.stdout
+
+
+def test_what_bakes_has_all_that_it_imports(tmp_path: Path) -> None:
+    """Its stage of the build copies the rooms that it is made of, not all of the code."""
+    stage = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[-2]
+    assert " AS weights\n" in stage
+    for source, target in re.findall(r"^COPY (\S+) (\S+)$", stage, re.MULTILINE):
+        for path in ROOT.glob(source):
+            within = tmp_path / target / (path.name if target.endswith("/") else "")
+            within.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, within)
+    baking = subprocess.run(
+        [sys.executable, "-m", "src.weights.bake", "maybe"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert baking.stderr.startswith("BAKE_MODEL=maybe: must be one of"), baking.stderr
 
 
 def test_a_model_that_is_baked_again_is_not_downloaded_again(hub: Hub, tmp_path: Path) -> None:
