@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from deploy.cards import CARDS, Card, find_card
 from deploy.endpoint import Endpoint, Options, read_settings
-from deploy.plan import Estimate, estimate, nearest, two_digits
+from deploy.plan import Estimate, estimate, nearest, two_digits, weights_gb
 from deploy.rest import BASE, RunPod, RunPodError
 from src import __version__
-from src.catalog import MODELS, Model, find_model
+from src.catalog import MODELS, UPSAMPLER_GB, Model, find_model, no_use_for_upsampler
 from src.errors import InvalidSettings, Refused
 from src.redaction import hide_known
 from src.settings import Settings, runpod_api_key
@@ -124,6 +124,10 @@ def _read(given: argparse.Namespace) -> _Asked:
     model, card = _model(given.model), _card(given.gpu)
     pairs = dict(_pair(text) for text in given.pairs)
     settings = read_settings(pairs)
+    if settings.base_model:
+        raise Refused("--set BASE_MODEL is for a model in one file, and --model names a whole one: leave it out")
+    if settings.prompt_upsampler and not model.upsamples:
+        raise Refused(f"--set PROMPT_UPSAMPLER {no_use_for_upsampler(settings.prompt_upsampler, model)}")
     if given.apply and given.image == _NO_IMAGE:
         raise Refused("--apply wants --image, which RunPod is to pull: docs/deploy.md says how to push one")
     if given.workers_max < max(1, given.workers_min):
@@ -199,7 +203,9 @@ def _described(endpoint: Endpoint) -> Iterator[str]:
         each = "a picture on each of them" if endpoint.settings.parallel == "jobs" else "all of them on one picture"
         yield f"  cards         {options.gpus} a worker, ${options.gpus * card.dollars:.5f} a second: {each}"
         yield "                (the lines above are of one card; of several they are not measured yet)"
-    kept = f"{model.download_gb:g} GB of weights, adapters and room"
+    if endpoint.settings.prompt_upsampler:
+        yield f"  upsampler     not in the lines above: {UPSAMPLER_GB} GB on the card while it writes, else the host's"
+    kept = f"{weights_gb(model, endpoint.settings):g} GB of weights, adapters and room"
     if endpoint.volume_gb is None:
         yield f"  disk          {endpoint.disk_gb} GB: the image, {kept}"
     else:

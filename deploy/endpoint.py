@@ -92,7 +92,7 @@ class Endpoint:
         if model.gated:
             variables["HF_TOKEN"] = _REFERENCE % "HF_TOKEN"
         if model.download_gb:
-            variables["RUNPOD_INIT_TIMEOUT"] = str(init_seconds([model]))
+            variables["RUNPOD_INIT_TIMEOUT"] = str(init_seconds([model], self.settings))
         if options.network_volume:
             variables |= _ON_THE_VOLUME
         return variables | dict(self.pairs)

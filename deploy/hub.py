@@ -67,7 +67,7 @@ def hub() -> dict[str, Any]:
             "presets": [{"name": model.name, "defaults": {"MODEL_NAME": _value(model)}} for model in models],
             "env": [
                 *(_row(name, schema) for name, schema in _properties().items() if name not in SET_BY_RUNPOD),
-                {"key": "RUNPOD_INIT_TIMEOUT", "value": str(init_seconds(downloaded))},
+                {"key": "RUNPOD_INIT_TIMEOUT", "value": str(init_seconds(downloaded, Settings()))},
             ],
         },
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.cards import Card
-from src.catalog import MEMORY_MODES, Model, get_model
+from src.catalog import MEMORY_MODES, UPSAMPLER_GB, Model, get_model
 from src.settings import ROOT, Settings
 from src.weights.placement import GB, DoesNotFit, Network, Placement, Weights, Work, choose_placement
 
@@ -93,20 +93,24 @@ def image_gb() -> float:
     return float(json.loads(_BUDGET.read_text())["cuda"]["image"]) / 1000
 
 
+def weights_gb(model: Model, settings: Settings) -> float:
+    """Gigabytes that a start downloads: the model, and a prompt upsampler as large as the published one."""
+    return model.download_gb + (UPSAMPLER_GB if settings.prompt_upsampler else 0)
+
+
 def disk_gb(models: Iterable[Model], settings: Settings, *, on_a_volume: bool = False) -> int:
     """Gigabytes of container disk for the image, the largest of `models`, adapters and what else is downloaded.
 
     Weights and adapters are `on_a_volume` where there is one.
     """
-    kept = 0 if on_a_volume else max(model.download_gb for model in models) + settings.lora_cache_gb
+    kept = 0 if on_a_volume else max(weights_gb(model, settings) for model in models) + settings.lora_cache_gb
     return _disk(image_gb() + kept + _ROOM_GB)
 
 
 def volume_gb(found: Estimate, settings: Settings) -> int:
     """Gigabytes of network volume for the weights, a quantized copy of them, adapters and what is compiled."""
-    weights = found.model.download_gb
-    copy = 0 if found.exact else weights / 2  # fp8's, the larger kind
-    return _disk(weights + copy + settings.lora_cache_gb + _ROOM_GB)
+    copy = 0 if found.exact else found.model.download_gb / 2  # fp8's, the larger kind
+    return _disk(weights_gb(found.model, settings) + copy + settings.lora_cache_gb + _ROOM_GB)
 
 
 def _disk(gigabytes: float) -> int:
@@ -118,9 +122,9 @@ def execution_seconds(seconds: float) -> int:
     return max(_EXECUTION_SECONDS, _minutes(_PICTURES * _SLACK * seconds))
 
 
-def init_seconds(models: Iterable[Model]) -> int:
+def init_seconds(models: Iterable[Model], settings: Settings) -> int:
     """RUNPOD_INIT_TIMEOUT: a start's time-out, in whole minutes, the largest download included."""
-    return _minutes(_INIT_SECONDS + max(model.download_gb for model in models) * 1e9 / _DOWNLOAD_RATE)
+    return _minutes(_INIT_SECONDS + max(weights_gb(model, settings) for model in models) * 1e9 / _DOWNLOAD_RATE)
 
 
 def two_digits(number: float) -> str:

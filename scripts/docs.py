@@ -367,7 +367,7 @@ def disks() -> str:
                 f"`{model.name}`",
                 f"{model.download_gb:g} GB" if model.download_gb else "none",
                 f"{disk_gb([model], Settings())} GB",
-                f"{init_seconds([model])} s" if model.download_gb else "RunPod's own",
+                f"{init_seconds([model], Settings())} s" if model.download_gb else "RunPod's own",
             )
             for model in MODELS
         ),

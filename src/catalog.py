@@ -693,6 +693,9 @@ def controlnets_for(model: Model, preferred: Sequence[str] = ()) -> tuple[Contro
     return tuple(sorted(fitting, key=rank))
 
 
+UPSAMPLER_GB = 19  # of black-forest-labs/flux-3-image-klein-pup, the one that is published for FLUX.3
+
+
 def no_use_for_upsampler(upsampler: str, model: Model) -> str:
     """What to say of a prompt upsampler that is set beside a model without one."""
     having = ", ".join(row.name for row in MODELS if row.upsamples)

@@ -20,7 +20,7 @@ from deploy.cards import CARDS, SHARE_OF_PEAK, find_card
 from deploy.endpoint import MIN_CUDA, OTHER_VARIABLES
 from deploy.plan import WEIGHTS, disk_gb, estimate, image_gb, init_seconds, measured_seconds, weights_of
 from scripts.licences import locked
-from src.catalog import MODELS, Model, get_model
+from src.catalog import MODELS, UPSAMPLER_GB, Model, get_model
 from src.errors import InvalidSettings
 from src.settings import ROOT, Settings, runpod_api_key
 from src.weights.placement import GB
@@ -125,7 +125,11 @@ def test_disk_and_start_follow_the_bytes() -> None:
     assert disk_gb([shapes, dev], Settings()) == 75, "the largest"
     assert disk_gb([klein], Settings(lora_cache_gb=100)) == 135
     assert image_gb() == json.loads((ROOT / "scripts" / "image-budget.json").read_text())["cuda"]["image"] / 1000
-    assert [init_seconds([model]) for model in (dev, klein)] == [1800, 1080]
+    assert [init_seconds([model], Settings()) for model in (dev, klein)] == [1800, 1080]
+    writes, plain = Settings(prompt_upsampler="someone/writes"), Settings()
+    flows = get_model("FLUX.3-klein")
+    assert [disk_gb([flows], each) for each in (plain, writes)] == [60, 80]
+    assert init_seconds([flows], writes) - init_seconds([flows], plain) == pytest.approx(40 * UPSAMPLER_GB, abs=60)
 
 
 # ---- the endpoint
@@ -392,6 +396,11 @@ def fault(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "--model a/b/flux.gguf --gpu H100",
             r"--model a/b/flux\.gguf is a model in one file, .*: give the model",
         ),
+        (
+            "--model FLUX.1-dev --gpu H100 --set PROMPT_UPSAMPLER=someone/writes",
+            r"PROMPT_UPSAMPLER is someone/writes, and FLUX\.1-dev reads prompts as they are; allowed: none, or .*FLUX",
+        ),
+        ("--model FLUX.1-dev --gpu H100 --set BASE_MODEL=FLUX.1-dev", r"--set BASE_MODEL is for a model in one file"),
         ("--model FLUX.1-dev --gpu T4", r"--gpu T4 is none of RTX 4090, A40, L40S, A100, H100, H200\."),
         ("--model FLUX.1-dev --gpu H100 --set MAX_PIXEL=1", r"MAX_PIXEL is no setting .* nearest is MAX_PIXELS"),
         ("--model FLUX.1-dev --gpu H100 --set MAX_PIXELS=1", r"MAX_PIXELS='1': .*4096"),
