@@ -85,7 +85,9 @@ class MappedFiles:
     """
 
     def __init__(self, maps: Path = _MAPS) -> None:
-        self._mappings: list[tuple[int, int, FilePart]] = []  # by address: first byte, byte after the last
+        # By address: first byte, byte after the last, the file and where in it. Paths are made of what is asked for
+        # alone: there are a thousand mappings, and they are looked at for one tensor.
+        self._mappings: list[tuple[int, int, str, int]] = []
         try:
             lines = maps.read_text().splitlines()
         except OSError:
@@ -94,14 +96,14 @@ class MappedFiles:
             addresses, _, offset, _, _, *path = line.split(maxsplit=5)
             if path and path[0].startswith("/"):
                 begin, end = (int(address, 16) for address in addresses.split("-"))
-                self._mappings.append((begin, end, FilePart(Path(path[0]), int(offset, 16))))
+                self._mappings.append((begin, end, path[0], int(offset, 16)))
 
     def find(self, address: int, size: int) -> FilePart | None:
         """Where `size` bytes at `address` come from; None where that is no file, or one that is not there any more."""
         index = bisect_right(self._mappings, address, key=lambda mapping: mapping[0]) - 1
         if index < 0:
             return None
-        begin, end, part = self._mappings[index]
-        found = part._replace(offset=part.offset + address - begin)
-        whole = address + size <= end and part.file.is_file() and found.offset + size <= part.file.stat().st_size
+        begin, end, path, offset = self._mappings[index]
+        found = FilePart(Path(path), offset + address - begin)
+        whole = address + size <= end and found.file.is_file() and found.offset + size <= found.file.stat().st_size
         return found if whole else None
