@@ -135,13 +135,14 @@ def _taken_by(name: str) -> str:
     taking = [key for key, row in every.items() if wanted in row.takes | row.needs]
     generations = dict.fromkeys(generation for generation, _ in taking)
     if len(taking) > 1 and set(taking) == {key for key in every if key[0] in generations}:
-        return f"every mode of {' and '.join(generations)}"
+        *most, last = generations
+        return f"every mode of {' and '.join([', '.join(most), last] if most else [last])}"
     return ", ".join(dict.fromkeys(mode for _, mode in taking))
 
 
 def _generation(model: Model) -> str:
     """FLUX.2, say; what ships with the worker is a FLUX.1."""
-    return next((name for name in ("FLUX.2", "FLUX.3") if model.architecture.startswith(name)), "FLUX.1")
+    return next((name for name in ("FLUX.2", "FLUX.3", "Chroma") if model.architecture.startswith(name)), "FLUX.1")
 
 
 def entries() -> str:
