@@ -18,7 +18,7 @@ from src.weights.placement import DoesNotFit
 
 FOLDER = ROOT / ".runpod"
 DEFAULT = "FLUX.2-klein-4B"  # not gated: it runs without a token
-PRESETS = ("FLUX.1-dev", "FLUX.1-schnell", DEFAULT, "flux-shapes")
+PRESETS = ("FLUX.1-dev", "FLUX.1-schnell", DEFAULT, "FLUX.3-klein", "flux-shapes")
 # What most operators choose from; all other rows are folded away.
 _FREQUENT = frozenset(
     {
@@ -54,8 +54,8 @@ def hub() -> dict[str, Any]:
     downloaded = [model for model in models if model.download_gb]
     return {
         "title": "FLUX",
-        "description": "FLUX.1, FLUX.2 and their fine-tunes: text and pictures in, pictures out, with LoRAs and "
-        "ControlNets, on any card from 24 GB",
+        "description": "FLUX.1, FLUX.2, FLUX.3, Chroma and their fine-tunes, GGUF too: text and pictures in, pictures "
+        "out, with LoRAs and ControlNets, on any card from 24 GB",
         "type": "serverless",
         "category": "image",
         "config": {

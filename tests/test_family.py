@@ -26,7 +26,6 @@ from tests.fakes import never
 from tests.hub import Hub, Repo, download_into
 from tests.small_models import all_placements, controlnet, head, redux, small, weights_of
 
-
 # De-distilled models have dev's pipelines and schnell's transformer; what is their own is in test_fine_tunes.py.
 DRAWN = [family for family in FAMILIES if family != "de-distilled"]
 
