@@ -66,6 +66,13 @@ def planned(engine: Engine, references: int = 0, pictures: Sequence[Image.Image]
     return make_plan(request, faults, engine.model, given, max_pixels=2**24, batch_size=2)
 
 
+def test_guidance_is_off_up_to_one(held: tuple[Path, Engine]) -> None:
+    _, engine = held
+    for _ in range(2):  # the first request leaves a guider to the next
+        pictures = [engine.run(planned(engine, guidance_scale=scale)).pictures[0].tobytes() for scale in (1, 0, 0.5)]
+        assert len(set(pictures)) == 1
+
+
 @pytest.mark.parametrize("references", [0, 1, 2])
 def test_pictures_are_those_of_diffusers_own_blocks(held: tuple[Path, Engine], references: int) -> None:
     folder, engine = held

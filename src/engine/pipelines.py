@@ -207,9 +207,8 @@ class Flux3ModularPipeline(_Flux3Pipeline):
 
         `callback_on_step_end` gets every step's latents, [pictures, tokens, values], and ends the call by raising.
         """
-        guider = dict(self.guider.config) if self.guider else {}
-        guider |= {"guidance_scale": guidance_scale, "enabled": guidance_scale > 1}
-        self.guider = _Guidance.from_config(guider)
+        guider = self.guider.config if self.guider else {}
+        self.guider = _Guidance.from_config(guider, guidance_scale=guidance_scale, enabled=guidance_scale > 1)
         if prompt_embeds is None:
             prompt_embeds, _ = self.encode_prompt(prompt or "", max_sequence_length)
         if negative_prompt_embeds is None and self.requires_unconditional_embeds:
