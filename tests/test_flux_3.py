@@ -66,6 +66,12 @@ def planned(engine: Engine, references: int = 0, pictures: Sequence[Image.Image]
     return make_plan(request, faults, engine.model, given, max_pixels=2**24, batch_size=2)
 
 
+def test_a_window_without_room_for_the_prompt_is_told(held: tuple[Path, Engine]) -> None:
+    _, engine = held
+    said = "prompt has 12 tokens for the model, which reads none of them"
+    assert engine.run(planned(engine, max_sequence_length=4)).warnings == (said,)
+
+
 def test_guidance_is_off_up_to_one(held: tuple[Path, Engine]) -> None:
     _, engine = held
     for _ in range(2):  # the first request leaves a guider to the next

@@ -220,6 +220,19 @@ def test_what_is_no_caption_fails_the_picture(
     assert "a red circle" not in failed["error"]
 
 
+def test_a_caption_of_no_numbers_fails_the_picture(
+    settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine._upsampler._remembered.clear()
+    with monkeypatch.context() as patch:
+        head = engine._pipeline.prompt_upsampler.lm_head
+        patch.setattr(head, "forward", lambda hidden: torch.full((*hidden.shape[:-1], head.out_features), torch.nan))
+        failed = ask(settings, engine)
+    assert failed["error_code"] == "generation_failed"
+    assert "values are not finite: prompt_upsampler; send the request again" in failed["error"]
+    assert caption(ask(settings, engine))
+
+
 def test_a_caption_that_does_not_end_is_a_warning(
     settings: Settings, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,8 +44,9 @@ class _Encoder:
 
     def warnings(self, field: str, text: str) -> Iterator[str]:
         tokens = self.tokenizer(text).input_ids
-        if len(tokens) > self.limit:
-            yield f"{field} has {len(tokens)} tokens for {self.name}, which reads the first {self.limit}"
+        if len(tokens) > max(self.limit, 0):  # what stands around a prompt may take it all
+            read = f"the first {self.limit}" if self.limit > 0 else "none of them"
+            yield f"{field} has {len(tokens)} tokens for {self.name}, which reads {read}"
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         end = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")}  # CLIP's is no word's
         if unknown not in end and (count := tokens.count(unknown)):  # a whole run of Chinese may be one

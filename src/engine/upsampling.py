@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from src.engine.components import check_vocabulary, load_network
+from src.engine.finite import check_finite
 from src.errors import GenerationFailed, Refused
 from src.plan.plan import Plan
 from src.request.schema import why_no_prompt
@@ -56,7 +57,7 @@ class PromptUpsampler:
         """A caption for each of the plan's prompts, and warnings; `go_on` is called after each token, and may raise.
 
         Of a plan that starts from pictures it says what is to become of those, which are seen. Raises GenerationFailed
-        where nothing was written, or what no prompt may be.
+        where nothing was written, or what no prompt may be, or where its values are not finite.
         """
         captions = [self._caption(plan, prompt, go_on) for prompt in plan.prompts]
         cut = any(not caption.whole for caption in captions)
@@ -113,13 +114,19 @@ class _Writer:
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
 
         tokens: torch.Tensor = self.network.generate(
-            **inputs, max_new_tokens=max_new_tokens, stopping_criteria=[going_on]
+            **inputs, max_new_tokens=max_new_tokens, stopping_criteria=[going_on], logits_processor=[_finite]
         )
         written = tokens.shape[1] - inputs["input_ids"].shape[1]
         ends = self.network.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ended = written < max_new_tokens or int(tokens[0, -1]) in ends
         return tokens
+
+
+def _finite(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """`scores` of the next word, [1, words]: of no numbers the likeliest is some word too, and no caption."""
+    check_finite({UPSAMPLER: scores.amax(-1)}, "send the request again, or without prompt_upsampling")
+    return scores
 
 
 def _key(plan: Plan, prompt: str) -> Hashable:
