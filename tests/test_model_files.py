@@ -75,6 +75,10 @@ PLACES: dict[str, object] = {
     "someone/model/flux.safetensors": ("someone/model", None, "flux.safetensors"),
     "someone/model/deep/flux-Q4_K.gguf": ("someone/model", None, "deep/flux-Q4_K.gguf"),
     "someone/model@v1/flux.gguf": ("someone/model", "v1", "flux.gguf"),
+    "someone/model/FLUX-Q4_K.GGUF": ("someone/model", None, "FLUX-Q4_K.GGUF"),
+    "someone/model/Flux.SafeTensors@v1": ("someone/model", "v1", "Flux.SafeTensors"),
+    "https://huggingface.co/someone/model/blob/main/flux.GGUF": ("someone/model", "main", "flux.GGUF"),
+    "someone//flux.gguf": Path("someone//flux.gguf"),
     "https://huggingface.co/someone/model/blob/main/flux.gguf": ("someone/model", "main", "flux.gguf"),
     "https://huggingface.co/someone/model/resolve/main/a/flux.safetensors?download=true":
         ("someone/model", "main", "a/flux.safetensors"),
@@ -106,7 +110,12 @@ def test_a_name_says_where_the_file_is(name: str) -> None:
         ("https://civitai.com/models/7?modelVersionId=5", None, "give https://civitai.com/api/download/models/5"),
         ("https://files.example/flux.ckpt", None, "which must end in .safetensors or .sft or .gguf and is a pickle"),
         ("hf.co/someone/model/blob/main/flux.pth", None, "is a pickle of PyTorch: convert it"),
-        ("http://files.example/flux.gguf", None, "must be "),
+        ("http://files.example/flux.gguf", None, "must be the path of a file, owner/repo/file or an https address, got"),
+        ("s3://bucket/flux.gguf", None, "must be the path of a file, owner/repo/file or an https address, got"),
+        ("someone/model:Q4_K_S", None, "names Q4_K_S of someone/model as other programs do: give that file, someone/"),
+        ("hf.co/someone/model:Q4_0", None, "names Q4_0 of someone/model as other programs do"),
+        ("~nobody-such/flux.gguf", None, "begins with ~nobody-such, and there is no such user here"),
+        ("civitai:5", None, "is a model of Civitai without one of its versions: give https://civitai.com/api/download"),
         ("https://files.example/flux.gguf", "v1", "and so has no revisions: unset MODEL_REVISION=v1"),
         (str(FILE), "v1", "and so has no revisions: unset MODEL_REVISION=v1"),
         ("someone/model@v2/flux.gguf", "v1", "'v2', and beside it 'v1' is asked for"),
@@ -116,6 +125,11 @@ def test_a_name_that_is_nothing_says_what_to_write(name: str, revision: str | No
     with pytest.raises(Refused) as caught:
         place_of(name, revision)
     assert words in str(caught.value)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_a_fault_like_another(tmp_path: Path) -> None:
+    (fault,) = faults(finder(tmp_path, f"/{'a' * 300}.safetensors"))
+    assert "File name too long" in fault
 
 
 # On this machine

@@ -100,6 +100,7 @@ _PAGES = tuple(
             rf"is a page of Civitai and not a file: give {_DOWNLOAD}\1",
         ),
         (rf"{_CIVITAI}/(?!api/download/).*", f"is a page of Civitai and not a file: {_VERSION}"),
+        (r"(?:(?:urn:)?air:.*)?civitai:\d+", f"is a model of Civitai without one of its versions: {_VERSION}"),
         (rf"{_CIVITAI}/api/download/(?!models/\d+(?:[?#/]|\Z)).*", f"is no file of Civitai: {_VERSION}"),
         (
             r"github\.com/([^/?#]+)/([^/?#]+)/blob/([^?#]+).*",
@@ -181,10 +182,12 @@ class WebFile:
         return f"{self.host.name} wants to know who asks: set {name} on the worker"
 
 
-def read_address(lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,)) -> HubFile | WebFile:
-    """What `lora` names, which is no file in LORA_DIR; files end in one of `suffixes`.
+def read_address(
+    lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,), *, allowed: str = ADAPTER
+) -> HubFile | WebFile:
+    """What `lora` names, which is no file in LORA_DIR; files end in one of `suffixes`, in any case.
 
-    Raises Refused with what to write instead.
+    Raises Refused with what to write instead: what is `allowed`.
     """
     for name in ("path", "weight_name", "revision"):
         _check_text(name, getattr(lora, name) or "")
@@ -207,7 +210,7 @@ def read_address(lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,)) -> HubFile |
     if path.startswith("sha256:"):
         raise Refused("is the digest of an address that may hold a token: give the address again")
     if "://" in path:
-        raise Refused(f"must be {ADAPTER}, got {show(path)}")
+        raise Refused(f"must be {allowed}, got {show(path)}")
     return _hub_id(path, lora, suffixes)
 
 
@@ -298,11 +301,12 @@ def _file(named: tuple[str, str | None, str], lora: Lora, suffixes: tuple[str, .
         no_other_format(name, suffixes)
         if ".." in name.split("/"):
             raise Refused(f"names the file {show(name)}, which leads out of the repo")
-    if weight_name and not weight_name.endswith(suffixes):
+    if weight_name and not weight_name.lower().endswith(suffixes):
         raise Refused(f"names the file {show(weight_name)}, which must end in {allowed}: other formats can run code")
     folder = rest
-    if rest.endswith(suffixes) or (is_file and rest):
-        if not rest.endswith(suffixes):
+    is_named = rest.lower().endswith(suffixes)
+    if is_named or (is_file and rest):
+        if not is_named:
             raise Refused(f"names the file {show(rest)}, which must end in {allowed}: other formats can run code")
         folder = ""
         if weight_name and weight_name not in (rest, rest.rpartition("/")[2]):

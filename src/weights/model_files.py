@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ log = logging.getLogger("worker")
 
 FROM_THE_WEB = "single-files"  # the folder of CACHE, and of the image, for what came from addresses
 _HUB_SECONDS = 10
+_ALLOWED = "the path of a file, owner/repo/file or an https address"
+_QUANT = re.compile(r"(?:(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)", re.IGNORECASE)
 _ADDRESSES = ("huggingface.co/", "hf.co/", "civitai.", "www.", "urn:air:", "air:", "civitai:")
 
 
@@ -250,7 +253,7 @@ class Refusal:
 
     is_gated, is_part, revision = False, False, None
 
-    def __init__(self, name: str, error: Refused) -> None:
+    def __init__(self, name: str, error: Exception) -> None:
         self.name, self._error = name, error
 
     def here(self) -> Source | None:
@@ -296,7 +299,7 @@ class ModelFiles:
                 raise Refused(
                     f"is a whole model, and BASE_MODEL={settings.base_model} is for a model in one file: unset it"
                 )
-        except Refused as error:
+        except (Refused, OSError) as error:
             yield Refusal(name, error)
             return
         if place is None:
@@ -324,18 +327,23 @@ class ModelFiles:
 def place_of(name: str, revision: str | None) -> Path | HubFile | WebFile | None:
     """Where a model in one file is that is called `name`; None where that is a whole model's name.
 
-    Raises Refused with what to write instead.
+    Raises Refused with what to write instead, and OSError for what no file can be called.
     """
+    if (tag := _QUANT.fullmatch(name)) and not Path(name).exists():
+        raise Refused(f"names {tag[2]} of {tag[1]} as other programs do: give that file, {tag[1]}/file.gguf")
     is_address = "://" in name or name.lower().startswith(_ADDRESSES)
-    places = () if is_address else (Path(name).expanduser(), ROOT / name)
-    path = next((place for place in places if place.is_symlink() or place.exists()), Path(name).expanduser())
+    path = _home(name)
+    places = () if is_address else (path, ROOT / name)
+    path = next((place for place in places if place.is_symlink() or place.exists()), path)
     is_local = path.is_symlink() or path.exists()
-    if path.is_dir() or not (is_address or is_local or name.lower().endswith(SUFFIXES)):
+    is_file = any(each.lower().endswith(SUFFIXES) for each in (name, name.rpartition("@")[0]))  # @revision
+    if path.is_dir() or not (is_address or is_local or is_file):
         return None
-    if is_local or (not is_address and (name.startswith(("/", ".", "~")) or name.count("/") < 2)):
+    on_the_hub = name.count("/") >= 2 and all(name.split("/")) and not name.startswith((".", "~"))
+    if is_local or not (is_address or on_the_hub):
         place: Path | HubFile | WebFile = path
     else:
-        place = read_address(Lora(path=name), SUFFIXES)
+        place = read_address(Lora(path=name), SUFFIXES, allowed=_ALLOWED)
         if revision and isinstance(place, HubFile):
             place = read_address(Lora(path=name, revision=revision), SUFFIXES)
     if revision and not isinstance(place, HubFile):
@@ -347,6 +355,14 @@ def place_of(name: str, revision: str | None) -> Path | HubFile | WebFile | None
             f"file in it that ends in {' or '.join(SUFFIXES)}"
         )
     return place
+
+
+def _home(name: str) -> Path:
+    """The path `name`, in whose beginning ~ is a user's home. Raises Refused where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise Refused(f"begins with {name.partition('/')[0]}, and there is no such user here: give the path") from None
 
 
 def _together(found: Iterator[Source | None]) -> Source | None:
