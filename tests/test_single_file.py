@@ -159,6 +159,7 @@ def without(name: str) -> dict[str, Any]:
     return {each: shape for each, shape in flux_1().items() if each != name}
 
 
+FLUX_1 = "single_transformer_blocks.0.norm.linear.weight"  # which others have too
 ZIP = b"PK\x03\x04" + bytes(26)
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "SDXL": (other(["conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.input_blocks.0.0.weight"]),
@@ -186,6 +187,21 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "Qwen-Image": (other("transformer_blocks.0.img_mod.1.weight"), "is Qwen-Image"),
     "Z-Image": (other(["cap_embedder.0.weight", "x_pad_token"]), "is Z-Image"),
     "LTX": (other("model.diffusion_model.patchify_proj.weight"), "is LTX-Video"),
+    "LTX of diffusers": (other("time_embed.emb.timestep_embedder.linear_1.weight"), "is LTX-Video"),
+    "Wan of diffusers": (other(["blocks.0.scale_shift_table", "blocks.0.attn1.norm_q.weight"]), "is Wan"),
+    "AuraFlow of diffusers": (other(["pos_embed.proj.weight", "joint_transformer_blocks.0.attn.to_q.weight"]),
+                              "is AuraFlow"),
+    "Sana of diffusers": (other(["caption_norm.weight", "time_embed.emb.timestep_embedder.linear_1.weight"]), "is Sana"),
+    "Mochi of diffusers": (other(["time_embed.timestep_embedder.linear_1.weight", "time_embed.pooler.to_q.weight"]),
+                           "is Mochi"),
+    "Krea 2 of diffusers": (other("text_fusion.projector.weight"), "is Krea 2"),
+    "Cosmos of diffusers": (other("time_embed.t_embedder.linear_1.weight"), "is Cosmos"),
+    "CogView": (other("patch_embed.text_proj.weight"), "is CogView or CogVideoX"),
+    "Kandinsky": (other("visual_embeddings.in_layer.weight"), "is Kandinsky"),
+    "LongCat-Image": (other([FLUX_1, "time_embed.timestep_embedder.linear_1.weight"]), "is LongCat-Image or Bria"),
+    "Ovis-Image": (other([FLUX_1, "context_embedder_norm.weight"]), "is Ovis-Image"),
+    "Motif-Video": (other([FLUX_1, "context_embedder.linear_1.weight"]), "is Motif-Video"),
+    "XLabs' LoRA": (other("double_blocks.0.processor.qkv_lora1.down.weight"), "is a LoRA: give it in"),
     "an embedding": (other("emb_params"), "is an embedding of a word"),
     "what nobody knows": (other("a.b"), "is no FLUX: its 1 tensors ('a.b' ...) are those of no model"),
     "Nunchaku": (other("transformer_blocks.0.qkv_proj.wscales"), "quantized by Nunchaku (SVDQuant): give the model in"),

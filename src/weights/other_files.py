@@ -48,29 +48,41 @@ ADAPTED = (
         "Chroma1-Radiance, which draws pixels without a VAE", r"(?:^|\.)nerf_(?:blocks|image_embedder)|img_in_patch\."
     ),
 )
+# Models of others whose blocks have FLUX.1's names.
+ALIKE = (
+    _row("LongCat-Image or Bria", r"(?:^|\.)time_embed\.timestep_embedder\."),
+    _row("Ovis-Image", r"(?:^|\.)context_embedder_norm\."),
+    _row("Motif-Video", r"(?:^|\.)context_embedder\.linear_1\."),
+)
 OTHERS = (
     _row(
         "a LoRA",
-        r"\.(?:lora_[AB]|lora_(?:up|down)|lokr_w\d|hada_w\d|oft_blocks|lora_magnitude_vector)\b|^lora_(?:unet|te\d?)_",
+        r"\.(?:lora_[AB]|lora_(?:up|down)|lokr_w\d|hada_w\d|oft_blocks|lora_magnitude_vector)\b"
+        r"|^(?:lora_(?:unet|te\d?)|lycoris)_|[._]lora\d?\.(?:up|down)\.",
         "give it in a request as lora_path, and in MODEL_NAME the model",
     ),
     _row("SDXL", r"(?:^|\.)(?:conditioner\.embedders\.1\.|add_embedding\.linear_1\.|label_emb\.0\.0\.)"),
-    _row("LTX-Video or PixArt", r"(?:^|\.)(?:patchify_proj\.|adaln_single\.|blocks\.0\.scale_shift_table$)"),
+    _row("Wan", r"(?:^|\.)(?:head\.modulation$|vace_blocks\.0\.|blocks\.0\.(?:cross_attn\.norm_k|attn1\.norm_q)\.)"),
+    _row("Sana", r"(?:^|\.)(?:blocks\.0\.cross_attn\.q_linear|caption_norm)\."),
+    _row(
+        "LTX-Video or PixArt",
+        r"(?:^|\.)(?:patchify_proj\.|adaln_single\.|time_embed\.emb\.|blocks\.0\.scale_shift_table$)",
+    ),
+    _row("AuraFlow", r"(?:^|\.)(?:double_layers\.0\.|cond_seq_linear\.|joint_transformer_blocks\.0\.)"),
     _row("Stable Diffusion 3", r"(?:^|\.)(?:joint_blocks\.0\.|pos_embed\.proj\.weight$)"),
     _row(
         "Stable Diffusion 1.5 or 2",
         r"(?:^|\.)(?:input_blocks\.0\.0\.weight|cond_stage_model\.|down_blocks\.0\.attentions\.0\.transformer_blocks)",
     ),
-    _row("Wan", r"(?:^|\.)(?:head\.modulation$|vace_blocks\.0\.|blocks\.0\.cross_attn\.norm_k\.)"),
     _row("Qwen-Image", r"(?:^|\.)(?:transformer_blocks\.0\.img_mod\.1\.|txt_in\.text_norm\.)"),
     _row("Z-Image", r"(?:^|\.)(?:x_pad_token$|cap_pad_token$)"),
     _row("Lumina 2", r"(?:^|\.)(?:cap_embedder\.0|time_caption_embed\.)"),
     _row("HiDream", r"(?:^|\.)double_stream_blocks\.0\."),
-    _row("AuraFlow", r"(?:^|\.)(?:double_layers\.0\.|cond_seq_linear\.)"),
-    _row("Krea 2", r"(?:^|\.)txtfusion\."),
-    _row("Sana", r"(?:^|\.)blocks\.0\.cross_attn\.q_linear\."),
-    _row("Mochi", r"(?:^|\.)blocks\.0\.attn\.qkv_x\."),
-    _row("Cosmos", r"(?:^|\.)net\.(?:x_embedder|blocks)\."),
+    _row("Krea 2", r"(?:^|\.)(?:txtfusion|text_fusion)\."),
+    _row("Mochi", r"(?:^|\.)(?:blocks\.0\.attn\.qkv_x|time_embed\.pooler)\."),
+    _row("Cosmos", r"(?:^|\.)(?:net\.(?:x_embedder|blocks)|time_embed\.t_embedder)\."),
+    _row("CogView or CogVideoX", r"(?:^|\.)patch_embed\.text_proj\."),
+    _row("Kandinsky", r"(?:^|\.)(?:visual|pooled_text)_embeddings\.in_layer\."),
     _row("Stable Cascade", r"(?:^|\.)(?:clip_txt_mapper\.|down_blocks\.1\.0\.channelwise)"),
     _row("an upscaler", r"(?:^|\.)(?:body\.0\.rdb1\.|model\.1\.sub\.0\.|conv_up1\.|upconv1\.|conv_first\.)"),
     _row("T5, a text encoder", r"(?:^|\.)encoder\.block\.0\.layer\.0\.|^enc\.blk\.0\.", _PART),

@@ -16,7 +16,7 @@ from src.request.addresses import OTHER_FORMATS
 from src.request.tensor_file import TensorFile, TensorInfo
 from src.weights.gguf_header import MAGIC, GgufHeader
 from src.weights.layouts import TRANSFORMERS, configuration_of
-from src.weights.other_files import ADAPTED, OTHERS, UNREADABLE, Other
+from src.weights.other_files import ADAPTED, ALIKE, OTHERS, UNREADABLE, Other
 from src.wording import show
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -173,7 +173,7 @@ def _recognized(
     _refuse(names, UNREADABLE)
     found = [(shapes, prefix) for shapes in TRANSFORMERS for prefix in _prefixes(shapes.mark, tensors)]
     if found:
-        _refuse(names, ADAPTED)
+        _refuse(names, (*ADAPTED, *ALIKE))
     else:
         _refuse(names, (*ADAPTED, *OTHERS))
         raise Refused(_unknown(tensors, metadata))
