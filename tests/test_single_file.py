@@ -191,7 +191,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "Wan of diffusers": (other(["blocks.0.scale_shift_table", "blocks.0.attn1.norm_q.weight"]), "is Wan"),
     "AuraFlow of diffusers": (other(["pos_embed.proj.weight", "joint_transformer_blocks.0.attn.to_q.weight"]),
                               "is AuraFlow"),
-    "Sana of diffusers": (other(["caption_norm.weight", "time_embed.emb.timestep_embedder.linear_1.weight"]), "is Sana"),
+    "Sana of diffusers": (other(["caption_norm.weight", "time_embed.emb.timestep_embedder.linear_1.weight"]), "Sana"),
     "Mochi of diffusers": (other(["time_embed.timestep_embedder.linear_1.weight", "time_embed.pooler.to_q.weight"]),
                            "is Mochi"),
     "Krea 2 of diffusers": (other("text_fusion.projector.weight"), "is Krea 2"),

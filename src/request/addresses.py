@@ -182,9 +182,7 @@ class WebFile:
         return f"{self.host.name} wants to know who asks: set {name} on the worker"
 
 
-def read_address(
-    lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,), *, allowed: str = ADAPTER
-) -> HubFile | WebFile:
+def read_address(lora: Lora, suffixes: tuple[str, ...] = (SUFFIX,), *, allowed: str = ADAPTER) -> HubFile | WebFile:
     """What `lora` names, which is no file in LORA_DIR; files end in one of `suffixes`, in any case.
 
     Raises Refused with what to write instead: what is `allowed`.

@@ -28,7 +28,9 @@ log = logging.getLogger("worker")
 FROM_THE_WEB = "single-files"  # the folder of CACHE, and of the image, for what came from addresses
 _HUB_SECONDS = 10
 _ALLOWED = "the path of a file, owner/repo/file or an https address"
-_QUANT = re.compile(r"(?:(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)", re.IGNORECASE)
+_QUANT = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+):([\w.-]+)", re.IGNORECASE
+)
 _ADDRESSES = ("huggingface.co/", "hf.co/", "civitai.", "www.", "urn:air:", "air:", "civitai:")
 
 
