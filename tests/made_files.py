@@ -246,6 +246,9 @@ def write_gguf(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         values = tensor.float().contiguous().numpy()
         kind = getattr(tensor, "kind", None) or _KINDS[tensor.dtype]
+        if values.ndim == 2 and values.shape[1] % (block := gguf.GGML_QUANT_SIZES[kind][0]):  # as ComfyUI-GGUF does
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+            values = values.reshape(-1, block)
         writer.add_tensor(name, blocks_of(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -226,12 +226,12 @@ KINDS = [
 
 
 def of_kind(kind: Kind) -> Callable[[Tensors], Tensors]:
-    """As quantizers of FLUX write: matrices in blocks of `kind` where rows are whole blocks, the rest in 16 bits."""
+    """As quantizers of FLUX write: matrices in blocks of `kind`, the rest in 16 bits; rows need not be whole blocks."""
     block = gguf.GGML_QUANT_SIZES[kind][0]
 
     def change(tensors: Tensors) -> Tensors:
         return {
-            name: packed(each, kind) if each.ndim == 2 and not each.shape[1] % block else each.to(torch.float16)
+            name: packed(each, kind) if each.ndim == 2 and not each.numel() % block else each.to(torch.float16)
             for name, each in tensors.items()
         }
 
@@ -244,7 +244,7 @@ def gguf_file(folder: Path, kind: Kind, path: Path, **how: Any) -> tuple[SingleF
     apart = {}
     for tensor in gguf.GGUFReader(path).tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
-        apart[tensor.name] = torch.from_numpy(values).view(tensor.shape.tolist()[::-1])
+        apart[tensor.name] = torch.from_numpy(values).view(file.tensors[tensor.name].shape)
     of_values = single_file(folder, path.with_suffix(".safetensors"), change=lambda _: apart)
     weights = transformer_of(folder, of_values)["transformer"].state_dict()
     return file, with_transformer(folder, lambda _: weights)
@@ -376,10 +376,20 @@ def test_gguf_linears_are_compiled_with_their_blocks(adapter: Path, wide: Path, 
         assert abs(here - there).max() <= 1
 
 
-@pytest.mark.parametrize("asked", [{"quantization": "fp8"}, {"memory_mode": "nf4"}, {"profile": "fast"}])
+@pytest.mark.parametrize(
+    "asked", [{"quantization": "fp8"}, {"memory_mode": "nf4"}, {"profile": "fast", "quantization": "fp8"}]
+)
 def test_gguf_is_not_quantized_again(asked: dict[str, str], small_card: tuple[SingleFile, Path], wide: Path) -> None:
-    with pytest.raises(InvalidSettings, match=r"\w+ is asked for, and the weights of .*tune\.gguf are Q4_K"):
+    with pytest.raises(InvalidSettings, match=r"\w+ is asked for, and the weights of .*tune\.gguf stay as GGUF has"):
         engine_of(wide, small_card[0], **asked)
+
+
+def test_of_a_profile_that_would_quantize_gguf_the_rest_is_kept(
+    small_card: tuple[SingleFile, Path], wide: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(wide, small_card[0], profile="fast")
+    assert engine.loaded().placement["quantization"] == "Q4_K"
+    assert "PROFILE=fast asks for fp8, and the weights of" in caplog.text
 
 
 WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
@@ -402,6 +412,16 @@ WRONG: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "has scales of blocks": (
         lambda tensors: tensors | {"double_blocks.1.img_mlp.0.weight_scale": torch.ones(2, 2)},
         r"double_blocks\.1\.img_mlp\.0\.weight_scale of the transformer has 4 numbers for 1,024 rows",
+    ),
+    "has scales that are no numbers": (
+        lambda tensors: tensors | {"double_blocks.1.img_mlp.0.weight_scale": torch.ones((), dtype=torch.uint8)},
+        r"the scales of transformer are U8, and what is read is F32, F16, BF16",
+    ),
+    "has two scales of one weight": (
+        lambda tensors: (
+            tensors | {f"double_blocks.1.img_mlp.0.{each}": torch.ones(()) for each in ("weight_scale", "scale_weight")}
+        ),
+        r"weights of transformer have two scales each, and it is not known which counts: double_blocks\.1\.img_mlp",
     ),
     "has scales of nothing": (
         lambda tensors: tensors | {"double_blocks.1.other.scale_weight": torch.ones(())},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ from src.weights.model_files import ModelFiles
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
 
+log = logging.getLogger("worker")
+
 
 def load_engine(
     settings: Settings,
@@ -85,7 +88,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         with START.stage("inspect"):
             source = models.find()
             networks = _check(source)
-            _check_quantization(networks, settings)
+            settings = _as_packed(settings) if networks.packed else settings
 
         # 2. What it is, and where each of its weights is to live
         with START.stage("placement") as facts:
@@ -175,14 +178,23 @@ def _upsampler_named(settings: Settings, files: Files) -> Iterator[None]:
         raise ModelUnavailable(f"PROMPT_UPSAMPLER={settings.prompt_upsampler}: {files.explain(error)}") from error
 
 
-def _check_quantization(networks: FolderNetworks, settings: Settings) -> None:
-    """Raise InvalidSettings where weights that stay packed are to be made small in another way."""
-    asked = MEMORY_MODES[settings.placement_mode].quantization
-    if asked and networks.packed:
-        raise InvalidSettings(
-            f"{asked} is asked for, and the weights of {settings.model_name} are {networks.stored} and stay so: set "
-            f"QUANTIZATION=none, and MEMORY_MODE=auto where it is {asked}; or take a file of 16 bits"
+def _as_packed(settings: Settings) -> Settings:
+    """`settings` for weights that stay packed as GGUF has them: what PROFILE alone would make smaller stays so too.
+
+    Raises InvalidSettings where they are asked for in another kind.
+    """
+    if (asked := MEMORY_MODES[settings.placement_mode].quantization) is None:
+        return settings
+    name = ModelFiles(settings).shown_name
+    if settings.quantization == settings.memory_mode == "auto":
+        log.warning(
+            "PROFILE=%s asks for %s, and the weights of %s stay as GGUF has them", settings.profile, asked, name
         )
+        return settings.model_copy(update={"quantization": "none"})
+    raise InvalidSettings(
+        f"{asked} is asked for, and the weights of {name} stay as GGUF has them: set QUANTIZATION=none, and "
+        f"MEMORY_MODE=auto where it is {asked}; or take a file of 16 bits"
+    )
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:

@@ -167,12 +167,19 @@ class _StoredTensors:
     def __init__(self, file: SingleFile, part: str) -> None:
         self._part = part
         self._tensors = file.of(part)
-        self._scales = {_SCALE.sub("weight", name): name for name in self._tensors if _SCALE.search(name)}
+        scales = [name for name in self._tensors if _SCALE.search(name)]
+        self._scales = {_SCALE.sub("weight", name): name for name in scales}
         self.names = [name for name in self._tensors if not _SCALE.search(name) and not _HARMLESS.search(name)]
         # Mapped, not read.
         self._file = torch.from_file(str(file.path), size=file.path.stat().st_size, dtype=torch.uint8)
         if alone := [name for weight, name in self._scales.items() if weight not in self._tensors]:
             raise Refused(f"the weights of {part} hold scales of nothing: {some(alone)}")
+        if twice := [name for name in scales if name not in self._scales.values()]:
+            raise Refused(f"weights of {part} have two scales each, and it is not known which counts: {some(twice)}")
+        if other := {self._tensors[name].dtype for name in scales} - _PLAIN.keys():
+            raise Refused(
+                f"the scales of {part} are {', '.join(sorted(other))}, and what is read is {', '.join(_PLAIN)}"
+            )
         known = {*_TYPES, *(kind.name for kind in dequantize_functions)}
         if other := {self._tensors[name].dtype for name in self.names} - known:
             raise Refused(
@@ -199,7 +206,7 @@ class _StoredTensors:
         dtype = _TYPES.get(info.dtype)
         if dtype is None:
             block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[info.dtype]]
-            return memory.view(1 if info.shape[-1] % block else -1, info.size // math.prod(info.shape[:-1]))
+            return memory.view(1 if info.shape[-1] % block else math.prod(info.shape[:-1]), -1)
         if info.start % dtype.itemsize:  # as headers are that nobody filled up
             memory = memory.clone()
         return memory.view(dtype).view(info.shape)
