@@ -167,6 +167,18 @@ def test_a_base_decides_among_families_whose_transformers_look_the_same(tmp_path
     (base / "transformer" / "config.json").write_text(json.dumps(config | {"joint_attention_dim": 128}))
     (fault,) = faults(finder(tmp_path, str(dev), base_model=str(base)))
     assert "has a joint_attention_dim of 128, and dev.safetensors one of 4,096: they do not fit" in fault
+    own = {"axes_dims_rope": [8, 12, 12]}
+    (base / "transformer" / "config.json").write_text(json.dumps(config | own))
+    (fault,) = faults(finder(tmp_path, str(dev), base_model=str(base)))
+    assert "has axes_dims_rope of [8, 12, 12], and dev.safetensors attention heads of 128: they do not fit" in fault
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    (fault,) = faults(finder(tmp_path, str(dev), base_model=str(base)))
+    assert "is a StableDiffusionXLPipeline; this worker runs" in fault
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "X"]}))
+    (fault,) = faults(finder(tmp_path, str(dev), base_model=str(base)))
+    assert "has no folder vae, and its index names it" in fault
+    (fault,) = faults(finder(tmp_path, str(dev), base_model="FLUX.2-dev"))
+    assert "is of the family flux.2-dev, and the tensors of dev.safetensors are of dev or kontext" in fault
     strange = safetensors(tmp_path / "strange.safetensors", flux_1(joint=100))
     (fault,) = faults(finder(tmp_path, str(strange)))
     assert fault.startswith("BASE_MODEL: must name the whole model that strange.safetensors was made from")

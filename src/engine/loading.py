@@ -20,7 +20,6 @@ from huggingface_hub import snapshot_download
 from src.catalog import (
     FAMILIES,
     MEMORY_MODES,
-    MODELS,
     Model,
     controlnets_for,
     no_use_for_upsampler,
@@ -41,7 +40,16 @@ from src.errors import InvalidSettings, ModelUnavailable, Refused, WorkerError, 
 from src.settings import Settings
 from src.stages import START
 from src.weights.file_parts import FileReader
-from src.weights.files import INSTEAD, Files, Source, check_folders, is_guided, read_index, shifts_dynamically
+from src.weights.files import (
+    INSTEAD,
+    Files,
+    Source,
+    check_class,
+    check_folders,
+    is_guided,
+    read_index,
+    shifts_dynamically,
+)
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.licences import licence_of
@@ -299,9 +307,7 @@ def _check(source: Source) -> FolderNetworks:
     index = read_index(folder)
     if index is None:
         raise Refused(f"{folder} holds no model_index.json, so it is not a model in diffusers' layout")
-    known = sorted({model.base.class_name for model in MODELS})
-    if index.get("_class_name") not in known:
-        raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
+    check_class(index)
     check_folders(index, folder)
     of_file = source.single_file
     networks = SingleFileNetworks(index, source, of_file) if of_file else FolderNetworks(index, source)

@@ -324,6 +324,13 @@ def shifts_dynamically(folder: Path) -> bool | None:
     return bool(json.loads(file.read_text()).get("use_dynamic_shifting")) if file.is_file() else None
 
 
+def check_class(index: Mapping[str, Any]) -> None:
+    """Raise Refused unless `index` is that of a pipeline of FLUX."""
+    known = sorted({model.base.class_name for model in MODELS})
+    if index.get("_class_name") not in known:
+        raise Refused(f"is a {index.get('_class_name')}; this worker runs {', '.join(known)}")
+
+
 def check_folders(index: Mapping[str, Any], folder: Path) -> None:
     """Raise Refused where a component of `index`, a model's, has no folder or no vocabulary."""
     for name, class_name in components(index).items():

@@ -19,9 +19,22 @@ from src.redaction import redact
 from src.request.addresses import HubFile, WebFile, read_address
 from src.request.schema import Lora
 from src.settings import ROOT, Settings
-from src.weights.files import BAKED, CACHE, Files, Source, is_guided, one_file, read_index, select, shifts_dynamically
+from src.weights.files import (
+    BAKED,
+    CACHE,
+    Files,
+    Source,
+    check_class,
+    check_folders,
+    is_guided,
+    one_file,
+    read_index,
+    select,
+    shifts_dynamically,
+)
 from src.weights.single_file import SUFFIXES, SingleFile, explain_folder, read_single_file
 from src.weights.web_file import WebModel, beginning, read_beginning
+from src.wording import show
 
 log = logging.getLogger("worker")
 
@@ -206,6 +219,7 @@ class Base:
 
     def here(self) -> Source | None:
         """Without the weights that the file has."""
+        self._check_row()
         return self._checked(self._files.here(self.model, repo_of(self.model), but_for=self._but_for))
 
     def ask(self) -> int:
@@ -229,6 +243,8 @@ class Base:
         index = read_index(source.folder)
         if index is None:
             raise Refused(explain_folder(source.folder))
+        check_class(index)
+        check_folders(index, source.folder)
         file, name = self._single_file, self.model
         transformer = json.loads((source.folder / "transformer" / "config.json").read_text())
         family = settle_model(
@@ -237,17 +253,31 @@ class Base:
             guided=is_guided(index, transformer),
             dynamic_shift=shifts_dynamically(source.folder),
         ).family
-        like = families_like(file.configuration)
-        if family not in like:
+        self._check_family(family, file)
+        if sum(axes := transformer.get("axes_dims_rope", ())) not in (0, file.configuration["attention_head_dim"]):
+            heads = file.configuration["attention_head_dim"]
             raise Refused(
-                f"is of the family {family}, and the tensors of {file.path.name} are of {' or '.join(like)}: give a "
-                "model of that family, or leave BASE_MODEL unset"
+                f"has axes_dims_rope of {show(axes)}, and {file.path.name} attention heads of {heads}: they do not fit"
             )
         for key in ("joint_attention_dim", "pooled_projection_dim"):
             theirs, ours = transformer.get(key), file.configuration.get(key)
             if theirs is not None and ours is not None and theirs != ours:
                 raise Refused(f"has a {key} of {theirs:,}, and {file.path.name} one of {ours:,}: they do not fit")
         return Source(source.folder, source.revision, replace(file, family=family), name)
+
+    def _check_row(self) -> None:
+        """Raise Refused where its row alone says that it is of another family, before a byte of it comes."""
+        if self._single_file and (row := find_model(self.model)):
+            self._check_family(row.family, self._single_file)
+
+    @staticmethod
+    def _check_family(family: str, file: SingleFile) -> None:
+        like = families_like(file.configuration)
+        if family not in like:
+            raise Refused(
+                f"is of the family {family}, and the tensors of {file.path.name} are of {' or '.join(like)}: give a "
+                "model of that family, or leave BASE_MODEL unset"
+            )
 
 
 class Refusal:
