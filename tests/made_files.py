@@ -201,8 +201,9 @@ def single_file(
         parts |= {"vae": "vae.", **_TEXT_ENCODERS.get(index["text_encoder"][1], {})}
         for part in parts.keys() - {"transformer"}:
             own = tensors_of(folder / part)
-            own = vae_of_bfl(own) if part == "vae" else own
-            level = "text_model." if index[part][1] == "CLIPTextModel" else ""  # as CLIP was before transformers 5
+            own = vae_of_bfl(own) if part == "vae" and layout == "original" else own
+            is_older = index[part][1] == "CLIPTextModel" and layout == "original"  # than transformers 5
+            level = "text_model." if is_older else ""
             tensors |= {parts[part] + level + name: tensor for name, tensor in own.items()}
         tensors |= {name: tensor for name, tensor in _UNASKED.items() if name.startswith(tuple(parts.values()))}
     if path.suffix == ".gguf":

@@ -288,6 +288,15 @@ def test_an_address_is_downloaded_once_and_kept_by_its_own_name(web: Web, tmp_pa
     assert web.asked == []
 
 
+def test_a_name_that_is_too_long_for_the_disk_keeps_its_end(web: Web, tmp_path: Path) -> None:
+    said = {"Content-Disposition": f"filename={'ü' * 300}.safetensors"}
+    files = finder(tmp_path, web.put("files.example/x", Page(WEIGHTS, headers=said)))
+    assert faults(files) == []
+    file = files.find().single_file
+    assert file is not None
+    assert file.path.name.endswith("ü.safetensors")
+
+
 @pytest.mark.parametrize(
     ("page", "words"),
     [

@@ -109,7 +109,7 @@ def test_all_in_one_files_name_their_parts(tmp_path: Path) -> None:
     assert dict(file.parts) == {
         "transformer": "model.diffusion_model.",
         "vae": "vae.",
-        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder": "text_encoders.clip_l.transformer.text_model.",
         "text_encoder_2": "text_encoders.t5xxl.transformer.",
     }
     assert file.weights["transformer"] == "scaled F8_E4M3"
@@ -231,6 +231,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "GGUF 1": (held(b"GGUF" + struct.pack("<IQQ", 1, 1, 1)), "is GGUF of version 1, and 2 and 3 are read"),
     "GGUF cut short": (lambda path: os.truncate(gguf(path, flux_1(1, 1)), 5000), "not a complete GGUF file (its"),
     "a GGUF of a billion keys": (held(b"GGUF" + struct.pack("<IQQ", 3, 1, 1 << 30)), "1,073,741,824 keys, and at most"),
+    "a GGUF of a million texts": (
+        held(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"x" + struct.pack("<IIQ", 9, 8, 1_000_001)),
+        "is GGUF with an array of 1,000,001 texts, and at most 1,000,000 are read",
+    ),
     "a directory": (lambda path: path.mkdir(), "is no plain file"),
     "a broken link": (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, and there is no such file"),
     "a pipe": (os.mkfifo, "is no plain file"),

@@ -46,6 +46,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "Comfy's": {"prefix": "model.diffusion_model."},
     "diffusers'": {"layout": "diffusers"},
     "all in one": {"prefix": "model.diffusion_model.", "all_in_one": True},
+    "diffusers' all in one": {"prefix": "transformer.", "all_in_one": True, "layout": "diffusers"},
 }
 
 

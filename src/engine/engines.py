@@ -45,7 +45,12 @@ def load_engines(
     )
     facts = {"model": model.name, "revision": revision, "licence": model.licence}
     log.info(
-        "model %s (%s), licence: %s%s", model.name, revision or "a folder", model.licence, bound, extra={"facts": facts}
+        "model %s (%s), licence: %s%s",
+        model.name,
+        revision or ("a file" if model.single_file else "a folder"),
+        model.licence,
+        bound,
+        extra={"facts": facts},
     )
     return engines
 

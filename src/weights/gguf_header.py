@@ -28,6 +28,7 @@ _ALIGNMENT, _MAX_ALIGNMENT = 32, 1 << 20  # bytes
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _KEPT = 64  # of an array's values
+_MAX_TEXTS = 1_000_000  # of an array: a vocabulary has some 250,000
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class GgufHeader:
             return self._number(self._form(kind))
         kind, length = self._number("<I"), self._number("<Q")
         if kind == _STRING:
+            if length > _MAX_TEXTS:
+                raise Refused(f"is GGUF with an array of {length:,} texts, and at most {_MAX_TEXTS:,} are read")
             texts = [self._text()[:MAX_NAME] for _ in self._counted(length, 8)]
             return texts[:_KEPT]
         form = self._form(kind)

@@ -43,7 +43,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.(?:safetensors|sft|gguf)\Z", re.IGNOR
 _NETWORKS = MappingProxyType(
     {
         "vae": "decoder.conv_in.weight",
-        "clip": "text_model.embeddings.token_embedding.weight",
+        "clip": "embeddings.token_embedding.weight",  # behind text_model. before transformers 5
         "t5": "encoder.block.0.layer.0.SelfAttention.q.weight",
         "llm": "model.layers.0.self_attn.q_proj.weight",
     }

@@ -31,7 +31,7 @@ _TRIES, _PAUSE = 5, 2.0  # without a byte more; seconds between them
 _PART = "part"  # of a file, beside it what says whether it may be continued
 _GGUF_BEGINNING = 16 << 20  # bytes: GGUF does not say how long its header is
 _BEGINNING = 512
-_LONGEST_NAME = 200  # characters
+_LONGEST_NAME = 200  # bytes: a file system has room for 255
 
 
 class WebModel:
@@ -197,7 +197,8 @@ def _name(url: str, answer: Mapping[str, str], begins: bytes) -> str:
     """The file's own name, as the server says it or else its address."""
     said = re.search(r"filename=\"?([^\";]+)", answer.get("Content-Disposition", ""))
     name = (said[1] if said else unquote(urlsplit(url).path)).replace("\\", "/").rpartition("/")[2].strip(". ")
-    name = "".join(character for character in name if character.isprintable())[-_LONGEST_NAME:]
+    name = "".join(character for character in name if character.isprintable())
+    name = name.encode()[-_LONGEST_NAME:].decode(errors="ignore")
     if name.lower().endswith(SUFFIXES):
         return name
     return f"{name or 'model'}{'.gguf' if begins.startswith(MAGIC) else '.safetensors'}"
