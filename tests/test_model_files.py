@@ -20,7 +20,8 @@ from src.settings import ROOT, Settings
 from src.weights import bake, web_file
 from src.weights.model_files import FROM_THE_WEB, ModelFiles, place_of
 from src.weights.read_ahead import files_of
-from tests.headers import flux_1, safetensors
+from src.weights.single_file import read_single_file
+from tests.headers import flux_1, gguf, safetensors
 from tests.hub import REVISION, Hub, Repo, download_into
 from tests.web import Page, Web, open_web
 
@@ -202,6 +203,21 @@ def test_the_start_says_what_the_file_is_and_where_the_rest_comes_from(caplog: p
     assert f"what {FILE.name} lacks comes from flux-shapes, whose family and widths it has; BASE" in caplog.text
     with pytest.raises(ModelUnavailable, match=r"is a VAE: give the model that it goes with"):
         startup.find_files(settings(str(SHIPPED / "vae" / FILE.name)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "faulty"),
+    [({"quantization": "fp8"}, True), ({"memory_mode": "nf4"}, True), ({"profile": "near"}, False), ({}, False)],
+)
+def test_gguf_that_is_to_be_quantized_again_is_a_fault_of_the_start(
+    fields: dict[str, str], faulty: bool, tmp_path: Path
+) -> None:
+    file = gguf(tmp_path / "flux.gguf", flux_1(guidance=False), "Q4_0")
+    assert read_single_file(file).is_packed
+    assert not read_single_file(gguf(tmp_path / "plain.gguf", flux_1(guidance=False), "F16")).is_packed
+    found = startup.check_files(settings(str(file), base_model="/no/folder", **fields))
+    again = [str(fault) for fault in found if "stay as GGUF has them: set QUANTIZATION=none" in str(fault)]
+    assert len(again) == faulty
 
 
 # On the hub

@@ -53,9 +53,10 @@ from src.weights.files import (
 from src.weights.host import host_memory
 from src.weights.ledger import PlacementChoice
 from src.weights.licences import licence_of
-from src.weights.model_files import ModelFiles
+from src.weights.model_files import ModelFiles, quantized_again
 from src.weights.placement import Weights, Work, choose_placement
 from src.weights.read_ahead import one_ahead, size_of, stays_in_memory, weight_files
+from src.weights.single_file import SingleFile
 
 log = logging.getLogger("worker")
 
@@ -96,7 +97,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         with START.stage("inspect"):
             source = models.find()
             networks = _check(source)
-            settings = _as_packed(settings) if networks.packed else settings
+            settings = _as_packed(settings, source.single_file)
 
         # 2. What it is, and where each of its weights is to live
         with START.stage("placement") as facts:
@@ -186,23 +187,19 @@ def _upsampler_named(settings: Settings, files: Files) -> Iterator[None]:
         raise ModelUnavailable(f"PROMPT_UPSAMPLER={settings.prompt_upsampler}: {files.explain(error)}") from error
 
 
-def _as_packed(settings: Settings) -> Settings:
+def _as_packed(settings: Settings, file: SingleFile | None) -> Settings:
     """`settings` for weights that stay packed as GGUF has them: what PROFILE alone would make smaller stays so too.
 
     Raises InvalidSettings where they are asked for in another kind.
     """
-    if (asked := MEMORY_MODES[settings.placement_mode].quantization) is None:
+    asked = MEMORY_MODES[settings.placement_mode].quantization
+    if asked is None or file is None or not file.is_packed:
         return settings
-    name = ModelFiles(settings).shown_name
-    if settings.quantization == settings.memory_mode == "auto":
-        log.warning(
-            "PROFILE=%s asks for %s, and the weights of %s stay as GGUF has them", settings.profile, asked, name
-        )
-        return settings.model_copy(update={"quantization": "none"})
-    raise InvalidSettings(
-        f"{asked} is asked for, and the weights of {name} stay as GGUF has them: set QUANTIZATION=none, and "
-        f"MEMORY_MODE=auto where it is {asked}; or take a file of 16 bits"
-    )
+    if fault := quantized_again(settings, file):
+        raise InvalidSettings(fault)
+    kept = "PROFILE=%s asks for %s, and the weights of %s stay as GGUF has them"
+    log.warning(kept, settings.profile, asked, file.path.name)
+    return settings.model_copy(update={"quantization": "none"})
 
 
 def _work(model: Model, settings: Settings, files: Files, itemsize: int) -> Work:

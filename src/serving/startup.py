@@ -20,7 +20,7 @@ from src.settings import Settings
 from src.stages import START
 from src.weights.disk import free_bytes, why_not_writable
 from src.weights.files import CACHE, INSTEAD, Files, Source, cache_name
-from src.weights.model_files import ModelFiles, Repo, Wanted
+from src.weights.model_files import ModelFiles, OneFile, Repo, Wanted, quantized_again
 
 log = logging.getLogger("worker")
 
@@ -119,6 +119,9 @@ def check_files(settings: Settings, free: Callable[[Path], int] = free_bytes) ->
             if wanted.is_gated and settings.hf_token is None and "HF_TOKEN" not in why:
                 why += "; it is gated, so HF_TOKEN must be set too"
             yield WorkerFault(wanted.name, why, code)
+        file = wanted.single_file if isinstance(wanted, OneFile) else None
+        if file and (again := quantized_again(settings, file)):
+            yield WorkerFault("QUANTIZATION", again, InvalidSettings.code)
     if (unwritable := why_not_writable(CACHE)) and missing:
         yield WorkerFault(cache_name(), f"{unwritable}, or set HF_HOME to one that it may write", code)
     elif unwritable:

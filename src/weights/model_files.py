@@ -13,7 +13,7 @@ from typing import Protocol
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from src.catalog import base_of, families_like, find_model, repo_of, settle_model
+from src.catalog import MEMORY_MODES, base_of, families_like, find_model, repo_of, settle_model
 from src.errors import Refused
 from src.redaction import redact
 from src.request.addresses import HubFile, WebFile, read_address
@@ -354,6 +354,19 @@ class ModelFiles:
         found = _together(wanted.find() for wanted in self.wanted())
         assert found  # noqa: S101 - or `find` has raised
         return found
+
+
+def quantized_again(settings: Settings, file: SingleFile) -> str | None:
+    """What is wrong where `settings` ask for another kind of weights than `file` has packed; what PROFILE alone would
+    make smaller stays as it is.
+    """
+    asked = MEMORY_MODES[settings.placement_mode].quantization
+    if not asked or not file.is_packed or settings.quantization == settings.memory_mode == "auto":
+        return None
+    return (
+        f"{asked} is asked for, and the weights of {file.path.name} stay as GGUF has them: set QUANTIZATION=none, and "
+        f"MEMORY_MODE=auto where it is {asked}; or take a file of 16 bits"
+    )
 
 
 def place_of(name: str, revision: str | None) -> Path | HubFile | WebFile | None:

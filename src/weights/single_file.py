@@ -84,6 +84,11 @@ class SingleFile:
         """The type that most values of each part have."""
         return {part: _type_of(self.of(part)) for part in self.parts}
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights of the transformer are in GGUF's blocks, which stay as they are."""
+        return self.is_gguf and any(tensor.dtype not in _READ for tensor in self.of("transformer").values())
+
     def summary(self) -> dict[str, Any]:
         """For whoever asks what this worker draws with."""
         return {"file": self.path.name, "family": self.family, "layout": self.layout, "weights": self.weights}
