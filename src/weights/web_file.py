@@ -80,7 +80,11 @@ class WebModel:
                 return found
             part = folder / (_PART if locked else f"{_PART}-{socket.gethostname()}-{os.getpid()}")
             name = self._whole(part)
-            read_single_file(part)  # what is no FLUX is never kept
+            try:
+                read_single_file(part)
+            except Refused:  # what is no FLUX is never kept
+                part.unlink()
+                raise
             return part.rename(folder / name)
 
     def _whole(self, part: Path) -> str:
