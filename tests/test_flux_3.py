@@ -66,7 +66,7 @@ def planned(engine: Engine, references: int = 0, pictures: Sequence[Image.Image]
     return make_plan(request, faults, engine.model, given, max_pixels=2**24, batch_size=2)
 
 
-def test_a_window_without_room_for_the_prompt_is_told(held: tuple[Path, Engine]) -> None:
+def test_a_window_without_room_for_the_prompt_is_refused_in_words(held: tuple[Path, Engine]) -> None:
     _, engine = held
     said = "prompt has 12 tokens for the model, which reads none of them"
     assert engine.run(planned(engine, max_sequence_length=4)).warnings == (said,)

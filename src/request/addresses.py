@@ -232,9 +232,14 @@ def check_beginning(begins: bytes) -> None:
     """Raise NotSafetensors where a file that `begins` so is no safetensors file: the length of a header and JSON."""
     if begins[8:9] == b"{" and int.from_bytes(begins[:8], "little") <= _LONGEST_HEADER:
         return
-    for row in OTHER_FORMATS:
-        if re.match(row.begins, begins, re.DOTALL | re.IGNORECASE):
-            raise NotSafetensors(f"is not a complete {SUFFIX} file but {row.name}: {row.advice}")
+    if row := format_of(begins):
+        raise NotSafetensors(f"is not a complete {SUFFIX} file but {row.name}: {row.advice}")
+
+
+def format_of(begins: bytes) -> OtherFormat | None:
+    """What a file is that `begins` so; None where that is no known one."""
+    rows = (row for row in OTHER_FORMATS if re.match(row.begins, begins, re.DOTALL | re.IGNORECASE))
+    return next(rows, None)
 
 
 def only_for_the_hub(lora: Lora) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from src.catalog import families_like
 from src.errors import Refused
-from src.request.addresses import OTHER_FORMATS
+from src.request.addresses import format_of
 from src.request.tensor_file import TensorFile, TensorInfo
 from src.weights.gguf_header import MAGIC, GgufHeader
 from src.weights.layouts import TRANSFORMERS, configuration_of
@@ -162,9 +162,8 @@ def _check_bytes(begins: bytes, whole: int) -> None:
     """Raise Refused where a file's beginning says that it is no safetensors file."""
     if begins[8:9] == b"{" and int.from_bytes(begins[:8], "little") <= whole:
         return
-    for row in OTHER_FORMATS:
-        if re.match(row.begins, begins, re.DOTALL | re.IGNORECASE):
-            raise Refused(f"is {row.name} and no {' or '.join(SUFFIXES[::2])} file: {row.advice}")
+    if row := format_of(begins):
+        raise Refused(f"is {row.name} and no {' or '.join(SUFFIXES[::2])} file: {row.advice}")
     if begins[8:9] != b"{":
         raise Refused(
             f"begins with bytes that no {' or '.join(SUFFIXES[::2])} file begins with: it may be encrypted or damaged"
