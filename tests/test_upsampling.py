@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.upsampling import check_upsampler
 from src.errors import InvalidSettings, ModelUnavailable
 from src.job import Job, Progress
+from src.plan.plan import make_plan
+from src.request.reading import read_request
 from src.response.encode import read_parameters
 from src.response.openai import in_openai_form
 from src.serving.startup import check_start
@@ -199,6 +202,25 @@ def test_a_job_is_stopped_between_two_tokens(settings: Settings, engine: Engine)
     assert seen.count("upsample_prompt") == 3
     assert not engine._upsampler._remembered
     assert caption(ask(settings, engine))
+
+
+def test_other_jobs_are_made_ready_while_a_caption_is_written(settings: Settings, engine: Engine) -> None:
+    ahead = Engine(
+        engine._pipeline, engine.model, None, placed_pipeline=engine._placed_pipeline, settings=settings,
+        reads_ahead=True,
+    )  # fmt: skip
+    request, faults, _ = read_request({"input": {"prompt": "another one", **SMALL}})
+    waiting, ready = make_plan(request, faults, engine.model, max_pixels=2**20), list[bool]()
+
+    def meanwhile(progress: Progress) -> None:
+        if progress.phase == "upsample_prompt" and not ready:
+            made = other.submit(ahead.prepare, waiting)
+            ready.append(not wait([made], timeout=10).not_done)
+
+    with ThreadPoolExecutor(1) as other:
+        assert ask(settings, ahead, Job(on_progress=meanwhile))["status"] == "success"
+    assert ready == [True]
+    assert len(ahead._prompts._remembered) == 2
 
 
 @pytest.mark.parametrize(

@@ -181,11 +181,12 @@ class Engine:
             if plan.spec.controlnet:
                 phases.begin("load_controlnets")
                 view.controlnet, arguments = self._controlnets.use(plan.controls)
-            if plan.sampling.prompt_upsampling:
-                phases.begin("upsample_prompt")
-                captions, cut = self._upsample(plan, phases)
-                warnings += cut
-                plan = plan.upsampled(captions)
+        if plan.sampling.prompt_upsampling:  # which takes long: meanwhile the next job's prompts may be read
+            phases.begin("upsample_prompt")
+            captions, cut = self._upsample(plan, phases)
+            warnings += cut
+            plan = plan.upsampled(captions)
+        with self._text_encoders:
             phases.begin("encode_prompt")
             if "image_prompt" in plan.pictures:
                 self._redux.load()
