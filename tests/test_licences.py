@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ LINK = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md
 CARDS = {
     "---\nlicense: apache-2.0\n---\n# A model\n": "apache-2.0",
     "---\r\nlicense: mit\r\n---\r\n": "mit",
+    "\ufeff---\nlicense: mit\n---\n": "mit",
     f"---\nlicense: other\nlicense_name: flux-1-dev\nlicense_link: {LINK}\n---\n": f"flux-1-dev ({LINK})",
     f"---\nlicense: other\nlicense_link: {LINK}\n---\n": f"other ({LINK})",
     "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\n---\n": "own",
@@ -133,3 +136,11 @@ def test_files_that_came_without_a_card_are_whole(hub: Hub, tmp_path: Path) -> N
     finally:
         hub.down = False
     assert licence_of(replace(TUNE, name="someone/older"), source.folder) == UNKNOWN
+
+
+def test_a_card_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")
+    asked = threading.Thread(target=licence_of, args=(TUNE, tmp_path), daemon=True)
+    asked.start()
+    asked.join(10)
+    assert not asked.is_alive()

@@ -42,11 +42,11 @@ def is_non_commercial(licence: str) -> bool:
 
 def _of_card(folder: Path | None) -> str:
     """What the card in `folder` says; nothing where there is none, or none that can be read: anybody writes them."""
-    if folder is None:
-        return ""
     try:
+        if folder is None or not (folder / CARD).is_file():  # of a pipe nothing ever comes
+            return ""
         with (folder / CARD).open("rb") as file:
-            text = file.read(_MOST_READ).decode(errors="replace")
+            text = file.read(_MOST_READ).decode("utf-8-sig", errors="replace")
         said = vars(ModelCard(text, ignore_metadata_errors=True).data)
     except Exception:  # noqa: BLE001 - whatever a reader of YAML raises, it ends no start
         return ""
