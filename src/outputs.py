@@ -22,6 +22,7 @@ class Generation:
     profile: str = "exact"  # the worker's row of PROFILES
     device: str = "cpu"  # where it was drawn, as torch names it
     prompts: tuple[str, ...] = ()  # each picture's as it was drawn, where the plan's were upsampled
+    prompt_tokens: int = 0  # read for all pictures, with padding and what stands for an image_prompt
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,11 @@ def test_the_openai_api_tells_what_was_drawn(settings: Settings, engine: Engine)
     fields = {"prompt": "a red circle", "prompt_upsampling": True, "seed": 1, "num_inference_steps": 1, "size": "64x64"}
     event = {"input": {"openai_route": "/v1/images/generations", "openai_input": fields}}
     answered = respond(event, Job(), lambda: settings, lambda: engine)
-    (data,) = in_openai_form(event, answered, lambda: engine.model)[0]["data"]
-    assert data["revised_prompt"] == caption(answered)
+    body = in_openai_form(event, answered, lambda: engine.model)[0]
+    assert body["data"][0]["revised_prompt"] == caption(answered)
+    text = body["usage"]["input_tokens_details"]["text_tokens"]
+    assert text > 0
+    assert text % 80 == 0, "padded as far as FLUX.3 pads, not to the longest that it reads"
 
 
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])

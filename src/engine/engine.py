@@ -217,6 +217,7 @@ class Engine:
                 profile=self._profile,
                 device=" ".join(self.devices),
                 prompts=plan.prompts,
+                prompt_tokens=sum(prompts[prompt]["prompt_embeds"].shape[1] for prompt in plan.prompts),
             ),
         )
 

@@ -160,6 +160,7 @@ def _metadata(generation: Generation, plan: Plan) -> dict[str, Any]:
         **plan.sampling.values(),
         "prompt": _one_or_each(plan.prompts),
         "upsampled_prompt": _one_or_each(generation.prompts) if plan.sampling.prompt_upsampling else None,
+        "prompt_tokens": generation.prompt_tokens,
         "seeds": list(plan.seeds),
         "num_images": len(plan.seeds),
         "scheduler": generation.scheduler,

@@ -110,9 +110,9 @@ def _started_from(event: Any) -> int:
 
 def _usage(metadata: Mapping[str, Any], started_from: int) -> dict[str, Any]:
     """What the model reads and draws, in its own tokens: text as it is padded, pictures as they are drawn."""
-    pictures = len(metadata["seeds"])
+    pictures, text = len(metadata["seeds"]), metadata["prompt_tokens"]
     image = -(-metadata["width"] // _TOKEN) * -(-metadata["height"] // _TOKEN)
-    text, read, drawn = metadata["max_sequence_length"] * pictures, image * started_from * pictures, image * pictures
+    read, drawn = image * started_from * pictures, image * pictures
     return {
         "input_tokens": text + read,
         "input_tokens_details": {"text_tokens": text, "image_tokens": read},
