@@ -172,6 +172,10 @@ def test_it_is_whole_on_the_device_while_it_writes_and_the_rest_comes_back(
     )
     choice = PlacementChoice(weights, replace(machine, memory=int(start.needs) + 1), work, "stream")
     placed_pipeline = PlacedPipeline(held._pipeline, start, torch.device("cpu"))
+    alone = replace(start, streamed={"prompt_upsampler": start.streamed["prompt_upsampler"]})
+    placed_pipeline.arrange(alone)
+    assert placed_pipeline.text_encoders_stay, "the upsampler reads no prompt"
+    placed_pipeline.arrange(start)
     tight = Engine(held._pipeline, held.model, None, placed_pipeline=placed_pipeline, choice=choice)
     arranged: list[Any] = []
     arrange = tight._placed_pipeline.arrange

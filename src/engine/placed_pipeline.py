@@ -121,7 +121,7 @@ class PlacedPipeline:
     @property
     def text_encoders_stay(self) -> bool:
         """Whether their weights are on the device all the time."""
-        encoders = (blocks for name, blocks in self._blocks.items() if name != "transformer")
+        encoders = (blocks for name, blocks in self._blocks.items() if name.startswith("text_encoder"))
         return self._offload is None and not any(block.own in self._away for blocks in encoders for block in blocks)
 
     def arrange(self, placement: Placement) -> bool:
