@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-NEEDLESS = ("accelerate", "backports", "brotli", "dotenv", "httpx2", "peft", "psutil")
+NEEDLESS = ("accelerate", "backports", "brotli", "dotenv", "gguf", "httpx2", "peft", "psutil")
 
 
 class _Absent(type):
@@ -48,15 +48,17 @@ def without_needless_packages(*packages: str) -> Iterator[None]:
     ) -> Any:
         package = name.partition(".")[0]
         by_src = str((globals or {}).get("__name__")).partition(".")[0] == "src"
-        if level or not by_src or package not in needless:
+        if level or not by_src:
             return own(name, globals, locals, fromlist or (), level)
         try:
             found = own(name, globals, locals, fromlist or (), level)
-        except ModuleNotFoundError as error:
-            if str(error.name).partition(".")[0] != package:
+        except ModuleNotFoundError as error:  # of the package itself, or of one that it wants, as diffusers wants gguf
+            missing = str(error.name).partition(".")[0]
+            if missing not in needless:
                 raise
-            return absent(package)
-        return found if all(hasattr(found, each) for each in fromlist or ()) else absent(package)
+            return absent(missing)
+        whole = package not in needless or all(hasattr(found, each) for each in fromlist or ())
+        return found if whole else absent(package)
 
     builtins.__import__ = load
     try:

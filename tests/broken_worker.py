@@ -17,10 +17,10 @@ from tests.fakes import FakePipeline
 class Breaking(FakePipeline):
     """Fails for ever after its first two calls."""
 
-    def __call__(self, **arguments: Any) -> SimpleNamespace:
+    def __call__(self, *, prompt_embeds: Any, pooled_prompt_embeds: Any, **others: Any) -> SimpleNamespace:
         if len(self.calls) >= 2:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().__call__(**arguments)
+        return super().__call__(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, **others)
 
 
 if __name__ == "__main__":
