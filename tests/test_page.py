@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from src.catalog import EVERY_MODE_TAKES, MODELS
 from src.outputs import Loaded
-from src.request.schema import Request
+from src.request.schema import MAX_PROMPT_CHARACTERS, Request
 from src.response.describe import describe
 from src.settings import ROOT, Settings
 from tests.browser import PATIENCE, READY, Server, Tab, find_axe, launched, opened_tab, serving, wait_until
@@ -647,8 +647,8 @@ def test_hostile_words_are_words(tab: Tab) -> None:
     assert tab.page.title() == "FLUX"
 
 
-def test_a_prompt_of_five_thousand_characters(tab: Tab) -> None:
-    tab.draw("w" * 5_000, seed=1)
+def test_the_longest_prompt(tab: Tab) -> None:
+    tab.draw("w" * MAX_PROMPT_CHARACTERS, seed=1)
     tab.wait_for_pictures(1)
     assert tab.page.evaluate("() => document.documentElement.scrollWidth") <= DESK["width"]
     tab.page.locator(".tile .open").click()
@@ -658,9 +658,9 @@ def test_a_prompt_of_five_thousand_characters(tab: Tab) -> None:
     tab.page.goto("about:blank")
     tab.page.goto(link)
     tab.page.wait_for_selector(READY)
-    assert len(tab.value("prompt")) == 5_000
-    tab.draw("w" * 5_001)
-    expect(tab.page.locator("[data-field=prompt] .fault")).to_contain_text("5,000")
+    assert len(tab.value("prompt")) == MAX_PROMPT_CHARACTERS
+    tab.draw("w" * (MAX_PROMPT_CHARACTERS + 1))
+    expect(tab.page.locator("[data-field=prompt] .fault")).to_contain_text(f"{MAX_PROMPT_CHARACTERS:,}")
 
 
 def test_what_is_no_picture_is_refused_and_what_is_large_is_made_smaller(tab: Tab) -> None:
