@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from handler import respond
 from src.engine import Engine, load_engine, load_engines
@@ -19,7 +20,9 @@ from src.engine.placed_pipeline import PlacedPipeline
 from src.errors import Cancelled, InvalidSettings
 from src.job import Job, Progress
 from src.plan.plan import Plan, make_plan
+from src.request.adapters import Adapter
 from src.request.reading import read_request
+from src.request.schema import Lora
 from src.serving.warm_up import warm_up
 from src.settings import Settings
 from tests.conftest import base64_of, opened
@@ -43,12 +46,12 @@ def held(folder: Path) -> Engine:
     return load_engine(Settings(model_name=str(folder)))
 
 
-def plan(held: Engine, references: list[Image.Image], **fields: Any) -> Plan:
+def plan(held: Engine, references: list[Image.Image], adapters: tuple[Adapter, ...] = (), **fields: Any) -> Plan:
     said = {"prompt": "a red circle", "seed": 5, "width": SIZE, "height": SIZE, "num_inference_steps": 4, **fields}
     sent = {"init_images": ["sent"] * len(references)} if references else {}
     request, faults, _ = read_request({"input": {**said, **sent}})
     pictures = {"init_image": tuple(references)} if references else {}
-    return make_plan(request, faults, held.model, pictures, max_pixels=SIZE * SIZE, batch_size=2)
+    return make_plan(request, faults, held.model, pictures, adapters, max_pixels=SIZE * SIZE, batch_size=2)
 
 
 def pixels(held: Engine, references: list[Image.Image], **fields: Any) -> list[bytes]:
@@ -67,6 +70,36 @@ def test_its_pictures_are_diffusers_own(count: int, held: Engine, folder: Path) 
         generator=torch.Generator("cpu").manual_seed(5),
     ).images[0]
     assert pixels(held, PICTURES[:count]) == [picture.tobytes()]
+
+
+def test_an_adapter_draws_as_it_does_merged_also_what_was_read_of_references(
+    held: Engine, folder: Path, tmp_path: Path
+) -> None:
+    pipeline = diffusers.Flux2KleinKVPipeline.from_pretrained(folder, dtype=torch.float32)
+    generator, halves = torch.Generator().manual_seed(1), dict[str, torch.Tensor]()
+    for name, layer in pipeline.transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and "blocks.0." in name:
+            down = torch.randn(2, layer.in_features, generator=generator) * 0.3
+            up = torch.randn(layer.out_features, 2, generator=generator) * 0.3
+            halves |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
+            layer.weight.data += up @ down
+    save_file(halves, tmp_path / "adapter.safetensors")
+    pipeline.save_pretrained(tmp_path / "merged")
+    merged = load_engine(Settings(model_name=str(tmp_path / "merged")))
+    file = tmp_path / "adapter.safetensors"
+    adapter = Adapter("adapter", file, Lora(path=file.name, scale=1.0), "loras")
+    assert held.check_adapters([adapter]) == ([], [])
+    for references in ([], PICTURES):
+        adapted, truth, plain = (
+            np.frombuffer(engine.run(drawn).pictures[0].tobytes(), np.uint8).astype(int)
+            for engine, drawn in (
+                (held, plan(held, references, adapters=(adapter,))),
+                (merged, plan(merged, references)),
+                (held, plan(held, references)),
+            )
+        )
+        assert np.abs(adapted - truth).max() <= 2
+        assert np.abs(plain - truth).max() > 20
 
 
 def test_what_a_picture_has_read_is_not_left_to_the_next(held: Engine) -> None:
