@@ -26,8 +26,8 @@ from src.engine.gguf_linear import GGUFLinear, GGUFParameter
 from src.engine.placed_pipeline import PlacedPipeline
 from src.engine.single_file import SingleFileNetworks
 from src.engine.staging import Staging, mapped
-from src.errors import InvalidSettings, ModelUnavailable
-from src.job import Job
+from src.errors import Cancelled, InvalidSettings, ModelUnavailable
+from src.job import Job, Progress
 from src.request.tensor_file import TensorFile
 from src.settings import Settings
 from src.weights.files import Source, read_index
@@ -302,6 +302,17 @@ def ask(engine: Engine, adapter: Path, **fields: Any) -> dict[str, Any]:
     return response
 
 
+def cancel(engine: Engine) -> None:
+    """A picture, after its first step."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        engine.run(plan(engine, **SMALL), stop)
+
+
 def pixels(answer: dict[str, Any]) -> list[bytes]:
     """A file also holds its request."""
     return [picture.convert("RGB").tobytes() for picture in opened(answer)]
@@ -335,7 +346,10 @@ def test_everything_away_that_can_be(small_card: tuple[SingleFile, Path], adapte
     least = min(all_placements(weights), key=lambda found: found.resident)
     thrifty._placed_pipeline = PlacedPipeline(thrifty._pipeline, least, CPU)
     for wish in (ADAPTED, {"num_images": 2, "scheduler": "heun"}):
-        assert ask(thrifty, adapter, **wish)["images"] == ask(plain, adapter, **wish)["images"]
+        before = ask(thrifty, adapter, **wish)["images"]
+        assert before == ask(plain, adapter, **wish)["images"]
+        cancel(thrifty)
+        assert ask(thrifty, adapter, **wish)["images"] == before
     here, away = (list(each._pipeline.transformer.parameters()) for each in (plain, thrifty))
     own = [weight for name, weight in plain.transformer.named_parameters() if "lora" not in name]
     assert weights.transformer.size == sum(weight.nbytes for weight in own)
