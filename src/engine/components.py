@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +45,13 @@ class FolderNetworks:
     @property
     def sizes(self) -> dict[str, dict[str, int]]:
         """The number of values in each tensor, by network. Raises Refused where a file is not whole."""
-        return {name: tensors for name, tensors in check_whole(self.folder).items() if name in components(self.index)}
+        return dict(self._in_folder)
+
+    @cached_property
+    def _in_folder(self) -> dict[str, dict[str, int]]:
+        """Read once: on a volume each file's header is a request."""
+        named = components(self.index)
+        return {name: tensors for name, tensors in check_whole(self.folder).items() if name in named}
 
     def files(self, but_for: Container[str] = ()) -> list[Path]:
         """Those with weights, `but_for` some networks', the largest first."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -102,11 +102,10 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
         # 2. What it is, and where each of its weights is to live
         with START.stage("placement") as facts:
             model = _model_of(name, source, networks)
-            upsampler = _find_upsampler(settings, files, model)
             sizes, upsampler_files = networks.sizes, list[Path]()
-            if upsampler:
-                sizes[UPSAMPLER] = check_upsampler(upsampler)
-                upsampler_files = weight_files(upsampler, part=True)
+            if upsampler := _find_upsampler(settings, files, model):
+                sizes[UPSAMPLER] = upsampler.sizes
+                upsampler_files = weight_files(upsampler.folder, part=True)
             machine = measure(device, dtype, settings.memory_limit_gb)
             choice = PlacementChoice(
                 Weights.of(
@@ -134,7 +133,7 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
             pipeline, read = _load(networks, dtype, staging, quantizer, settle, short=short)
             if upsampler:
                 with _upsampler_named(settings, files):
-                    parts = load_upsampler(upsampler, dtype)
+                    parts = load_upsampler(upsampler.folder, dtype)
                     settle(UPSAMPLER, parts[UPSAMPLER])
                 pipeline.register_modules(**parts)
                 read += upsampler_files
@@ -165,8 +164,13 @@ def _load_engine(settings: Settings, download: Callable[..., str], device: torch
     return engine
 
 
-def _find_upsampler(settings: Settings, files: Files, model: Model) -> Path | None:
-    """The folder of PROMPT_UPSAMPLER; raises InvalidSettings where `model` has no use for it, or ModelUnavailable."""
+class _Upsampler(NamedTuple):
+    folder: Path
+    sizes: dict[str, int]  # the number of values in each tensor
+
+
+def _find_upsampler(settings: Settings, files: Files, model: Model) -> _Upsampler | None:
+    """What PROMPT_UPSAMPLER names; raises InvalidSettings where `model` has no use for it, or ModelUnavailable."""
     if (name := settings.prompt_upsampler) is None:
         return None
     if not model.upsamples:
@@ -174,8 +178,7 @@ def _find_upsampler(settings: Settings, files: Files, model: Model) -> Path | No
         raise refusal([fault])
     with _upsampler_named(settings, files):
         folder = files.find(name, name, part=True).folder
-        check_upsampler(folder)
-    return folder
+        return _Upsampler(folder, check_upsampler(folder))
 
 
 @contextmanager
